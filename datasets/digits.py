@@ -1,0 +1,37 @@
+"""Write scikit-learn's handwritten digits as images to train on: 1,797 scans, named LABEL_INDEX.png."""
+
+import argparse
+import os
+
+import numpy as np
+from PIL import Image
+
+
+def main():
+    args = create_argparser().parse_args()
+    os.makedirs(args.out_dir, exist_ok=True)
+    images, labels = load_digit_images(args.size)
+    for i, (image, label) in enumerate(zip(images, labels)):
+        Image.fromarray(image).save(os.path.join(args.out_dir, f"{label}_{i:04d}.png"))
+    print(f"wrote {len(images)} digits of {args.size}x{args.size} pixels to {args.out_dir}")
+
+
+def load_digit_images(size):
+    """The digits, white on black: uint8 [1797, size, size], and their labels int64 [1797]."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 8x8, with 17 grey levels
+    resized = [np.asarray(Image.fromarray(g).resize((size, size), Image.BICUBIC)) for g in grey]
+    return np.stack(resized), digits.target
+
+
+def create_argparser():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out_dir", help="the folder to write to")
+    parser.add_argument("--size", type=int, default=16, help="the images' side in pixels (default: 16)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Say how many samples are the digit that was asked for, by a judge that knows only the real digits.
+
+The judge is scikit-learn's support vector classifier, trained on the 1,797 real digits at 8x8 pixels. It has never seen
+a diffusion model, nor the classifier that guides one.
+"""
+
+import argparse
+import os
+import sys
+
+import numpy as np
+from digits import load_digit_images
+
+
+def main():
+    args = create_argparser().parse_args()
+    for path in args.samples:
+        images, labels = read_samples(path)
+        judge = train_judge(images.shape[1])
+        print(f"{agreement(judge, images, labels):6.1%} of {len(images)} samples are the digit asked for: {path}")
+
+
+def read_samples(path):
+    """The images uint8 [N, H, W, 3] and labels [N] of an .npz of samples."""
+    if not os.path.exists(path):
+        sys.exit(f"error: {path}: no such file")
+    with np.load(path) as samples:
+        if "arr_1" not in samples:
+            sys.exit(f"error: {path}: has no labels (arr_1)")
+        return samples["arr_0"], samples["arr_1"]
+
+
+def train_judge(size):
+    """A classifier of 8x8 digits, trained on the real ones after they went through images of `size` pixels."""
+    from sklearn.svm import SVC
+
+    images, labels = load_digit_images(size)
+    return SVC(gamma=0.001).fit(features(images[..., None]), labels)
+
+
+def features(images):
+    """Images uint8 [N, S, S, C], S a multiple of 8, as grey 8x8 pixels from 0 to 16: [N, 64]."""
+    n, size = images.shape[:2]
+    grey = images.mean(axis=3).reshape(n, 8, size // 8, 8, size // 8).mean(axis=(2, 4))
+    return grey.reshape(n, 64) * (16 / 255)
+
+
+def agreement(judge, images, labels):
+    """The share of samples that the judge takes for what their labels say."""
+    return float(np.mean(judge.predict(features(images)) == labels))
+
+
+def create_argparser():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("samples", nargs="+", help=".npz files of samples with labels")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

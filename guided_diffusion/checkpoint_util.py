@@ -1,0 +1,240 @@
+"""Checkpoints: their names, writing and finding them, loading weights with errors one can act on, and config.json.
+
+A run's folder holds modelNNNNNN.pt, ema_RATE_NNNNNN.pt and optNNNNNN.pt, where NNNNNN counts the optimiser's steps,
+and config.json, which says what the model is.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from itertools import islice
+
+import torch as th
+
+from . import dist_util, files, logger
+from .errors import InputError
+
+CONFIG_NAME = "config.json"
+
+
+def parse_resume_step_from_filename(filename):
+    """The step in a name such as path/to/model012000.pt: 12000. Other names give 0."""
+    match = re.search(r"model(\d+)\.[^./\\]*$", filename)
+    return int(match.group(1)) if match else 0
+
+
+def get_blob_logdir():
+    """Where checkpoints go: the run's folder, or the environment variable DIFFUSION_BLOB_LOGDIR."""
+    return os.environ.get("DIFFUSION_BLOB_LOGDIR") or logger.get_dir()
+
+
+def find_resume_checkpoint():
+    """The newest modelNNNNNN.pt of the run's folder, or None."""
+    folder = get_blob_logdir()
+    if not folder or not files.is_dir(folder):
+        return None
+    names = [name for name in files.list_dir(folder) if re.fullmatch(r"model\d+\.pt", name)]
+    return files.join(folder, max(names, key=parse_resume_step_from_filename)) if names else None
+
+
+def model_name(step):
+    return f"model{step:06d}.pt"
+
+
+def opt_name(step):
+    return f"opt{step:06d}.pt"
+
+
+def ema_name(rate, step):
+    return f"ema_{rate}_{step:06d}.pt"
+
+
+def beside(checkpoint, name):
+    """The path of another file in a checkpoint's folder, or None where there is none."""
+    path = files.join(files.dirname(checkpoint), name)
+    return path if files.exists(path) else None
+
+
+def find_ema_checkpoint(main_checkpoint, step, rate):
+    """The moving average of this rate beside a model file, or None."""
+    return beside(main_checkpoint, ema_name(rate, step)) if main_checkpoint else None
+
+
+def save(obj, name):
+    """Write tensors (a state_dict) to a file of the run's folder, whole or not at all."""
+    with files.write_atomically(files.join(get_blob_logdir(), name)) as f:
+        th.save(obj, f)
+
+
+def require_path(flag, path):
+    """Refuse a flag that must name an existing file and does not."""
+    if not path:
+        raise InputError(f"--{flag} is missing: give the path of a checkpoint (.pt)")
+    if not files.exists(path):
+        raise InputError(f"--{flag} {path}: no such file")
+
+
+# The configuration beside a checkpoint
+
+
+def write_config(flags, **facts):
+    """Write config.json to the run's folder, from rank 0: the flags, and what is needed to tell how a model came about.
+
+    :param flags: a dict of all flags.
+    :param facts: more entries, such as the class table.
+    """
+    if dist_util.get_rank() != 0:
+        return
+    config = {
+        **facts,
+        "flags": flags,
+        "world_size": dist_util.get_world_size(),
+        "versions": {"python": platform.python_version(), "torch": th.__version__},
+        "git_revision": _git_revision(),
+    }
+    with files.write_atomically(files.join(get_blob_logdir(), CONFIG_NAME)) as f:
+        f.write((json.dumps(config, indent=1) + "\n").encode())
+
+
+def _git_revision():
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        done = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def read_config(checkpoint):
+    """The config.json beside a checkpoint as a dict, or None."""
+    path = beside(checkpoint, CONFIG_NAME)
+    if path is None:
+        return None
+    try:
+        with files.open_file(path) as f:
+            config = json.loads(f.read())
+        config["flags"].items()
+        return config
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise InputError(f"{path}: not the config.json of a training run; restore it or remove it") from None
+
+
+# Weights
+
+
+def load_weights(model, path):
+    """Load a checkpoint into `model`, where each name and shape must match.
+
+    :raises InputError: when they don't: it names the flags that differ, as far as weights can tell.
+    """
+    state_dict = dist_util.load_state_dict(path, map_location="cpu")
+    if not isinstance(state_dict, dict) or not all(isinstance(v, th.Tensor) for v in state_dict.values()):
+        raise InputError(f"{path}: not a model's weights (an optimiser's state, perhaps)")
+    expected = model.state_dict()
+    if {k: v.shape for k, v in state_dict.items()} != {k: v.shape for k, v in expected.items()}:
+        raise InputError(f"{path}: a checkpoint of another architecture: {_differences(state_dict, expected)}")
+    model.load_state_dict(state_dict, strict=True)
+
+
+def _differences(found, expected, most=3):
+    """Say how two state_dicts differ: by the flags behind them, else by the first names."""
+    found_facts, expected_facts = describe_weights(found), describe_weights(expected)
+    differing = [
+        f"{name} is {found_facts.get(name)} in the file and {expected_facts.get(name)} by the flags"
+        for name in {**found_facts, **expected_facts}
+        if found_facts.get(name) != expected_facts.get(name)
+    ]
+    if not differing:
+        names = [
+            n for n in {**expected, **found} if n not in found or n not in expected or found[n].shape != expected[n].shape
+        ]
+        differing = [f"{n} differs" for n in names]
+    more = f" (and {len(differing) - most} more)" if len(differing) > most else ""
+    return "; ".join(islice(differing, most)) + more
+
+
+def describe_weights(state_dict):
+    """Read off a state_dict the flags it was built with, as far as names and shapes show them: a dict by flag name.
+
+    A file that is none of this package's networks gives {"network": "unknown"}.
+    """
+    try:
+        return _describe({name: tuple(v.shape) for name, v in state_dict.items()})
+    except (KeyError, IndexError, ZeroDivisionError):
+        return {"network": "unknown"}
+
+
+def _describe(shape):
+    is_unet = "output_blocks.0.0.in_layers.0.weight" in shape
+    facts = {"network": "diffusion model" if is_unet else "classifier"}
+    width = shape["time_embed.0.weight"][1]
+    facts["num_channels" if is_unet else "classifier_width"] = width
+    facts["in_channels (twice that for an upsampler)"] = shape["input_blocks.0.0.weight"][1]
+    facts.update(_unet_facts(shape, width) if is_unet else _classifier_facts(shape, width))
+    widened = shape.get("input_blocks.1.0.emb_layers.1.weight", (0,))[0]
+    prefix = "" if is_unet else "classifier_"
+    facts[f"{prefix}use_scale_shift_norm"] = widened == 2 * shape.get("input_blocks.1.0.out_layers.0.weight", (0,))[0]
+    return facts
+
+
+def _count(shape, stem):
+    return len({name.split(".")[1] for name in shape if name.startswith(stem + ".")})
+
+
+def _block_width(shape, block):
+    return shape[f"{block}.0.out_layers.0.weight"][0]
+
+
+def _unet_facts(shape, width):
+    blocks = [f"output_blocks.{i}" for i in range(_count(shape, "output_blocks"))]
+
+    def layers(block, layer):  # the layers of a block that have a parameter of this name
+        return [i for i in (1, 2) if f"{block}.{i}.{layer}" in shape]
+
+    ups = [b for b in blocks if layers(b, "in_layers.0.weight") or layers(b, "conv.weight")]
+    depth = blocks.index(ups[0]) if ups else len(blocks) - 1
+    levels = blocks[:: depth + 1]
+    attention = [i for i, b in enumerate(reversed(levels)) if layers(b, "qkv.weight")]
+    labels = shape.get("label_emb.weight")
+    facts = {
+        "class_cond": labels is not None,
+        "learn_sigma (output channels)": shape["out.2.weight"][0],
+        "num_res_blocks": depth,
+        "channel_mult": ",".join(f"{_block_width(shape, b) / width:g}" for b in reversed(levels)),
+        "attention_resolutions (levels with attention)": ",".join(map(str, attention)),
+        "resblock_updown": any(layers(b, "in_layers.0.weight") for b in ups),
+    }
+    if labels is not None:
+        facts["num_classes"] = labels[0]
+    return facts
+
+
+def _classifier_facts(shape, width):
+    # What sits on one of four heads: out.2 pools by attention, out.3 is a convolution, out.0 a linear layer.
+    if "out.2.positional_embedding" in shape:
+        pool, classes = "attention", shape["out.2.c_proj.weight"][0]
+    elif "out.3.bias" in shape and len(shape["out.3.weight"]) > 2:
+        pool, classes = "adaptive", shape["out.3.weight"][0]
+    elif "out.3.bias" in shape:
+        pool, classes = "spatial_v2", shape["out.3.weight"][0]
+    else:
+        pool, classes = "spatial", shape["out.2.weight"][0]
+    blocks = [f"input_blocks.{i}" for i in range(1, _count(shape, "input_blocks"))]
+    residual = [b for b in blocks if f"{b}.0.out_layers.0.weight" in shape]
+    facts = {
+        "classifier_pool": pool,
+        "num_classes": classes,
+        "classifier_depth and image_size (number of blocks)": len(blocks),
+        "classifier_resblock_updown": residual == blocks,
+        "channel multiples (widths of the blocks)": ",".join(f"{_block_width(shape, b) / width:g}" for b in residual),
+        "classifier_attention_resolutions (blocks with attention)": ",".join(
+            b.split(".")[1] for b in blocks if f"{b}.1.qkv.weight" in shape
+        ),
+    }
+    if pool == "attention":
+        facts["image_size (positions that attention pools)"] = shape["out.2.positional_embedding"][1] - 1
+    return facts

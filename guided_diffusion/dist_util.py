@@ -1,0 +1,262 @@
+"""Ranks, devices and what passes between ranks. Everything here also works in one process without a process group.
+
+Jobs start under mpiexec, torchrun or plain python; the environment that the launcher leaves says which.
+"""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+
+import torch as th
+import torch.distributed as dist
+
+from . import files
+from .errors import InputError
+
+GPUS_PER_NODE = 8  # an assumption of old scripts that import it; the device follows from the rank within the node
+
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
+SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+GRACE_S = 3.0  # how long a rank with bad input waits to learn whether all have it
+
+_comm = None  # MPI's communicator, under an MPI launcher
+_store = None  # the key-value store through which ranks met
+_local_rank = 0
+
+
+def launcher_rank():
+    """This process's rank by the launcher's environment variables: known before, and without, setup_dist()."""
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
+
+
+def get_rank():
+    """This process's rank: 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size():
+    """The number of ranks: 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def setup_dist():
+    """Join the job's other ranks and choose this rank's device. Does nothing when called again.
+
+    Afterwards torch.distributed is initialised, by nccl on GPUs and gloo on CPUs, and an exception that nothing
+    catches ends all ranks.
+    """
+    global _store
+    if dist.is_initialized():
+        return
+    rank, world_size = _meet()
+    if th.cuda.is_available():
+        th.cuda.set_device(_local_rank % th.cuda.device_count())
+    backend = "nccl" if th.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    sys.excepthook = _end_all_ranks
+
+
+def _meet():
+    """Open the store that all ranks share: (rank, world size)."""
+    global _store, _local_rank
+    world_size = max((int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ), default=1)
+    if world_size == 1:
+        _store = dist.HashStore()
+        return 0, 1
+    if "MASTER_ADDR" in os.environ and "RANK" in os.environ:  # torchrun
+        _local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        rank = int(os.environ["RANK"])
+        _store, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
+    else:
+        rank, world_size, local_size = _meet_by_mpi()
+    _share_cores(local_size)
+    return rank, world_size
+
+
+def _meet_by_mpi():
+    global _comm, _store, _local_rank
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as e:
+        raise InputError(
+            f"started by an MPI launcher, but mpi4py finds no MPI library ({e}): pip install mpi4py mpich, or use the "
+            f"launcher and library of the cluster"
+        ) from None
+    _comm = MPI.COMM_WORLD
+    node = _comm.Split_type(MPI.COMM_TYPE_SHARED)
+    _local_rank = node.Get_rank()
+    rank, world_size = _comm.Get_rank(), _comm.Get_size()
+    one_node = _comm.allreduce(node.Get_size(), MPI.MIN) == world_size
+    host = "127.0.0.1" if one_node else _own_address()
+    if rank == 0:
+        _store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    host, port = _comm.bcast((host, _store.port) if rank == 0 else None)
+    if rank != 0:
+        _store = dist.TCPStore(host, port, is_master=False)
+    return rank, world_size, node.Get_size()
+
+
+def _own_address():
+    """This node's address as other nodes see it."""
+    import socket
+
+    return socket.gethostbyname(socket.getfqdn())
+
+
+def _share_cores(local_size):
+    """Divide the node's cores among its ranks, unless the user decided."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        th.set_num_threads(max(1, cores // local_size))
+
+
+def dev():
+    """This rank's device: its GPU, or the CPU."""
+    return th.device("cuda", th.cuda.current_device()) if th.cuda.is_available() else th.device("cpu")
+
+
+# What passes between ranks
+
+
+def load_state_dict(path, **kwargs):
+    """Load a file of tensors. Not a collective: each rank that calls it reads the file.
+
+    :param kwargs: for torch.load, such as map_location.
+    :raises InputError: when the file is missing or holds anything but tensors and plain containers.
+    """
+    try:
+        with files.open_file(path, "rb") as f:
+            return th.load(f, **{**kwargs, "weights_only": True})
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: a folder, where a checkpoint file was expected") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, *_UNPICKLING_ERRORS) as e:
+        if isinstance(e, th.OutOfMemoryError):
+            raise
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise InputError(f"{path}: not a checkpoint of tensors, or damaged ({reason[:120]})") from None
+
+
+def _unpickling_errors():
+    import pickle
+
+    return (pickle.UnpicklingError, AttributeError, ImportError)
+
+
+_UNPICKLING_ERRORS = _unpickling_errors()
+
+
+@th.no_grad()
+def sync_params(params):
+    """Give every rank the tensors of rank 0, in place."""
+    if get_world_size() > 1:
+        for p in params:
+            dist.broadcast(p.detach(), 0)
+
+
+@th.no_grad()
+def average_gradients(params):
+    """Replace every gradient by its mean over the ranks, in one all-reduce a dtype.
+
+    A parameter without a gradient counts as one of zeros: a rank may have skipped what another used.
+    """
+    if get_world_size() == 1:
+        return
+    by_dtype = {}
+    for p in params:
+        if p.grad is None:
+            p.grad = th.zeros_like(p)
+        by_dtype.setdefault(p.dtype, []).append(p.grad)
+    for grads in by_dtype.values():
+        flat = th.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(flat)
+        flat /= get_world_size()
+        th._foreach_copy_(grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads)])
+
+
+def all_gather_uneven(tensor):
+    """Gather tensors that differ between ranks in their first dimension only: a list, in the order of ranks."""
+    if get_world_size() == 1:
+        return [tensor]
+    device = dev()
+    sizes = [th.zeros(1, dtype=th.int64, device=device) for _ in range(get_world_size())]
+    dist.all_gather(sizes, th.tensor([len(tensor)], device=device))
+    longest = max(int(s) for s in sizes)
+    padded = tensor.new_zeros(longest, *tensor.shape[1:], device=device)
+    padded[: len(tensor)] = tensor
+    gathered = [th.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return [g[: int(s)].to(tensor.device) for g, s in zip(gathered, sizes)]
+
+
+def broadcast_object(value):
+    """Give every rank rank 0's `value` (anything that pickles)."""
+    if get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=dev())
+    return box[0]
+
+
+def barrier():
+    """Wait for all ranks."""
+    if get_world_size() > 1:
+        dist.barrier()
+
+
+# How ranks end
+
+
+def _end_all_ranks(kind, error, trace):
+    """The hook for uncaught exceptions: say what happened, once where all ranks failed alike, and end every rank."""
+    status = 130 if issubclass(kind, KeyboardInterrupt) else 1
+    everywhere = issubclass(kind, (InputError, KeyboardInterrupt)) and _all_ranks_failed()
+    if not everywhere or get_rank() == 0:
+        who = "" if everywhere or get_world_size() == 1 else f"rank {get_rank()}: "
+        if issubclass(kind, InputError):
+            print(f"{who}error: {error}", file=sys.stderr)
+        elif issubclass(kind, KeyboardInterrupt):
+            print(f"{who}interrupted", file=sys.stderr)
+        else:
+            print("".join(f"{who}{line}" for line in traceback.format_exception(kind, error, trace)), file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if get_world_size() == 1:
+        return
+    if _comm is not None and not everywhere:
+        _comm.Abort(status)
+    if _comm is not None:
+        _finalize_or_abort(status)
+    os._exit(status)
+
+
+def _all_ranks_failed():
+    """Whether every rank ends for a user's mistake within a moment: then one rank speaks for all."""
+    world_size = get_world_size()
+    if world_size == 1:
+        return True
+    try:
+        _store.add("failed", 1)
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline:
+            if _store.add("failed", 0) == world_size:
+                return True
+            time.sleep(0.02)
+        return False
+    except RuntimeError:  # the store's rank has gone: it has seen all fail and spoken
+        return True
+
+
+def _finalize_or_abort(status):
+    """Leave MPI in good order, so that the launcher adds nothing of its own to the message."""
+    from mpi4py import MPI
+
+    timer = threading.Timer(GRACE_S, os._exit, [status])
+    timer.daemon = True
+    timer.start()
+    MPI.Finalize()

@@ -1,0 +1,100 @@
+"""Files on local disks and at blob URLs (gs://, az://, https://) alike, and writing them so that none is left half-done.
+
+blobfile is imported only for URLs, so that local work needs nothing of it.
+"""
+
+import io
+import os
+from contextlib import contextmanager
+
+
+def is_url(path):
+    """Whether `path` is a blob URL rather than a local path."""
+    return "://" in str(path)
+
+
+def _blobfile():
+    import blobfile
+
+    return blobfile
+
+
+def open_file(path, mode="rb"):
+    """Open for reading."""
+    return _blobfile().BlobFile(path, mode) if is_url(path) else open(path, mode)
+
+
+def exists(path):
+    return _blobfile().exists(path) if is_url(path) else os.path.exists(path)
+
+
+def is_dir(path):
+    return _blobfile().isdir(path) if is_url(path) else os.path.isdir(path)
+
+
+def list_dir(path):
+    """The names in a folder, sorted."""
+    return sorted(_blobfile().listdir(path) if is_url(path) else os.listdir(path))
+
+
+def join(path, name):
+    return _blobfile().join(path, name) if is_url(path) else os.path.join(path, name)
+
+
+def dirname(path):
+    return _blobfile().dirname(path) if is_url(path) else os.path.dirname(path)
+
+
+def make_dirs(path):
+    if is_url(path):
+        _blobfile().makedirs(path)
+    else:
+        os.makedirs(path, exist_ok=True)
+
+
+def remove(path):
+    if is_url(path):
+        _blobfile().remove(path)
+    else:
+        os.remove(path)
+
+
+@contextmanager
+def write_atomically(path):
+    """Yield a binary file that becomes `path` when the block ends without an exception, and vanishes otherwise.
+
+    A local file is written beside its destination under a temporary name, flushed to the disk and renamed. At a blob
+    URL an object appears once its upload has ended.
+    """
+    if is_url(path):
+        buffer = io.BytesIO()
+        yield buffer
+        with _blobfile().BlobFile(path, "wb") as f:
+            f.write(buffer.getbuffer())
+        return
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+    _sync_dir(os.path.dirname(path) or ".")
+
+
+def _sync_dir(path):
+    """Make a rename in this folder survive a power cut. Not every system can."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)

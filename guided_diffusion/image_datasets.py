@@ -1,0 +1,232 @@
+"""From image files to batches: listing, labels, crops, sharding over ranks."""
+
+import math
+import os
+import random
+
+import numpy as np
+import torch as th
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from . import dist_util, files
+from .errors import InputError, choose
+
+EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp")
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def load_data(
+    *,
+    data_dir,
+    batch_size,
+    image_size,
+    class_cond=False,
+    deterministic=False,
+    random_crop=False,
+    random_flip=True,
+    num_classes=None,
+    channels=3,
+    num_workers=1,
+):
+    """Yield batches for ever from this rank's share of a folder of images.
+
+    :param data_dir: a folder, or a blob URL, searched recursively.
+    :param batch_size: images a batch, on each rank.
+    :param image_size: the side that images are cropped to.
+    :param class_cond: give labels: a file's class is its name up to the first underscore, and classes are numbered in
+        sorted order.
+    :param deterministic: go through the images in a fixed order, without random crops and flips.
+    :param random_crop: crop at random instead of at the centre.
+    :param random_flip: mirror half of the images.
+    :param num_classes: how many classes the model has; more in the folder are refused.
+    :param channels: 1 for grey images, 3 for RGB.
+    :param num_workers: processes that decode; 0 decodes in this one.
+    :return: pairs of images [batch_size, channels, image_size, image_size] float32 in [-1, 1], and a dict that holds,
+        with class_cond, the labels "y" [batch_size] int64.
+    :raises InputError: for a folder that is missing, has no images or too few for a batch, or labels that don't fit.
+    """
+    paths = _list_images(data_dir)
+    classes = class_labels(paths, num_classes)[0] if class_cond else None
+    rank, num_ranks = dist_util.get_rank(), dist_util.get_world_size()
+    smallest_share = len(paths) // num_ranks
+    if smallest_share < batch_size:
+        raise InputError(
+            f"--data_dir {data_dir}: {len(paths)} images over {num_ranks} ranks leave {smallest_share} for a rank, fewer "
+            f"than a batch: lower --batch_size {batch_size} or give more images"
+        )
+    dataset = ImageDataset(
+        image_size,
+        paths,
+        classes=classes,
+        shard=rank,
+        num_shards=num_ranks,
+        random_crop=random_crop and not deterministic,
+        random_flip=random_flip and not deterministic,
+        channels=channels,
+    )
+    loader = DataLoader(
+        _ErrorsAsItems(dataset),
+        batch_size=batch_size,
+        shuffle=not deterministic,
+        num_workers=num_workers,
+        drop_last=True,
+        collate_fn=_collate,
+        persistent_workers=num_workers > 0,
+    )
+    return _endless(loader)
+
+
+def _endless(loader):
+    while True:
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+
+class _ErrorsAsItems(Dataset):
+    """Hand errors over as items: a worker process that raised them would bury the message in its traceback."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        try:
+            return self.dataset[index]
+        except InputError as e:
+            return e
+
+
+def _collate(items):
+    error = next((item for item in items if isinstance(item, InputError)), None)
+    return error if error is not None else th.utils.data.default_collate(items)
+
+
+def _list_images(data_dir):
+    if not data_dir:
+        raise InputError("--data_dir is missing: give a folder of images")
+    if not files.is_dir(data_dir):
+        raise InputError(f"--data_dir {data_dir}: {'not a folder' if files.exists(data_dir) else 'no such folder'}")
+    paths = _list_image_files_recursively(data_dir)
+    if not paths:
+        raise InputError(f"--data_dir {data_dir}: no image in it (looked for {', '.join(EXTENSIONS)}, also in subfolders)")
+    return paths
+
+
+def _list_image_files_recursively(data_dir):
+    """The paths of all images in a folder and those below it, folder by folder in sorted order."""
+    results = []
+    for name in files.list_dir(data_dir):
+        path = files.join(data_dir, name)
+        if "." in name and name.rsplit(".", 1)[1].lower() in EXTENSIONS:
+            results.append(path)
+        elif files.is_dir(path):
+            results.extend(_list_image_files_recursively(path))
+    return results
+
+
+def class_labels(paths, num_classes=None):
+    """Number the classes in file names such as cat_0001.png.
+
+    :param num_classes: the most that are allowed.
+    :return: the label of each path, and the sorted class names.
+    """
+    stems = [os.path.basename(path) for path in paths]
+    unlabelled = next((path for path, stem in zip(paths, stems) if "_" not in stem), None)
+    if unlabelled is not None:
+        raise InputError(f"{unlabelled}: no class label in its name: a class-conditional run needs names LABEL_REST.png")
+    names = [stem.split("_", 1)[0] for stem in stems]
+    table = sorted(set(names))
+    if num_classes is not None and len(table) > num_classes:
+        raise InputError(
+            f"{len(table)} classes in the file names ({', '.join(table[:3])}, ...), but --num_classes is {num_classes}: "
+            f"labels from {num_classes} on would be outside the model's range"
+        )
+    number = {name: i for i, name in enumerate(table)}
+    return [number[name] for name in names], table
+
+
+class ImageDataset(Dataset):
+    """Images cropped to a square, and their labels.
+
+    :param resolution: the square's side.
+    :param image_paths: all images; this dataset takes every num_shards-th, from the shard-th on.
+    :param classes: all labels, in the order of image_paths.
+    :param channels: 1 for grey images, 3 for RGB.
+
+    Items are an array [channels, resolution, resolution] float32 in [-1, 1], and a dict that holds the label "y" where
+    there are classes.
+    """
+
+    def __init__(
+        self,
+        resolution,
+        image_paths,
+        classes=None,
+        shard=0,
+        num_shards=1,
+        random_crop=False,
+        random_flip=True,
+        channels=3,
+    ):
+        super().__init__()
+        self.resolution = resolution
+        self.local_images = image_paths[shard:][::num_shards]
+        self.local_classes = None if classes is None else classes[shard:][::num_shards]
+        self.random_crop = random_crop
+        self.random_flip = random_flip
+        self.mode = choose("number of image channels (--in_channels)", channels, MODES)
+
+    def __len__(self):
+        return len(self.local_images)
+
+    def __getitem__(self, idx):
+        image = self._read(self.local_images[idx])
+        crop = random_crop_arr if self.random_crop else center_crop_arr
+        arr = crop(image, self.resolution)
+        if self.random_flip and random.random() < 0.5:
+            arr = arr[:, ::-1]
+        arr = arr.reshape(self.resolution, self.resolution, -1).astype(np.float32) / 127.5 - 1
+        labels = {} if self.local_classes is None else {"y": np.array(self.local_classes[idx], dtype=np.int64)}
+        return np.ascontiguousarray(arr.transpose(2, 0, 1)), labels
+
+    def _read(self, path):
+        try:
+            with files.open_file(path) as f, Image.open(f) as image:
+                return image.convert(self.mode)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+            raise InputError(f"{path}: cannot read this image ({reason}): repair or remove it") from None
+
+
+def center_crop_arr(pil_image, image_size):
+    """Shrink an image until its shorter side is image_size and take the middle: uint8 [image_size, image_size(, C)]."""
+    arr = np.array(_shrink(pil_image, image_size))
+    y, x = ((side - image_size) // 2 for side in arr.shape[:2])
+    return arr[y : y + image_size, x : x + image_size]
+
+
+def random_crop_arr(pil_image, image_size, min_crop_frac=0.8, max_crop_frac=1.0):
+    """Shrink an image and take a random square of it: uint8 [image_size, image_size(, C)].
+
+    :param min_crop_frac, max_crop_frac: the range of the crop's side over the image's shorter side.
+    """
+    shorter = random.randrange(math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac) + 1)
+    arr = np.array(_shrink(pil_image, shorter))
+    y, x = (random.randrange(side - image_size + 1) for side in arr.shape[:2])
+    return arr[y : y + image_size, x : x + image_size]
+
+
+def _shrink(image, shorter):
+    """Resize an image so that its shorter side is `shorter`: by halves with a box filter, then bicubic.
+
+    The halving keeps strong reductions from aliasing.
+    """
+    while min(*image.size) >= 2 * shorter:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.BOX)
+    scale = shorter / min(*image.size)
+    return image.resize(tuple(round(x * scale) for x in image.size), resample=Image.BICUBIC)

@@ -1,0 +1,149 @@
+"""The released models as data: what each was built with, how to sample from it, and how it was trained.
+
+Head counts and attention order leave the shapes of weights as they are: a checkpoint built with the wrong ones loads
+without complaint and samples garbage. So nobody should have to type them.
+"""
+
+from dataclasses import dataclass, field
+
+from .errors import choose
+from .script_util import (
+    classifier_and_diffusion_defaults,
+    create_classifier_and_diffusion,
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+    sr_create_model_and_diffusion,
+    sr_model_and_diffusion_defaults,
+)
+
+FACTORIES = {
+    "diffusion": (create_model_and_diffusion, model_and_diffusion_defaults),
+    "upsampler": (sr_create_model_and_diffusion, sr_model_and_diffusion_defaults),
+    "classifier": (create_classifier_and_diffusion, classifier_and_diffusion_defaults),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A released checkpoint.
+
+    :param kind: "diffusion", "upsampler" or "classifier".
+    :param file_name: the released file's name.
+    :param flags: the flags it was built with, where they differ from the defaults.
+    :param sampling: recommended flags for sampling from it. For a classifier: of guided sampling with it, beside those
+        of the diffusion model.
+    :param training: flags of the training recipe, with the global batch size over all ranks as "global_batch".
+    """
+
+    kind: str
+    file_name: str
+    flags: dict
+    sampling: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+
+    def all_flags(self):
+        """The flags with the defaults filled in."""
+        return {**FACTORIES[self.kind][1](), **self.flags}
+
+    def create(self, **changes):
+        """Build the network and its process, with random weights.
+
+        :param changes: flags to change, such as timestep_respacing or use_fp16.
+        """
+        return FACTORIES[self.kind][0](**{**self.all_flags(), **changes})
+
+
+def get_preset(name):
+    """The preset of a released checkpoint, by the name of its file without the suffix."""
+    return choose("preset", name, PRESETS)
+
+
+# What all diffusion models and upsamplers have in common (ADM, section 3 and appendix I).
+_ADM = dict(
+    diffusion_steps=1000,
+    learn_sigma=True,
+    resblock_updown=True,
+    use_scale_shift_norm=True,
+    attention_resolutions="32,16,8",
+    noise_schedule="linear",
+    num_res_blocks=2,
+    use_fp16=True,
+)
+_TRAINING = dict(lr=1e-4, weight_decay=0.0, ema_rate="0.9999", global_batch=256)
+_STEPS_250 = dict(timestep_respacing="250", use_ddim=False)
+_IMAGENET_256 = dict(_ADM, image_size=256, num_channels=256, num_head_channels=64)
+
+
+def _diffusion(name, flags, iterations, **training):
+    training = {**_TRAINING, "total_steps": iterations, **training}
+    return Preset("diffusion", f"{name}.pt", flags, dict(_STEPS_250), training)
+
+
+def _lsun(name, iterations, dropout=0.1, respacing="250"):
+    flags = dict(_IMAGENET_256, class_cond=False, dropout=dropout)
+    preset = _diffusion(name, flags, iterations)
+    preset.sampling["timestep_respacing"] = respacing
+    return preset
+
+
+def _upsampler(name, flags, iterations):
+    training = {**_TRAINING, "total_steps": iterations}
+    return Preset("upsampler", f"{name}.pt", dict(_ADM, class_cond=True, num_channels=192, **flags),
+                  dict(_STEPS_250), training)  # fmt: skip
+
+
+def _classifier(size, scale, ddim_scale=None, lr=3e-4, weight_decay=0.05, global_batch=256, iterations=300_000, **flags):
+    """scale is for 250 DDPM steps; ddim_scale for 25 DDIM steps, where the paper gives one."""
+    sampling = dict(classifier_scale=scale)
+    if ddim_scale is not None:
+        sampling["ddim"] = dict(classifier_scale=ddim_scale, timestep_respacing="ddim25", use_ddim=True)
+    training = dict(
+        lr=lr, weight_decay=weight_decay, global_batch=global_batch, iterations=iterations, anneal_lr=True,
+        noise_schedule="cosine" if size == 64 else "linear",
+    )  # fmt: skip
+    return Preset("classifier", f"{size}x{size}_classifier.pt", dict(image_size=size, **flags), sampling, training)
+
+
+PRESETS = {
+    "64x64_diffusion": _diffusion(
+        "64x64_diffusion",
+        dict(
+            _ADM, image_size=64, num_channels=192, num_res_blocks=3, num_head_channels=64, class_cond=True,
+            dropout=0.1, noise_schedule="cosine", use_new_attention_order=True,
+        ),
+        540_000,
+        lr=3e-4,
+        global_batch=2048,
+    ),
+    "128x128_diffusion": _diffusion(
+        "128x128_diffusion",
+        dict(_ADM, image_size=128, num_channels=256, num_heads=4, class_cond=True),
+        4_360_000,
+    ),
+    "256x256_diffusion": _diffusion("256x256_diffusion", dict(_IMAGENET_256, class_cond=True), 1_980_000),
+    # Released beside the paper's models: its iterations are not published, the class-conditional model's stand in.
+    "256x256_diffusion_uncond": _diffusion(
+        "256x256_diffusion_uncond", dict(_IMAGENET_256, class_cond=False), 1_980_000
+    ),
+    "512x512_diffusion": _diffusion(
+        "512x512_diffusion", dict(_IMAGENET_256, image_size=512, class_cond=True, use_fp16=False), 1_940_000
+    ),
+    # The paper's best LSUN figures are those of all 1000 steps; of 250, 90,60,60,20,20 beats a uniform spacing.
+    "lsun_bedroom": _lsun("lsun_bedroom", 500_000, respacing="90,60,60,20,20"),
+    "lsun_cat": _lsun("lsun_cat", 200_000, respacing="90,60,60,20,20"),
+    "lsun_horse": _lsun("lsun_horse", 250_000, respacing="90,60,60,20,20"),
+    "lsun_horse_nodropout": _lsun("lsun_horse_nodropout", 250_000, dropout=0.0, respacing="90,60,60,20,20"),
+    "64_256_upsampler": _upsampler("64_256_upsampler", dict(large_size=256, small_size=64, num_heads=4), 500_000),
+    "128_512_upsampler": _upsampler(
+        "128_512_upsampler",
+        dict(large_size=512, small_size=128, num_head_channels=64, attention_resolutions="32,16"),
+        1_050_000,
+    ),
+    # The paper gives no scale for 64x64; 1 is where guidance starts from.
+    "64x64_classifier": _classifier(
+        64, 1.0, lr=6e-4, weight_decay=0.2, global_batch=1024, classifier_depth=4
+    ),
+    "128x128_classifier": _classifier(128, 0.5, ddim_scale=1.25),
+    "256x256_classifier": _classifier(256, 1.0, ddim_scale=2.5, iterations=500_000),
+    "512x512_classifier": _classifier(512, 4.0, ddim_scale=9.0, iterations=500_000),
+}  # fmt: skip

@@ -1,0 +1,103 @@
+"""Which timesteps to train on."""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch as th
+
+from . import dist_util
+from .errors import choose
+
+
+def create_named_schedule_sampler(name, diffusion):
+    """The schedule sampler called `name` for the timesteps of `diffusion`: "uniform" or "loss-second-moment"."""
+    return choose("--schedule_sampler", name, SAMPLERS)(diffusion)
+
+
+class ScheduleSampler(ABC):
+    """A distribution over timesteps that lowers the variance of the training objective.
+
+    Drawing a timestep by importance and weighting its loss leaves the objective's mean as it is.
+    """
+
+    @abstractmethod
+    def weights(self):
+        """The timesteps' weights: a numpy array [num_timesteps] of positive numbers, not necessarily normalised."""
+
+    def sample(self, batch_size, device, rng=np.random):
+        """Draw timesteps for a batch.
+
+        :param rng: where randomness comes from: numpy's global state, or a RandomState or Generator.
+        :return: timesteps [batch_size] int64, and the factors [batch_size] float32 that their losses are to have.
+        """
+        p = self.weights()
+        p = p / np.sum(p)
+        indices = rng.choice(len(p), size=(batch_size,), p=p)
+        factors = 1 / (len(p) * p[indices])
+        return th.from_numpy(indices).long().to(device), th.from_numpy(factors).float().to(device)
+
+
+class UniformSampler(ScheduleSampler):
+    """Every timestep alike."""
+
+    def __init__(self, diffusion):
+        self.diffusion = diffusion
+        self._weights = np.ones([diffusion.num_timesteps])
+
+    def weights(self):
+        return self._weights
+
+
+class LossAwareSampler(ScheduleSampler):
+    """A sampler that learns from the losses seen; every rank learns from every rank's."""
+
+    def update_with_local_losses(self, local_ts, local_losses):
+        """Share this rank's losses with all ranks and learn from all. Every rank must call it.
+
+        :param local_ts: timesteps [N], where N may differ between ranks.
+        :param local_losses: their losses [N].
+        """
+        pairs = th.stack([local_ts.double(), local_losses.detach().double()], dim=1)
+        ts, losses = th.cat(dist_util.all_gather_uneven(pairs)).T.tolist()
+        self.update_with_all_losses([int(t) for t in ts], losses)
+
+    @abstractmethod
+    def update_with_all_losses(self, ts, losses):
+        """Learn from `losses` at timesteps `ts`, lists that are the same on every rank.
+
+        What an implementation does must depend on its arguments alone, so that all ranks stay in the same state.
+        """
+
+
+class LossSecondMomentResampler(LossAwareSampler):
+    """Weights in proportion to sqrt(E[loss^2]) ("Improved DDPM", eq. 18), over each timestep's latest losses.
+
+    :param history_per_term: how many losses to remember for each timestep; until all have that many, all weigh alike.
+    :param uniform_prob: the share of draws that stays uniform.
+    """
+
+    def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):
+        self.diffusion = diffusion
+        self.history_per_term = history_per_term
+        self.uniform_prob = uniform_prob
+        self._loss_history = np.zeros([diffusion.num_timesteps, history_per_term], dtype=np.float64)
+        self._loss_counts = np.zeros([diffusion.num_timesteps], dtype=np.int64)
+
+    def weights(self):
+        if (self._loss_counts < self.history_per_term).any():
+            return np.ones([self.diffusion.num_timesteps], dtype=np.float64)
+        weights = np.sqrt(np.mean(self._loss_history**2, axis=-1))
+        weights /= np.sum(weights)
+        return weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
+
+    def update_with_all_losses(self, ts, losses):
+        for t, loss in zip(ts, losses):
+            if self._loss_counts[t] == self.history_per_term:
+                self._loss_history[t, :-1] = self._loss_history[t, 1:]
+                self._loss_history[t, -1] = loss
+            else:
+                self._loss_history[t, self._loss_counts[t]] = loss
+                self._loss_counts[t] += 1
+
+
+SAMPLERS = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}

@@ -1,0 +1,90 @@
+"""Sampling with a subset of the timesteps a model was trained on."""
+
+import numpy as np
+import torch as th
+
+from .errors import InputError
+from .gaussian_diffusion import GaussianDiffusion
+
+
+def space_timesteps(num_timesteps, section_counts):
+    """Choose timesteps of an original process.
+
+    :param num_timesteps: T of the original process.
+    :param section_counts: how many to take from each of several equal sections of the process: a list of numbers, or
+        a string of numbers with commas between them. "10,10,15,20" takes 10 of the first quarter and 20 of the last.
+        "ddimN" takes N with a fixed integer stride, as the DDIM paper does.
+    :return: a set of timesteps.
+    :raises InputError: when a section has fewer steps than are asked of it, or no integer stride gives N.
+    """
+    if isinstance(section_counts, str):
+        if section_counts.startswith("ddim"):
+            return _strided_timesteps(num_timesteps, section_counts)
+        try:
+            section_counts = [int(x) for x in section_counts.split(",")]
+        except ValueError:
+            raise InputError(
+                f"unknown spacing --timestep_respacing {section_counts!r}: give a count such as 250, one count a "
+                f"section such as 10,10,15,20, or ddimN such as ddim25"
+            ) from None
+    section_size, surplus = divmod(num_timesteps, len(section_counts))
+    start, steps = 0, set()
+    for i, count in enumerate(section_counts):
+        size = section_size + (i < surplus)
+        if not 1 <= count <= size:
+            raise InputError(
+                f"--timestep_respacing {','.join(map(str, section_counts))}: cannot take {count} timesteps from "
+                f"section {i + 1}, which has {size} of the process's {num_timesteps}"
+            )
+        # Steps are summed one stride at a time, and halves round to even: which timesteps a count means depends on both.
+        stride = (size - 1) / (count - 1) if count > 1 else 1
+        position = 0.0
+        for _ in range(count):
+            steps.add(start + round(position))
+            position += stride
+        start += size
+    return steps
+
+
+def _strided_timesteps(num_timesteps, spacing):
+    """Every k-th timestep, for the smallest k that leaves exactly the N of "ddimN"."""
+    count = spacing[len("ddim"):]
+    if not count.isdecimal() or int(count) < 1:
+        raise InputError(f"unknown spacing --timestep_respacing {spacing!r}: ddimN needs a number, such as ddim25")
+    count = int(count)
+    by_count = {}
+    for stride in range(1, num_timesteps + 1):
+        by_count.setdefault(len(range(0, num_timesteps, stride)), stride)
+    if count not in by_count:
+        nearest = min(by_count, key=lambda n: (abs(n - count), n))
+        raise InputError(
+            f"--timestep_respacing {spacing}: no integer stride takes exactly {count} of {num_timesteps} timesteps; "
+            f"the nearest that works is ddim{nearest}"
+        )
+    return set(range(0, num_timesteps, by_count[count]))
+
+
+class SpacedDiffusion(GaussianDiffusion):
+    """A process that visits only some timesteps of an original one, with the same alphas_cumprod at those.
+
+    :param use_timesteps: the timesteps of the original process to keep.
+    :param kwargs: what GaussianDiffusion takes for the original process.
+    """
+
+    def __init__(self, use_timesteps, **kwargs):
+        self.use_timesteps = set(use_timesteps)
+        self.original_num_steps = len(kwargs["betas"])
+        self.timestep_map = sorted(self.use_timesteps)
+        if not self.timestep_map or not 0 <= self.timestep_map[0] <= self.timestep_map[-1] < self.original_num_steps:
+            raise InputError(f"timesteps to keep must be some of 0..{self.original_num_steps - 1}")
+
+        alphas_cumprod = np.cumprod(1.0 - np.asarray(kwargs["betas"], dtype=np.float64))[self.timestep_map]
+        kwargs["betas"] = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+        super().__init__(**kwargs)
+        self._timestep_maps = {}
+
+    def model_timesteps(self, t):
+        """What the model sees: the original process's timesteps."""
+        if t.device not in self._timestep_maps:
+            self._timestep_maps[t.device] = th.tensor(self.timestep_map, device=t.device)
+        return self._rescale(self._timestep_maps[t.device][t], self.original_num_steps)

@@ -1,0 +1,367 @@
+"""From flags to models and diffusion processes.
+
+Each flag of a network or process is declared once, in a table below, with its default. `*_defaults()` hand out copies,
+the scripts' parsers and the factories derive from them.
+"""
+
+import argparse
+
+from . import gaussian_diffusion as gd
+from .dist_util import launcher_rank
+from .errors import InputError
+from .respace import SpacedDiffusion, space_timesteps
+from .unet import EncoderUNetModel, SuperResModel, UNetModel
+
+NUM_CLASSES = 1000
+
+DIFFUSION_FLAGS = dict(
+    learn_sigma=False,
+    diffusion_steps=1000,
+    noise_schedule="linear",
+    timestep_respacing="",
+    use_kl=False,
+    predict_xstart=False,
+    rescale_timesteps=False,
+    rescale_learned_sigmas=False,
+)
+DATA_FLAGS = dict(num_classes=NUM_CLASSES, in_channels=3)
+NETWORK_FLAGS = dict(
+    num_channels=128,
+    num_res_blocks=2,
+    num_heads=4,
+    num_heads_upsample=-1,
+    num_head_channels=-1,
+    attention_resolutions="16,8",
+    dropout=0.0,
+    class_cond=False,
+    use_checkpoint=False,
+    use_scale_shift_norm=True,
+    resblock_updown=False,
+    use_fp16=False,
+    use_bf16=False,
+    **DATA_FLAGS,
+)
+MODEL_FLAGS = dict(image_size=64, channel_mult="", use_new_attention_order=False, **NETWORK_FLAGS)
+UPSAMPLER_FLAGS = dict(large_size=256, small_size=64, **NETWORK_FLAGS)
+CLASSIFIER_FLAGS = dict(
+    image_size=64,
+    classifier_use_fp16=False,
+    classifier_use_bf16=False,
+    classifier_width=128,
+    classifier_depth=2,
+    classifier_attention_resolutions="32,16,8",
+    classifier_use_scale_shift_norm=True,
+    classifier_resblock_updown=True,
+    classifier_pool="attention",
+    **DATA_FLAGS,
+)
+# Flags that change how a network runs and not which function its weights make.
+RUNTIME_FLAGS = {
+    "use_fp16", "use_bf16", "use_checkpoint", "dropout", "classifier_use_fp16", "classifier_use_bf16",
+    "timestep_respacing", "use_kl", "rescale_learned_sigmas",
+}  # fmt: skip
+
+CHANNEL_MULTS = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4)}
+UPSAMPLER_CHANNEL_MULTS = {**CHANNEL_MULTS, 512: CHANNEL_MULTS[256]}
+CLASSIFIER_HEAD_CHANNELS = 64
+
+
+def diffusion_defaults():
+    """The flags of the process."""
+    return dict(DIFFUSION_FLAGS)
+
+
+def classifier_defaults():
+    """The flags of the classifier."""
+    return dict(CLASSIFIER_FLAGS)
+
+
+def model_and_diffusion_defaults():
+    """The flags of the diffusion model and its process."""
+    return {**MODEL_FLAGS, **DIFFUSION_FLAGS}
+
+
+def classifier_and_diffusion_defaults():
+    """The flags of the classifier and the process whose noise it sees."""
+    return {**CLASSIFIER_FLAGS, **DIFFUSION_FLAGS}
+
+
+def sr_model_and_diffusion_defaults():
+    """The flags of the upsampler and its process."""
+    return {**UPSAMPLER_FLAGS, **DIFFUSION_FLAGS}
+
+
+def _settle(flags, defaults):
+    """Fill in missing flags; refuse unknown ones as Python does."""
+    unknown = flags.keys() - defaults.keys()
+    if unknown:
+        raise TypeError(f"unknown flags: {', '.join(sorted(unknown))}")
+    return {**defaults, **flags}
+
+
+def _pick(flags, names):
+    return {name: flags[name] for name in names}
+
+
+def _diffusion_from_flags(flags):
+    flags = _pick(flags, DIFFUSION_FLAGS)
+    return create_gaussian_diffusion(steps=flags.pop("diffusion_steps"), **flags)
+
+
+def create_model_and_diffusion(image_size, class_cond, learn_sigma, **flags):
+    """Make a UNet and its process from the flags of model_and_diffusion_defaults()."""
+    flags.update(image_size=image_size, class_cond=class_cond, learn_sigma=learn_sigma)
+    flags = _settle(flags, model_and_diffusion_defaults())
+    model = create_model(**_pick(flags, [*MODEL_FLAGS, "learn_sigma"]))
+    return model, _diffusion_from_flags(flags)
+
+
+def create_model(
+    image_size,
+    num_channels,
+    num_res_blocks,
+    channel_mult="",
+    learn_sigma=False,
+    class_cond=False,
+    use_checkpoint=False,
+    attention_resolutions="16",
+    num_heads=1,
+    num_head_channels=-1,
+    num_heads_upsample=-1,
+    use_scale_shift_norm=False,
+    dropout=0,
+    resblock_updown=False,
+    use_fp16=False,
+    use_new_attention_order=False,
+    num_classes=NUM_CLASSES,
+    in_channels=3,
+    use_bf16=False,
+):
+    """Make a UNet from flags. These defaults are those of the original function, not of the scripts' flags.
+
+    :param channel_mult: numbers with commas, one a level; "" derives them from the image size.
+    :param attention_resolutions: the resolutions that have attention, numbers with commas.
+    """
+    if channel_mult == "":
+        channel_mult = default_channel_mult(image_size)
+    return UNetModel(
+        image_size=image_size,
+        in_channels=in_channels,
+        model_channels=num_channels,
+        out_channels=in_channels * (2 if learn_sigma else 1),
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=attention_factors("attention_resolutions", attention_resolutions, image_size),
+        dropout=dropout,
+        channel_mult=parse_numbers("channel_mult", channel_mult, float),
+        num_classes=num_classes if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        use_fp16=use_fp16,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown,
+        use_new_attention_order=use_new_attention_order,
+        use_bf16=use_bf16,
+    )
+
+
+def create_classifier_and_diffusion(image_size, classifier_use_fp16, classifier_width, **flags):
+    """Make a classifier and its process from the flags of classifier_and_diffusion_defaults()."""
+    flags.update(
+        image_size=image_size, classifier_use_fp16=classifier_use_fp16, classifier_width=classifier_width
+    )
+    flags = _settle(flags, classifier_and_diffusion_defaults())
+    return create_classifier(**_pick(flags, CLASSIFIER_FLAGS)), _diffusion_from_flags(flags)
+
+
+def create_classifier(image_size, classifier_use_fp16, classifier_width, **flags):
+    """Make a noisy-image classifier from the flags of classifier_defaults()."""
+    flags = _settle(flags, CLASSIFIER_FLAGS)
+    return EncoderUNetModel(
+        image_size=image_size,
+        in_channels=flags["in_channels"],
+        model_channels=classifier_width,
+        out_channels=flags["num_classes"],
+        num_res_blocks=flags["classifier_depth"],
+        attention_resolutions=attention_factors(
+            "classifier_attention_resolutions", flags["classifier_attention_resolutions"], image_size
+        ),
+        channel_mult=default_channel_mult(image_size),
+        use_fp16=classifier_use_fp16,
+        num_head_channels=CLASSIFIER_HEAD_CHANNELS,
+        use_scale_shift_norm=flags["classifier_use_scale_shift_norm"],
+        resblock_updown=flags["classifier_resblock_updown"],
+        pool=flags["classifier_pool"],
+        use_bf16=flags["classifier_use_bf16"],
+    )
+
+
+def sr_create_model_and_diffusion(large_size, small_size, class_cond, **flags):
+    """Make an upsampler and its process from the flags of sr_model_and_diffusion_defaults()."""
+    flags.update(large_size=large_size, small_size=small_size, class_cond=class_cond)
+    flags = _settle(flags, sr_model_and_diffusion_defaults())
+    model = sr_create_model(**_pick(flags, [*UPSAMPLER_FLAGS, "learn_sigma"]))
+    return model, _diffusion_from_flags(flags)
+
+
+def sr_create_model(large_size, small_size, num_channels, **flags):
+    """Make an upsampler from flags. It takes low-resolution images of any size: small_size only describes them."""
+    flags = _settle(flags, {**UPSAMPLER_FLAGS, "learn_sigma": False})
+    in_channels = flags["in_channels"]
+    return SuperResModel(
+        image_size=large_size,
+        in_channels=in_channels,
+        model_channels=num_channels,
+        out_channels=in_channels * (2 if flags["learn_sigma"] else 1),
+        num_res_blocks=flags["num_res_blocks"],
+        attention_resolutions=attention_factors(
+            "attention_resolutions", flags["attention_resolutions"], large_size
+        ),
+        channel_mult=default_channel_mult(large_size, UPSAMPLER_CHANNEL_MULTS),
+        num_classes=flags["num_classes"] if flags["class_cond"] else None,
+        **_pick(flags, [
+            "dropout", "use_checkpoint", "use_fp16", "use_bf16", "num_heads", "num_head_channels",
+            "num_heads_upsample", "use_scale_shift_norm", "resblock_updown",
+        ]),
+    )  # fmt: skip
+
+
+def create_gaussian_diffusion(
+    *,
+    steps=1000,
+    learn_sigma=False,
+    sigma_small=False,
+    noise_schedule="linear",
+    use_kl=False,
+    predict_xstart=False,
+    rescale_timesteps=False,
+    rescale_learned_sigmas=False,
+    timestep_respacing="",
+):
+    """Make a process.
+
+    :param steps: timesteps of the process that the model is trained on.
+    :param timestep_respacing: which of them to visit: see space_timesteps; "" visits all.
+    :param sigma_small: where the variance is not learned, take the posterior's instead of beta.
+    """
+    if steps < 1:
+        raise InputError(f"--diffusion_steps {steps}: a process needs at least one timestep")
+    if use_kl:
+        loss_type = gd.LossType.RESCALED_KL
+    elif rescale_learned_sigmas:
+        loss_type = gd.LossType.RESCALED_MSE
+    else:
+        loss_type = gd.LossType.MSE
+    if learn_sigma:
+        var_type = gd.ModelVarType.LEARNED_RANGE
+    else:
+        var_type = gd.ModelVarType.FIXED_SMALL if sigma_small else gd.ModelVarType.FIXED_LARGE
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=gd.get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        model_var_type=var_type,
+        loss_type=loss_type,
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+def default_channel_mult(image_size, table=CHANNEL_MULTS):
+    """The channel multiples for an image size: the paper's for 64, 128, 256 and 512, else derived.
+
+    Another size takes those of the next smaller of these (64, if there is none), as far as it can be halved to no less
+    than 4.
+    """
+    if image_size in table:
+        return table[image_size]
+    mult = table[max((size for size in table if size <= image_size), default=min(table))]
+    levels = 1
+    while levels < len(mult) and image_size % 2**levels == 0 and image_size // 2**levels >= 4:
+        levels += 1
+    return mult[:levels]
+
+
+def attention_factors(flag, resolutions, image_size):
+    """Turn resolutions that have attention ("32,16,8") into downsampling factors of an image size."""
+    resolutions = parse_numbers(flag, resolutions, int)
+    if any(r < 1 for r in resolutions):
+        raise InputError(f"--{flag} {','.join(map(str, resolutions))}: resolutions start from 1")
+    return tuple(image_size // r for r in resolutions)
+
+
+def parse_numbers(flag, text, kind):
+    """Parse a flag's list of numbers with commas. What is a list already is returned as a tuple.
+
+    :param kind: int or float; whole floats become ints.
+    """
+    if not isinstance(text, str):
+        return tuple(text)
+    try:
+        numbers = [kind(x) for x in text.split(",")] if text.strip() else []
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"--{flag} {text!r} does not parse: give {what} with commas between them") from None
+    return tuple(int(x) if x == int(x) else x for x in numbers)
+
+
+# Flags on the command line
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An argument parser for scripts that run on several ranks: a mistake is one line, printed by one of them."""
+
+    def error(self, message):
+        line = f"{self.prog}: error: {message} (--help lists the flags)"
+        raise SystemExit(line if launcher_rank() == 0 else 2)
+
+
+def add_dict_to_argparser(parser, default_dict):
+    """Add a flag for each entry of a dict, with its default and of its type. None stands for a string."""
+    for name, default in default_dict.items():
+        kind = str if default is None else str2bool if isinstance(default, bool) else type(default)
+        parser.add_argument(f"--{name}", default=default, type=kind)
+
+
+def args_to_dict(args, keys):
+    """The parsed flags of these names, as a dict."""
+    return {name: getattr(args, name) for name in keys}
+
+
+def str2bool(v):
+    """Parse a boolean flag: yes, true, t, y, 1 and no, false, f, n, 0, in any case."""
+    if isinstance(v, bool):
+        return v
+    if v.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if v.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"a boolean such as True or False is expected, not {v!r}")
+
+
+def given_flags(parser, argv=None):
+    """The flags that stand on the command line: a dict without those left to their defaults."""
+    defaults = {action.dest: action.default for action in parser._actions}
+    try:
+        parser.set_defaults(**{dest: argparse.SUPPRESS for dest in defaults})
+        return vars(parser.parse_args(argv))
+    finally:
+        parser.set_defaults(**defaults)
+
+
+def adopt_config(args, given, config, names, source):
+    """Take a model's flags from the record that came with it.
+
+    :param args: the parsed flags, changed in place.
+    :param given: those that were given by hand: see given_flags.
+    :param config: a dict of the flags that the model was trained with.
+    :param names: which of them to take.
+    :param source: what to call the record in an error.
+    :raises InputError: when a flag given by hand says otherwise.
+    """
+    for name in names:
+        if name not in config:
+            continue
+        if name in given and given[name] != config[name]:
+            raise InputError(f"--{name} {given[name]} contradicts {source}, which says {name} {config[name]}")
+        setattr(args, name, config[name])

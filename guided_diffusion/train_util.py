@@ -1,0 +1,300 @@
+"""The training loop: steps, averages of the weights, logs, checkpoints and resuming."""
+
+import copy
+import os
+import time
+from contextlib import nullcontext
+
+import torch as th
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+
+from . import checkpoint_util, dist_util, logger
+from .checkpoint_util import (  # others import these from here
+    find_ema_checkpoint,
+    find_resume_checkpoint,
+    get_blob_logdir,
+    parse_resume_step_from_filename,
+)
+from .errors import InputError
+from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
+from .nn import update_ema
+from .resample import LossAwareSampler, UniformSampler
+
+__all__ = [
+    "TrainLoop",
+    "find_ema_checkpoint",
+    "find_resume_checkpoint",
+    "get_blob_logdir",
+    "log_loss_dict",
+    "parse_resume_step_from_filename",
+]
+
+
+def training_flags():
+    """The flags of training a diffusion model that TrainLoop takes as they are, with their defaults."""
+    return dict(
+        lr=1e-4,
+        weight_decay=0.0,
+        lr_anneal_steps=0,
+        total_steps=0,
+        batch_size=1,
+        microbatch=-1,
+        ema_rate="0.9999",
+        log_interval=10,
+        save_interval=10000,
+        resume_checkpoint="",
+        use_fp16=False,
+        use_bf16=False,
+        fp16_scale_growth=1e-3,
+    )
+
+
+class TrainLoop:
+    """Trains a diffusion model; with other hooks (`prepare`, `compute_loss`, `after_step`), another network.
+
+    A step's gradient is that of the mean loss over the whole batch, over all ranks, however it is split into
+    microbatches. `step` counts the steps that this process has ended, `resume_step` those before it.
+
+    :param model: the network, on this rank's device, with the same architecture on every rank.
+    :param data: an iterator of pairs (images [batch_size, C, ...], dict of model keyword arguments [batch_size, ...]).
+    :param batch_size: images a step on each rank.
+    :param microbatch: how many of them pass through the network at once; -1 for all.
+    :param ema_rate: the rates of the weights' moving averages: a number, or a string of numbers with commas.
+    :param log_interval, save_interval: in steps.
+    :param resume_checkpoint: the modelNNNNNN.pt to go on from, or "".
+    :param schedule_sampler: which timesteps to train on; uniform by default.
+    :param lr_anneal_steps: steps over which the learning rate falls linearly to zero, after which training ends; 0
+        keeps it constant.
+    :param total_steps: steps after which training ends; 0 leaves that to lr_anneal_steps.
+    :param use_fp16, use_bf16, fp16_scale_growth, initial_lg_loss_scale: see MixedPrecisionTrainer.
+    """
+
+    def __init__(
+        self,
+        *,
+        model,
+        diffusion,
+        data,
+        batch_size,
+        microbatch,
+        lr,
+        ema_rate,
+        log_interval,
+        save_interval,
+        resume_checkpoint,
+        use_fp16=False,
+        fp16_scale_growth=1e-3,
+        schedule_sampler=None,
+        weight_decay=0.0,
+        lr_anneal_steps=0,
+        total_steps=0,
+        initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
+        use_bf16=False,
+    ):
+        for name, value in [("batch_size", batch_size), ("log_interval", log_interval), ("save_interval", save_interval)]:
+            if value < 1:
+                raise InputError(f"--{name} {value}: at least 1 is needed")
+        self.model = model
+        self.diffusion = diffusion
+        self.data = data
+        self.batch_size = batch_size
+        self.microbatch = microbatch if microbatch > 0 else batch_size
+        self.lr = lr
+        self.ema_rate = _parse_rates(ema_rate)
+        self.log_interval = log_interval
+        self.save_interval = save_interval
+        self.resume_checkpoint = resume_checkpoint
+        self.use_fp16 = use_fp16
+        self.fp16_scale_growth = fp16_scale_growth
+        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        self.weight_decay = weight_decay
+        self.lr_anneal_steps = lr_anneal_steps
+        self.total_steps = min((n for n in (total_steps, lr_anneal_steps) if n > 0), default=None)
+
+        self.step = 0
+        self.resume_step = parse_resume_step_from_filename(resume_checkpoint) if resume_checkpoint else 0
+        self.global_batch = batch_size * dist_util.get_world_size()
+
+        self._load_weights()
+        self.mp_trainer = MixedPrecisionTrainer(
+            model=model,
+            use_fp16=use_fp16,
+            fp16_scale_growth=fp16_scale_growth,
+            initial_lg_loss_scale=initial_lg_loss_scale,
+            use_bf16=use_bf16,
+        )
+        self.opt = AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
+        self._load_optimizer()
+        self.ema_params = [self._load_ema(rate) for rate in self.ema_rate]
+
+        self.use_ddp = th.cuda.is_available() and dist_util.get_world_size() > 1
+        self.ddp_model = model
+        if self.use_ddp:
+            self.ddp_model = DistributedDataParallel(
+                model, device_ids=[dist_util.dev()], broadcast_buffers=False, bucket_cap_mb=128
+            )
+
+    # Resuming. Every rank reads the files; the weights are then made equal to rank 0's all the same.
+
+    def _load_weights(self):
+        if self.resume_checkpoint:
+            checkpoint_util.require_path("resume_checkpoint", self.resume_checkpoint)
+            logger.log(f"resuming from {self.resume_checkpoint}, after step {self.resume_step}")
+            checkpoint_util.load_weights(self.model, self.resume_checkpoint)
+        dist_util.sync_params(self.model.parameters())
+
+    def _load_optimizer(self):
+        if not self.resume_checkpoint:
+            return
+        path = checkpoint_util.beside(self.resume_checkpoint, checkpoint_util.opt_name(self.resume_step))
+        if path is None:
+            logger.warn(f"no optimiser state beside {self.resume_checkpoint}: it starts afresh")
+            return
+        try:
+            self.opt.load_state_dict(dist_util.load_state_dict(path, map_location=dist_util.dev()))
+        except (ValueError, KeyError, TypeError) as e:
+            raise InputError(f"{path}: the optimiser's state of another run ({e})") from None
+
+    def _load_ema(self, rate):
+        path = find_ema_checkpoint(self.resume_checkpoint or None, self.resume_step, rate)
+        if path is None:
+            if self.resume_checkpoint:
+                logger.warn(f"no moving average {rate} beside {self.resume_checkpoint}: it starts from the weights")
+            return copy.deepcopy(self.mp_trainer.master_params)
+        state_dict = dist_util.load_state_dict(path, map_location=dist_util.dev())
+        params = self.mp_trainer.state_dict_to_master_params(state_dict)
+        dist_util.sync_params(params)
+        return params
+
+    # Running
+
+    def run_loop(self):
+        """Train until the end, with a progress bar on rank 0, logging and saving on the way and at the end."""
+        if self.total_steps is None:
+            logger.log("this run has no end: stop it by hand, or give --total_steps or --lr_anneal_steps")
+        saved = None
+        with progress_bar(total=self.total_steps, initial=self.steps_done, desc="training", unit="step") as bar:
+            while self.total_steps is None or self.steps_done < self.total_steps:
+                batch, cond = next(self.data)
+                self.run_step(batch, cond)
+                if self.step % self.log_interval == 0:
+                    logger.dumpkvs()
+                self.step += 1
+                bar.update()
+                if self.steps_done % self.save_interval == 0:
+                    self.save()
+                    saved = self.steps_done
+                    if os.environ.get("DIFFUSION_TRAINING_TEST"):  # integration tests end after the first save
+                        return
+        if saved != self.steps_done and self.step > 0:
+            self.save()
+
+    @property
+    def steps_done(self):
+        """Optimiser steps behind the weights, this process's and earlier ones'."""
+        return self.step + self.resume_step
+
+    def run_step(self, batch, cond):
+        """Take one step with a batch."""
+        self.forward_backward(batch, cond)
+        took_step = self.mp_trainer.optimize(self.opt)
+        if took_step:
+            self._update_ema()
+        self._anneal_lr()
+        self.after_step()
+        self.log_step()
+
+    def forward_backward(self, batch, cond):
+        """Compute the gradient of the mean loss over the global batch."""
+        self.mp_trainer.zero_grad()
+        batch, cond = self.prepare(batch, cond)
+        for start in range(0, len(batch), self.microbatch):
+            part = slice(start, start + self.microbatch)
+            micro = batch[part].to(dist_util.dev())
+            micro_cond = {k: v[part].to(dist_util.dev()) for k, v in cond.items()}
+            last = start + self.microbatch >= len(batch)
+            with self.ddp_model.no_sync() if self.use_ddp and not last else nullcontext():
+                loss = self.compute_loss(micro, micro_cond)
+                self.mp_trainer.backward(loss * (len(micro) / len(batch)))
+        if not self.use_ddp:
+            dist_util.average_gradients(self.mp_trainer.model_params)
+
+    # Hooks
+
+    def prepare(self, batch, cond):
+        """Change a batch before it is split into microbatches."""
+        return batch, cond
+
+    def compute_loss(self, micro, cond):
+        """The mean loss of a microbatch; logs its terms."""
+        t, weights = self.schedule_sampler.sample(micro.shape[0], dist_util.dev())
+        losses = self.diffusion.training_losses(self.ddp_model, micro, t, model_kwargs=cond)
+        if isinstance(self.schedule_sampler, LossAwareSampler):
+            self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
+        log_loss_dict(self.diffusion, t, {k: v * weights for k, v in losses.items()})
+        return (losses["loss"] * weights).mean()
+
+    def after_step(self):
+        """Whatever is to happen after a step, before its log."""
+
+    # After the gradient
+
+    def _update_ema(self):
+        for rate, params in zip(self.ema_rate, self.ema_params):
+            update_ema(params, self.mp_trainer.master_params, rate=rate)
+
+    def _anneal_lr(self):
+        """Set the next step's learning rate."""
+        if self.lr_anneal_steps:
+            done = self.steps_done / self.lr_anneal_steps
+            for group in self.opt.param_groups:
+                group["lr"] = self.lr * (1 - done)
+
+    def log_step(self):
+        """Log how far the run is."""
+        logger.logkv("step", self.steps_done)
+        logger.logkv("samples", (self.steps_done + 1) * self.global_batch)
+
+    def save(self):
+        """Write the checkpoint files from rank 0, each whole or not at all, the model's last."""
+        if dist_util.get_rank() == 0:
+            start = time.time()
+            checkpoint_util.save(self.opt.state_dict(), checkpoint_util.opt_name(self.steps_done))
+            for rate, params in zip(self.ema_rate, self.ema_params):
+                state_dict = self.mp_trainer.master_params_to_state_dict(params)
+                checkpoint_util.save(state_dict, checkpoint_util.ema_name(rate, self.steps_done))
+            state_dict = self.mp_trainer.master_params_to_state_dict(self.mp_trainer.master_params)
+            checkpoint_util.save(state_dict, checkpoint_util.model_name(self.steps_done))
+            logger.log(f"saved step {self.steps_done} to {get_blob_logdir()} in {time.time() - start:.1f} s")
+        dist_util.barrier()
+
+
+def _parse_rates(ema_rate):
+    if isinstance(ema_rate, (int, float)):
+        return [float(ema_rate)]
+    try:
+        return [float(x) for x in ema_rate.split(",") if x.strip()]
+    except ValueError:
+        raise InputError(f"--ema_rate {ema_rate}: give a number such as 0.9999, or several with commas") from None
+
+
+def progress_bar(**kwargs):
+    """A tqdm bar, with an ETA where the total is known; on rank 0 only."""
+    from tqdm import tqdm
+
+    return tqdm(disable=dist_util.get_rank() != 0, mininterval=0.5, dynamic_ncols=True, smoothing=0.05, **kwargs)
+
+
+def log_loss_dict(diffusion, ts, losses):
+    """Log the mean of each loss, and its mean by quartile of the timesteps (NAME_q0 has the least noise).
+
+    :param ts: timesteps [N].
+    :param losses: a dict of tensors [N].
+    """
+    quartiles = [int(4 * t / diffusion.num_timesteps) for t in ts.tolist()]
+    for key, values in losses.items():
+        values = values.detach().tolist()
+        logger.logkv_mean(key, sum(values) / len(values))
+        for quartile, value in zip(quartiles, values):
+            logger.logkv_mean(f"{key}_q{quartile}", value)

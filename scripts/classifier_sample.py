@@ -1,0 +1,70 @@
+"""Sample from a diffusion model guided by a noisy-image classifier: an .npz of images with labels, and a picture."""
+
+from guided_diffusion import dist_util, logger
+from guided_diffusion.guidance import classifier_cond_fn, route_labels
+from guided_diffusion.sample_util import (
+    adopt_model_config,
+    choose_labels,
+    generate,
+    half_name,
+    prepare_network,
+    sampling_flags,
+    save_samples,
+)
+from guided_diffusion.script_util import (
+    FlagParser,
+    add_dict_to_argparser,
+    args_to_dict,
+    classifier_defaults,
+    create_classifier,
+    create_model_and_diffusion,
+    given_flags,
+    model_and_diffusion_defaults,
+)
+
+
+def main():
+    parser = create_argparser()
+    args = parser.parse_args()
+
+    dist_util.setup_dist()
+    logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
+    given = given_flags(parser)
+    adopt_model_config(args, given, "model_path", model_and_diffusion_defaults())
+    adopt_model_config(args, given, "classifier_path", classifier_defaults())
+
+    logger.log("creating model and diffusion...")
+    model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+    prepare_network(model, args.model_path, half_name(args.use_fp16, args.use_bf16))
+
+    logger.log("creating classifier...")
+    classifier = create_classifier(**args_to_dict(args, classifier_defaults()))
+    prepare_network(
+        classifier, args.classifier_path, half_name(args.classifier_use_fp16, args.classifier_use_bf16)
+    )
+    labels = choose_labels(args.classes, args.num_samples, args.num_classes, args.seed)
+
+    logger.log("sampling...")
+    images = generate(
+        diffusion,
+        route_labels(model, args.class_cond),
+        (args.in_channels, args.image_size, args.image_size),
+        labels=labels,
+        cond_fn=classifier_cond_fn(classifier, args.classifier_scale) if args.classifier_scale else None,
+        **args_to_dict(args, ["num_samples", "batch_size", "seed", "use_ddim", "clip_denoised"]),
+    )
+    save_samples(images, labels)
+    logger.log("sampling complete")
+
+
+def create_argparser():
+    flags = dict(classifier_path="", classifier_scale=1.0)
+    parser = FlagParser(description=__doc__)
+    add_dict_to_argparser(
+        parser, {**sampling_flags(), **flags, **model_and_diffusion_defaults(), **classifier_defaults()}
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Train a diffusion model on a folder of images."""
+
+from guided_diffusion import checkpoint_util, dist_util, logger
+from guided_diffusion.image_datasets import load_data
+from guided_diffusion.random_util import seed_everything
+from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.script_util import (
+    FlagParser,
+    add_dict_to_argparser,
+    args_to_dict,
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+)
+from guided_diffusion.train_util import TrainLoop, training_flags
+
+
+def main():
+    args = create_argparser().parse_args()
+
+    dist_util.setup_dist()
+    logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
+    seed_everything(args.seed)
+
+    logger.log("creating model and diffusion...")
+    model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+    model.to(dist_util.dev())
+
+    logger.log("creating data loader...")
+    data = load_data(
+        data_dir=args.data_dir,
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        class_cond=args.class_cond,
+        random_flip=args.random_flip,
+        num_classes=args.num_classes,
+        channels=args.in_channels,
+        num_workers=args.num_workers,
+    )
+    checkpoint_util.write_config(vars(args), kind="diffusion")
+
+    logger.log("training...")
+    TrainLoop(
+        model=model,
+        diffusion=diffusion,
+        data=data,
+        schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion),
+        **args_to_dict(args, training_flags()),
+    ).run_loop()
+
+
+def create_argparser():
+    flags = dict(data_dir="", schedule_sampler="uniform", log_dir="", seed=-1, num_workers=1, random_flip=True)
+    parser = FlagParser(description=__doc__)
+    add_dict_to_argparser(parser, {**flags, **training_flags(), **model_and_diffusion_defaults()})
+    return parser
+
+
+if __name__ == "__main__":
+    main()
