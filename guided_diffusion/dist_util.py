@@ -3,6 +3,7 @@
 Jobs start under mpiexec, torchrun or plain python; the environment that the launcher leaves says which.
 """
 
+import atexit
 import os
 import sys
 import threading
@@ -58,6 +59,7 @@ def setup_dist():
     backend = "nccl" if th.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     sys.excepthook = _end_all_ranks
+    atexit.register(_leave)
 
 
 def _meet():
@@ -210,6 +212,12 @@ def barrier():
 
 
 # How ranks end
+
+
+def _leave():
+    """At the end of the process: the group's threads must be gone before the interpreter is."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _end_all_ranks(kind, error, trace):

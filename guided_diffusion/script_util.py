@@ -341,12 +341,14 @@ def str2bool(v):
 
 def given_flags(parser, argv=None):
     """The flags that stand on the command line: a dict without those left to their defaults."""
-    defaults = {action.dest: action.default for action in parser._actions}
+    defaults = {action: action.default for action in parser._actions}
     try:
-        parser.set_defaults(**{dest: argparse.SUPPRESS for dest in defaults})
+        for action in defaults:
+            action.default = argparse.SUPPRESS
         return vars(parser.parse_args(argv))
     finally:
-        parser.set_defaults(**defaults)
+        for action, default in defaults.items():
+            action.default = default
 
 
 def adopt_config(args, given, config, names, source):
