@@ -143,6 +143,8 @@ def load_weights(model, path):
 def _differences(found, expected, most=3):
     """Say how two state_dicts differ: by the flags behind them, else by the first names."""
     found_facts, expected_facts = describe_weights(found), describe_weights(expected)
+    if found_facts["network"] != expected_facts["network"]:
+        return f"it holds a network that is {found_facts['network']}, where one is expected that is {expected_facts['network']}"
     differing = [
         f"{name} is {found_facts.get(name)} in the file and {expected_facts.get(name)} by the flags"
         for name in {**found_facts, **expected_facts}
@@ -160,17 +162,17 @@ def _differences(found, expected, most=3):
 def describe_weights(state_dict):
     """Read off a state_dict the flags it was built with, as far as names and shapes show them: a dict by flag name.
 
-    A file that is none of this package's networks gives {"network": "unknown"}.
+    A file that is none of this package's networks gives only {"network": "none of this package"}.
     """
     try:
         return _describe({name: tuple(v.shape) for name, v in state_dict.items()})
     except (KeyError, IndexError, ZeroDivisionError):
-        return {"network": "unknown"}
+        return {"network": "none of this package"}
 
 
 def _describe(shape):
     is_unet = "output_blocks.0.0.in_layers.0.weight" in shape
-    facts = {"network": "diffusion model" if is_unet else "classifier"}
+    facts = {"network": "a diffusion model" if is_unet else "a classifier"}
     width = shape["time_embed.0.weight"][1]
     facts["num_channels" if is_unet else "classifier_width"] = width
     facts["in_channels (twice that for an upsampler)"] = shape["input_blocks.0.0.weight"][1]

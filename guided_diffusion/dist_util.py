@@ -5,10 +5,12 @@ Jobs start under mpiexec, torchrun or plain python; the environment that the lau
 
 import atexit
 import os
+import pickle
 import sys
 import threading
 import time
 import traceback
+import warnings
 from datetime import timedelta
 
 import torch as th
@@ -131,26 +133,21 @@ def load_state_dict(path, **kwargs):
     :raises InputError: when the file is missing or holds anything but tensors and plain containers.
     """
     try:
-        with files.open_file(path, "rb") as f:
+        with files.open_file(path, "rb") as f, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on pickles that it refuses a moment later
             return th.load(f, **{**kwargs, "weights_only": True})
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except IsADirectoryError:
         raise InputError(f"{path}: a folder, where a checkpoint file was expected") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, *_UNPICKLING_ERRORS) as e:
-        if isinstance(e, th.OutOfMemoryError):
-            raise
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise InputError(f"{path}: not a checkpoint of tensors, or damaged ({reason[:120]})") from None
-
-
-def _unpickling_errors():
-    import pickle
-
-    return (pickle.UnpicklingError, AttributeError, ImportError)
-
-
-_UNPICKLING_ERRORS = _unpickling_errors()
+    except th.OutOfMemoryError:
+        raise
+    except (RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as e:
+        if "weights only" in str(e).lower():
+            reason = "it holds other things than tensors and plain containers, which could run code when loaded"
+        else:
+            reason = "damaged, or no checkpoint at all"
+        raise InputError(f"{path}: refused: {reason}") from None
 
 
 @th.no_grad()

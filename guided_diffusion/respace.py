@@ -31,7 +31,7 @@ def space_timesteps(num_timesteps, section_counts):
     start, steps = 0, set()
     for i, count in enumerate(section_counts):
         size = section_size + (i < surplus)
-        if not 1 <= count <= size:
+        if not 0 <= count <= size:
             raise InputError(
                 f"--timestep_respacing {','.join(map(str, section_counts))}: cannot take {count} timesteps from "
                 f"section {i + 1}, which has {size} of the process's {num_timesteps}"

@@ -313,7 +313,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message):
         line = f"{self.prog}: error: {message} (--help lists the flags)"
-        raise SystemExit(line if launcher_rank() == 0 else 2)
+        raise SystemExit(line if launcher_rank() == 0 else 1)
 
 
 def add_dict_to_argparser(parser, default_dict):

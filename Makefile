@@ -1,0 +1,38 @@
+# Two commands for a fresh machine: `make quickstart` shows what this is about, `make test` checks that it works.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/mpiexec -n 2 $(BIN)/python
+OUT := quickstart
+
+.PHONY: quickstart test
+
+.venv/installed: requirements.txt setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test: .venv/installed
+	$(BIN)/python -m pytest --quiet tests
+
+# Every command is printed before it runs, and can be run again by hand.
+quickstart: .venv/installed
+	rm -rf $(OUT)
+	$(BIN)/python datasets/digits.py $(OUT)/digits
+	$(RUN) scripts/image_train.py --data_dir $(OUT)/digits --log_dir $(OUT)/diffusion --seed 0 \
+	    --image_size 16 --in_channels 1 --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 \
+	    --attention_resolutions 8 --num_head_channels 32 --learn_sigma True --noise_schedule cosine \
+	    --random_flip False --batch_size 32 --lr 1e-3 --ema_rate 0.995 --lr_anneal_steps 1200 --log_interval 250
+	$(RUN) scripts/classifier_train.py --data_dir $(OUT)/digits --log_dir $(OUT)/classifier --seed 0 \
+	    --image_size 16 --in_channels 1 --num_classes 10 --classifier_width 64 --classifier_depth 1 \
+	    --classifier_attention_resolutions 8 --noise_schedule cosine --random_flip False --random_crop False \
+	    --batch_size 64 --lr 1e-3 --anneal_lr True --weight_decay 0.05 --iterations 300 --log_interval 100
+	$(RUN) scripts/classifier_sample.py --model_path $(OUT)/diffusion/ema_0.995_001200.pt \
+	    --classifier_path $(OUT)/classifier/model000300.pt --classifier_scale 0 --log_dir $(OUT)/unguided \
+	    --classes balanced --num_samples 100 --batch_size 50 --timestep_respacing 100
+	$(RUN) scripts/classifier_sample.py --model_path $(OUT)/diffusion/ema_0.995_001200.pt \
+	    --classifier_path $(OUT)/classifier/model000300.pt --classifier_scale 6 --log_dir $(OUT)/guided \
+	    --classes balanced --num_samples 100 --batch_size 50 --timestep_respacing 100
+	$(BIN)/python datasets/judge_digits.py $(OUT)/unguided/samples_100x16x16x1.npz $(OUT)/guided/samples_100x16x16x1.npz
+	@echo "Pictures, a row for each digit asked for: $(OUT)/unguided/samples_100x16x16x1.png and $(OUT)/guided/samples_100x16x16x1.png"
