@@ -126,25 +126,30 @@ def read_config(checkpoint):
 # Weights
 
 
-def load_weights(model, path):
-    """Load a checkpoint into `model`, where each name and shape must match.
+def read_weights(model, path, device="cpu"):
+    """Read a checkpoint whose names and shapes must be those of `model`: its state_dict.
 
-    :raises InputError: when they don't: it names the flags that differ, as far as weights can tell.
+    :raises InputError: when they are not: it names the flags that differ, as far as weights can tell.
     """
-    state_dict = dist_util.load_state_dict(path, map_location="cpu")
+    state_dict = dist_util.load_state_dict(path, map_location=device)
     if not isinstance(state_dict, dict) or not all(isinstance(v, th.Tensor) for v in state_dict.values()):
         raise InputError(f"{path}: not a model's weights (an optimiser's state, perhaps)")
     expected = model.state_dict()
     if {k: v.shape for k, v in state_dict.items()} != {k: v.shape for k, v in expected.items()}:
         raise InputError(f"{path}: a checkpoint of another architecture: {_differences(state_dict, expected)}")
-    model.load_state_dict(state_dict, strict=True)
+    return state_dict
+
+
+def load_weights(model, path):
+    """Load a checkpoint into `model`: see read_weights."""
+    model.load_state_dict(read_weights(model, path), strict=True)
 
 
 def _differences(found, expected, most=3):
     """Say how two state_dicts differ: by the flags behind them, else by the first names."""
     found_facts, expected_facts = describe_weights(found), describe_weights(expected)
     if found_facts["network"] != expected_facts["network"]:
-        return f"it holds a network that is {found_facts['network']}, where one is expected that is {expected_facts['network']}"
+        return f"the network in the file is {found_facts['network']}, not {expected_facts['network']}"
     differing = [
         f"{name} is {found_facts.get(name)} in the file and {expected_facts.get(name)} by the flags"
         for name in {**found_facts, **expected_facts}
@@ -152,7 +157,9 @@ def _differences(found, expected, most=3):
     ]
     if not differing:
         names = [
-            n for n in {**expected, **found} if n not in found or n not in expected or found[n].shape != expected[n].shape
+            n
+            for n in {**expected, **found}
+            if n not in found or n not in expected or found[n].shape != expected[n].shape
         ]
         differing = [f"{n} differs" for n in names]
     more = f" (and {len(differing) - most} more)" if len(differing) > most else ""

@@ -44,9 +44,7 @@ class ClassifierTrainLoop(TrainLoop):
         self.val_data = val_data
         self.eval_interval = eval_interval
         kwargs.setdefault("initial_lg_loss_scale", 16.0)
-        super().__init__(
-            ema_rate="", total_steps=iterations, lr_anneal_steps=iterations if anneal_lr else 0, **kwargs
-        )
+        super().__init__(ema_rate="", total_steps=iterations, lr_anneal_steps=iterations if anneal_lr else 0, **kwargs)
 
     def run_step(self, batch, cond):
         self._anneal_lr()

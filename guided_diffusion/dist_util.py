@@ -140,9 +140,11 @@ def load_state_dict(path, **kwargs):
         raise InputError(f"{path}: no such checkpoint") from None
     except IsADirectoryError:
         raise InputError(f"{path}: a folder, where a checkpoint file was expected") from None
+    except PermissionError:
+        raise InputError(f"{path}: cannot be read: permission denied") from None
     except th.OutOfMemoryError:
         raise
-    except (RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as e:
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as e:
         if "weights only" in str(e).lower():
             reason = "it holds other things than tensors and plain containers, which could run code when loaded"
         else:
@@ -222,18 +224,22 @@ def _end_all_ranks(kind, error, trace):
     status = 130 if issubclass(kind, KeyboardInterrupt) else 1
     everywhere = issubclass(kind, (InputError, KeyboardInterrupt)) and _all_ranks_failed()
     if not everywhere or get_rank() == 0:
-        who = "" if everywhere or get_world_size() == 1 else f"rank {get_rank()}: "
         if issubclass(kind, InputError):
-            print(f"{who}error: {error}", file=sys.stderr)
+            message = f"error: {error}"
         elif issubclass(kind, KeyboardInterrupt):
-            print(f"{who}interrupted", file=sys.stderr)
+            message = "interrupted"
         else:
-            print("".join(f"{who}{line}" for line in traceback.format_exception(kind, error, trace)), file=sys.stderr)
+            message = "".join(traceback.format_exception(kind, error, trace))
+        if not everywhere and get_world_size() > 1:
+            # On a line of its own: rank 0's progress bar may have left the cursor within one.
+            message = "\n" + "\n".join(f"rank {get_rank()}: {line}" for line in message.splitlines())
+        print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if get_world_size() == 1:
         return
     if _comm is not None and not everywhere:
+        time.sleep(0.5)  # for the launcher to pass the message on: aborting drops what it has not read
         _comm.Abort(status)
     if _comm is not None:
         _finalize_or_abort(status)

@@ -1,4 +1,4 @@
-"""Files on local disks and at blob URLs (gs://, az://, https://) alike, and writing them so that none is left half-done.
+"""Files on local disks and at blob URLs (gs://, az://, https://) alike; and writing them whole or not at all.
 
 blobfile is imported only for URLs, so that local work needs nothing of it.
 """

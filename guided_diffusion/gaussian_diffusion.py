@@ -26,10 +26,10 @@ def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
 
 
 def _linear_betas(num_diffusion_timesteps):
-    if num_diffusion_timesteps < 20:
+    if num_diffusion_timesteps <= 20:
         raise InputError(
-            f"a linear schedule of {num_diffusion_timesteps} timesteps would end with a beta over 1: give "
-            f"--diffusion_steps at least 20, or take --noise_schedule cosine"
+            f"a linear schedule of {num_diffusion_timesteps} timesteps would end with a beta of 1 or more: give "
+            f"--diffusion_steps at least 21, or take --noise_schedule cosine"
         )
     scale = 1000 / num_diffusion_timesteps
     return np.linspace(scale * 0.0001, scale * 0.02, num_diffusion_timesteps, dtype=np.float64)
@@ -74,7 +74,9 @@ class LossType(enum.Enum):
     """What training minimises."""
 
     MSE = enum.auto()  # the mean squared error; and the bound for a learned variance
-    RESCALED_MSE = enum.auto()  # the same, the bound's term scaled as if T were 1000 and one term an estimate of the sum
+    RESCALED_MSE = (
+        enum.auto()
+    )  # the same, the bound's term scaled as if T were 1000 and one term an estimate of the sum
     KL = enum.auto()  # the variational bound
     RESCALED_KL = enum.auto()  # the same, scaled to estimate the sum over all timesteps
 
@@ -93,7 +95,7 @@ class GaussianDiffusion:
     In all methods, x, x_start and x_t are [N, C, ...] float32 and t is [N] int64 in 0..num_timesteps-1. A model is
     called as model(x_t, timesteps, **model_kwargs), a cond_fn likewise.
 
-    :param betas: a 1D array with one beta in (0, 1] for each timestep, from the data to the noise.
+    :param betas: a 1D array with one beta in (0, 1) for each timestep, from the data to the noise.
     :param rescale_timesteps: show the model timesteps scaled to 0..1000, as floats.
     """
 
@@ -104,8 +106,10 @@ class GaussianDiffusion:
         self.rescale_timesteps = rescale_timesteps
 
         self.betas = betas = np.array(betas, dtype=np.float64)
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
-            raise InputError("betas must be a non-empty 1D array of numbers in (0, 1]")
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+            raise InputError(
+                "betas must be a non-empty 1D array of numbers over 0 and under 1 (where no signal is left)"
+            )
         self.num_timesteps = len(betas)
 
         alphas = 1.0 - betas
@@ -285,7 +289,15 @@ class GaussianDiffusion:
     # Steps
 
     def p_sample(
-        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, randn_like=th.randn_like
+        self,
+        model,
+        x,
+        t,
+        clip_denoised=True,
+        denoised_fn=None,
+        cond_fn=None,
+        model_kwargs=None,
+        randn_like=th.randn_like,
     ):
         """A DDPM step: draw x_{t-1} (DDPM, algorithm 2; guided: ADM, algorithm 1).
 
@@ -331,9 +343,7 @@ class GaussianDiffusion:
         mean = out["pred_xstart"] * th.sqrt(alpha_bar_prev) + th.sqrt(1 - alpha_bar_prev - sigma**2) * eps
         return {"sample": mean + sigma * noise, "pred_xstart": out["pred_xstart"]}
 
-    def ddim_reverse_sample(
-        self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0
-    ):
+    def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
         """A DDIM step backwards, x_t to x_{t+1}: encodes data into noise (DDIM, eq. 14). Only for eta = 0."""
         if eta != 0.0:
             raise ValueError("reverse DDIM is the deterministic path's: eta must be 0")
@@ -416,7 +426,17 @@ class GaussianDiffusion:
         """Sample by DDIM, from noise to data: [N, C, ...]. The arguments are p_sample_loop_progressive's, and eta."""
         return _last_sample(
             self.ddim_sample_loop_progressive(
-                model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta, **step_options
+                model,
+                shape,
+                noise,
+                clip_denoised,
+                denoised_fn,
+                cond_fn,
+                model_kwargs,
+                device,
+                progress,
+                eta,
+                **step_options,
             )
         )
 
@@ -495,8 +515,8 @@ class GaussianDiffusion:
         }[self.model_mean_type]()
         if output.shape != target.shape:
             raise ValueError(
-                f"the model gave {tuple(output.shape)} where {tuple(target.shape)} was expected: learn_sigma must be what "
-                f"the model was built with"
+                f"the model gave {tuple(output.shape)} where {tuple(target.shape)} was expected: learn_sigma must be "
+                f"what the model was built with"
             )
         terms["mse"] = mean_flat((target - output) ** 2)
         terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
@@ -520,7 +540,9 @@ class GaussianDiffusion:
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
 
     @th.no_grad()
-    def calc_bpd_loop(self, model, x_start, clip_denoised=True, model_kwargs=None, progress=False, randn_like=th.randn_like):
+    def calc_bpd_loop(
+        self, model, x_start, clip_denoised=True, model_kwargs=None, progress=False, randn_like=th.randn_like
+    ):
         """The whole variational bound on -log p(x_start), in bits a dimension (DDPM, eq. 5).
 
         :return: a dict of "total_bpd" and "prior_bpd" [N], and for every timestep from the last to the first "vb",

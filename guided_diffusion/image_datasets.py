@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import torch as th
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from . import dist_util, files
@@ -46,14 +46,16 @@ def load_data(
         with class_cond, the labels "y" [batch_size] int64.
     :raises InputError: for a folder that is missing, has no images or too few for a batch, or labels that don't fit.
     """
+    if batch_size < 1:
+        raise InputError(f"--batch_size {batch_size}: at least 1 is needed")
     paths = _list_images(data_dir)
     classes = class_labels(paths, num_classes)[0] if class_cond else None
     rank, num_ranks = dist_util.get_rank(), dist_util.get_world_size()
     smallest_share = len(paths) // num_ranks
     if smallest_share < batch_size:
         raise InputError(
-            f"--data_dir {data_dir}: {len(paths)} images over {num_ranks} ranks leave {smallest_share} for a rank, fewer "
-            f"than a batch: lower --batch_size {batch_size} or give more images"
+            f"--data_dir {data_dir}: {len(paths)} images over {num_ranks} ranks leave {smallest_share} for a rank, "
+            f"fewer than a batch: lower --batch_size {batch_size} or give more images"
         )
     dataset = ImageDataset(
         image_size,
@@ -81,7 +83,7 @@ def _endless(loader):
     while True:
         for batch in loader:
             if isinstance(batch, InputError):
-                raise batch
+                raise InputError(str(batch))  # a new one: its traceback keeps the loader from being freed
             yield batch
 
 
@@ -113,7 +115,9 @@ def _list_images(data_dir):
         raise InputError(f"--data_dir {data_dir}: {'not a folder' if files.exists(data_dir) else 'no such folder'}")
     paths = _list_image_files_recursively(data_dir)
     if not paths:
-        raise InputError(f"--data_dir {data_dir}: no image in it (looked for {', '.join(EXTENSIONS)}, also in subfolders)")
+        raise InputError(
+            f"--data_dir {data_dir}: no image in it (looked for {', '.join(EXTENSIONS)}, also in subfolders)"
+        )
     return paths
 
 
@@ -138,13 +142,15 @@ def class_labels(paths, num_classes=None):
     stems = [os.path.basename(path) for path in paths]
     unlabelled = next((path for path, stem in zip(paths, stems) if "_" not in stem), None)
     if unlabelled is not None:
-        raise InputError(f"{unlabelled}: no class label in its name: a class-conditional run needs names LABEL_REST.png")
+        raise InputError(
+            f"{unlabelled}: no class label in its name: a class-conditional run needs names LABEL_REST.png"
+        )
     names = [stem.split("_", 1)[0] for stem in stems]
     table = sorted(set(names))
     if num_classes is not None and len(table) > num_classes:
         raise InputError(
-            f"{len(table)} classes in the file names ({', '.join(table[:3])}, ...), but --num_classes is {num_classes}: "
-            f"labels from {num_classes} on would be outside the model's range"
+            f"{len(table)} classes in the file names ({', '.join(table[:3])}, ...), but --num_classes is {num_classes}"
+            f": labels from {num_classes} on would be outside the model's range"
         )
     number = {name: i for i, name in enumerate(table)}
     return [number[name] for name in names], table
@@ -199,7 +205,9 @@ class ImageDataset(Dataset):
             with files.open_file(path) as f, Image.open(f) as image:
                 return image.convert(self.mode)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            if isinstance(e, UnidentifiedImageError):
+                reason = "not an image, or damaged"
             raise InputError(f"{path}: cannot read this image ({reason}): repair or remove it") from None
 
 

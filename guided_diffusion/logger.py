@@ -106,6 +106,7 @@ class CSVOutputFormat(KVWriter):
         new = sorted(kvs.keys() - set(self.keys))
         if new:
             self._add_columns(new)
+        kvs = {k: v.item() if hasattr(v, "item") else v for k, v in kvs.items()}
         row = io.StringIO()
         csv.writer(row, lineterminator="\n").writerow(["" if kvs.get(k) is None else kvs[k] for k in self.keys])
         with open(self.filename, "a") as f:
@@ -132,7 +133,9 @@ class TensorBoardOutputFormat(KVWriter):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise InputError("OPENAI_LOG_FORMAT asks for tensorboard, which is missing: pip install tensorboard") from None
+            raise InputError(
+                "OPENAI_LOG_FORMAT asks for tensorboard, which is missing: pip install tensorboard"
+            ) from None
         self.writer = SummaryWriter(dir)
         self.rows = 0
 
@@ -259,7 +262,9 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
 
 def default_dir():
     """Where to log without being told: OPENAI_LOGDIR, or a new dated folder under the system's temporary one."""
-    return os.environ.get("OPENAI_LOGDIR") or os.path.join(tempfile.gettempdir(), datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f"))
+    return os.environ.get("OPENAI_LOGDIR") or os.path.join(
+        tempfile.gettempdir(), datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f")
+    )
 
 
 def _rank():
@@ -281,8 +286,8 @@ def scoped_configure(dir=None, format_strs=None, comm=None):
     """Log elsewhere for the length of a block."""
     global _current
     outer, _current = _current, None
-    configure(dir=dir, format_strs=format_strs, comm=comm)
     try:
+        configure(dir=dir, format_strs=format_strs, comm=comm)
         yield
     finally:
         reset()

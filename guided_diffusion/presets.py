@@ -92,7 +92,9 @@ def _upsampler(name, flags, iterations):
                   dict(_STEPS_250), training)  # fmt: skip
 
 
-def _classifier(size, scale, ddim_scale=None, lr=3e-4, weight_decay=0.05, global_batch=256, iterations=300_000, **flags):
+def _classifier(
+    size, scale, ddim_scale=None, lr=3e-4, weight_decay=0.05, global_batch=256, iterations=300_000, **flags
+):
     """scale is for 250 DDPM steps; ddim_scale for 25 DDIM steps, where the paper gives one."""
     sampling = dict(classifier_scale=scale)
     if ddim_scale is not None:

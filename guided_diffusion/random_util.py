@@ -6,6 +6,7 @@ import numpy as np
 import torch as th
 
 from . import dist_util
+from .errors import InputError
 
 
 class SampleNoise:
@@ -17,6 +18,7 @@ class SampleNoise:
     """
 
     def __init__(self, seed, indices, device="cpu"):
+        check_seed(seed)
         self.device = th.device(device)
         self.generators = [th.Generator(self.device).manual_seed(_mix(seed, i)) for i in indices]
 
@@ -31,7 +33,14 @@ class SampleNoise:
 
 def random_labels(seed, indices, num_classes):
     """A uniform label for each sample, a function of (seed, its index) alone: int64 [len(indices)]."""
+    check_seed(seed)
     return th.tensor([np.random.default_rng([seed, i, 1]).integers(num_classes) for i in indices])
+
+
+def check_seed(seed):
+    """Refuse a seed that samples cannot have."""
+    if seed < 0:
+        raise InputError(f"--seed {seed}: the seed of samples starts from 0")
 
 
 def seed_everything(seed):

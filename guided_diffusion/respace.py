@@ -36,19 +36,21 @@ def space_timesteps(num_timesteps, section_counts):
                 f"--timestep_respacing {','.join(map(str, section_counts))}: cannot take {count} timesteps from "
                 f"section {i + 1}, which has {size} of the process's {num_timesteps}"
             )
-        # Steps are summed one stride at a time, and halves round to even: which timesteps a count means depends on both.
+        # Summing stride by stride and rounding halves to even decide which timesteps a count means.
         stride = (size - 1) / (count - 1) if count > 1 else 1
         position = 0.0
         for _ in range(count):
             steps.add(start + round(position))
             position += stride
         start += size
+    if not steps:
+        raise InputError(f"--timestep_respacing {','.join(map(str, section_counts))}: takes no timestep at all")
     return steps
 
 
 def _strided_timesteps(num_timesteps, spacing):
     """Every k-th timestep, for the smallest k that leaves exactly the N of "ddimN"."""
-    count = spacing[len("ddim"):]
+    count = spacing[len("ddim") :]
     if not count.isdecimal() or int(count) < 1:
         raise InputError(f"unknown spacing --timestep_respacing {spacing!r}: ddimN needs a number, such as ddim25")
     count = int(count)

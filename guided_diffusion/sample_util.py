@@ -70,14 +70,20 @@ def half_name(use_fp16, use_bf16):
 
 
 def choose_labels(classes, num_samples, num_classes, seed):
-    """The label of every sample: int64 [num_samples].
+    """The label of every sample: int64 [num_samples]; None where num_classes is None, for a model without labels.
 
     :param classes: "" draws uniformly; "balanced" makes as many of each class as can be; "207,360" takes turns among
         those.
     """
+    if num_classes is None:
+        if classes:
+            raise InputError(f"--classes {classes}: the model is not class-conditional")
+        return None
     if not classes:
         return random_labels(seed, range(num_samples), num_classes)
     chosen = tuple(range(num_classes)) if classes == "balanced" else parse_numbers("classes", classes, int)
+    if not chosen:
+        raise InputError(f"--classes {classes!r}: give class numbers with commas between them")
     outside = [c for c in chosen if not 0 <= c < num_classes]
     if outside:
         raise InputError(f"--classes {classes}: class {outside[0]} is outside the model's 0..{num_classes - 1}")
@@ -144,7 +150,7 @@ def to_uint8(sample, start=0):
 
 
 def save_samples(images, labels=None):
-    """Write samples_NxHxWxC.npz (arr_0: the images; arr_1: the labels, if any) and a picture of them to the run's folder.
+    """Write samples_NxHxWxC.npz (arr_0 images, arr_1 labels if any) and a picture of them to the run's folder.
 
     Rank 0 writes; every rank may call it.
     """

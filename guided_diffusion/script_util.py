@@ -5,6 +5,7 @@ the scripts' parsers and the factories derive from them.
 """
 
 import argparse
+import math
 
 from . import gaussian_diffusion as gd
 from .dist_util import launcher_rank
@@ -168,9 +169,7 @@ def create_model(
 
 def create_classifier_and_diffusion(image_size, classifier_use_fp16, classifier_width, **flags):
     """Make a classifier and its process from the flags of classifier_and_diffusion_defaults()."""
-    flags.update(
-        image_size=image_size, classifier_use_fp16=classifier_use_fp16, classifier_width=classifier_width
-    )
+    flags.update(image_size=image_size, classifier_use_fp16=classifier_use_fp16, classifier_width=classifier_width)
     flags = _settle(flags, classifier_and_diffusion_defaults())
     return create_classifier(**_pick(flags, CLASSIFIER_FLAGS)), _diffusion_from_flags(flags)
 
@@ -299,6 +298,8 @@ def parse_numbers(flag, text, kind):
         return tuple(text)
     try:
         numbers = [kind(x) for x in text.split(",")] if text.strip() else []
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise InputError(f"--{flag} {text!r} does not parse: give {what} with commas between them") from None

@@ -92,7 +92,11 @@ class TrainLoop:
         initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
         use_bf16=False,
     ):
-        for name, value in [("batch_size", batch_size), ("log_interval", log_interval), ("save_interval", save_interval)]:
+        for name, value in [
+            ("batch_size", batch_size),
+            ("log_interval", log_interval),
+            ("save_interval", save_interval),
+        ]:
             if value < 1:
                 raise InputError(f"--{name} {value}: at least 1 is needed")
         self.model = model
@@ -153,6 +157,9 @@ class TrainLoop:
             return
         try:
             self.opt.load_state_dict(dist_util.load_state_dict(path, map_location=dist_util.dev()))
+            for p, state in self.opt.state.items():
+                if state["exp_avg"].shape != p.shape:
+                    raise ValueError(f"of shape {tuple(state['exp_avg'].shape)} where a parameter has {tuple(p.shape)}")
         except (ValueError, KeyError, TypeError) as e:
             raise InputError(f"{path}: the optimiser's state of another run ({e})") from None
 
@@ -162,7 +169,7 @@ class TrainLoop:
             if self.resume_checkpoint:
                 logger.warn(f"no moving average {rate} beside {self.resume_checkpoint}: it starts from the weights")
             return copy.deepcopy(self.mp_trainer.master_params)
-        state_dict = dist_util.load_state_dict(path, map_location=dist_util.dev())
+        state_dict = checkpoint_util.read_weights(self.model, path, dist_util.dev())
         params = self.mp_trainer.state_dict_to_master_params(state_dict)
         dist_util.sync_params(params)
         return params
@@ -295,6 +302,6 @@ def log_loss_dict(diffusion, ts, losses):
     quartiles = [int(4 * t / diffusion.num_timesteps) for t in ts.tolist()]
     for key, values in losses.items():
         values = values.detach().tolist()
-        logger.logkv_mean(key, sum(values) / len(values))
         for quartile, value in zip(quartiles, values):
+            logger.logkv_mean(key, value)
             logger.logkv_mean(f"{key}_q{quartile}", value)

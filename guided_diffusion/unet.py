@@ -318,6 +318,12 @@ class _Encoder(nn.Module):
         if self.use_fp16 and self.use_bf16:
             raise InputError("use_fp16 and use_bf16 exclude each other: choose one")
         self.dtype = th.float16 if self.use_fp16 else th.bfloat16 if self.use_bf16 else th.float32
+        widths = [int(mult * self.model_channels) for mult in self.channel_mult]
+        if not widths or min(widths) < 1:
+            raise InputError(
+                f"num_channels {self.model_channels} with channel_mult {tuple(self.channel_mult)}: there must be a level, "
+                f"and each needs a width of at least 1"
+            )
         if self.num_heads_upsample == -1:
             self.num_heads_upsample = self.num_heads
         if self.image_size is not None:
@@ -423,7 +429,7 @@ class _Encoder(nn.Module):
 
     def _encode(self, x, timesteps, y=None):
         """Run the encoder: the embedding, the output of every input block, and that of the middle block."""
-        self._check_size(x.shape[-min(self.dims, 2):])
+        self._check_size(x.shape[-min(self.dims, 2) :])
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
         if y is not None:
             emb = emb + self.label_emb(y)

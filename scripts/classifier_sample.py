@@ -39,9 +39,7 @@ def main():
 
     logger.log("creating classifier...")
     classifier = create_classifier(**args_to_dict(args, classifier_defaults()))
-    prepare_network(
-        classifier, args.classifier_path, half_name(args.classifier_use_fp16, args.classifier_use_bf16)
-    )
+    prepare_network(classifier, args.classifier_path, half_name(args.classifier_use_fp16, args.classifier_use_bf16))
     labels = choose_labels(args.classes, args.num_samples, args.num_classes, args.seed)
 
     logger.log("sampling...")

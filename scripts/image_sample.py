@@ -32,7 +32,7 @@ def main():
     logger.log("creating model and diffusion...")
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
     prepare_network(model, args.model_path, half_name(args.use_fp16, args.use_bf16))
-    labels = choose_labels(args.classes, args.num_samples, args.num_classes, args.seed) if args.class_cond else None
+    labels = choose_labels(args.classes, args.num_samples, args.num_classes if args.class_cond else None, args.seed)
 
     logger.log("sampling...")
     images = generate(

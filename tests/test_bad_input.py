@@ -1,0 +1,308 @@
+"""What users get wrong ends in one line that names the flag or file, without a traceback, on one rank for all."""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch as th
+from launch import TINY, TINY_CLASSIFIER, flags, run, run_forked, script
+from PIL import Image
+
+from guided_diffusion.script_util import (
+    classifier_defaults,
+    create_classifier,
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+)
+
+TRAIN = dict(batch_size=2, num_workers=0, total_steps=2)
+CONDITIONAL = dict(TINY, class_cond=True, num_classes=4)
+
+
+class Payload:
+    """Runs code when it is unpickled: it makes a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+def write_images(folder, names):
+    folder.mkdir()
+    for i, name in enumerate(names):
+        Image.fromarray(np.full((16, 16, 3), 20 * i, np.uint8)).save(folder / name)
+
+
+def new_model(**options):
+    return create_model_and_diffusion(**{**model_and_diffusion_defaults(), **options})[0]
+
+
+def new_optimizer(model):
+    """An optimiser's state after a step."""
+    opt = th.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    for p in model.parameters():
+        p.grad = th.zeros_like(p)
+    opt.step()
+    return opt.state_dict()
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """A folder with good and bad data sets and checkpoints."""
+    stage = tmp_path_factory.mktemp("stage")
+    write_images(stage / "good", [f"{i % 4}_{i}.png" for i in range(8)])
+    write_images(stage / "unlabelled", [f"{i}.png" for i in range(8)])
+    (stage / "empty").mkdir()
+    (stage / "no_images").mkdir()
+    (stage / "no_images" / "notes.txt").write_text("no image")
+    write_images(stage / "broken", ["0_0.png", "0_1.png"])
+    (stage / "broken" / "0_1.png").write_text("no image")
+    write_images(stage / "truncated", ["0_0.png", "0_1.png"])
+    whole = (stage / "truncated" / "0_1.png").read_bytes()
+    (stage / "truncated" / "0_1.png").write_bytes(whole[: len(whole) // 2])
+
+    model = new_model(**TINY)
+    th.save(model.state_dict(), stage / "model.pt")
+    th.save(new_model(**CONDITIONAL).state_dict(), stage / "conditional.pt")
+    classifier = create_classifier(**{**classifier_defaults(), **TINY_CLASSIFIER})
+    th.save(classifier.state_dict(), stage / "classifier.pt")
+    th.save(new_optimizer(model), stage / "opt.pt")
+    th.save({"layer.weight": th.zeros(3)}, stage / "stranger.pt")
+    (stage / "text.pt").write_text("a page that says 404, perhaps\n" * 20)
+    (stage / "nothing.pt").write_bytes(b"")
+    (stage / "half.pt").write_bytes((stage / "model.pt").read_bytes()[:5000])
+    with open(stage / "pickle.pt", "wb") as f:
+        pickle.dump(Payload(str(stage / "ran")), f)
+    th.save({"weights": Payload(str(stage / "ran"))}, stage / "zipped_pickle.pt")
+
+    (stage / "described").mkdir()
+    th.save(model.state_dict(), stage / "described" / "model000001.pt")
+    (stage / "described" / "config.json").write_text(json.dumps({"kind": "diffusion", "flags": TINY}))
+    (stage / "misdescribed").mkdir()
+    th.save(model.state_dict(), stage / "misdescribed" / "model000001.pt")
+    (stage / "misdescribed" / "config.json").write_text("{not json")
+    (stage / "foreign_opt").mkdir()
+    th.save(model.state_dict(), stage / "foreign_opt" / "model000001.pt")
+    th.save(new_optimizer(new_model(**{**TINY, "num_channels": 64})), stage / "foreign_opt" / "opt000001.pt")
+    (stage / "foreign_ema").mkdir()
+    th.save(model.state_dict(), stage / "foreign_ema" / "model000001.pt")
+    th.save(new_model(**{**TINY, "num_channels": 64}).state_dict(), stage / "foreign_ema" / "ema_0.9999_000001.pt")
+    return stage
+
+
+def train(data="{stage}/good", model=TINY, **extra):
+    return [script("image_train"), *flags(data_dir=data, **{**model, **TRAIN, **extra})]
+
+
+def train_classifier(**extra):
+    options = {**TINY_CLASSIFIER, "num_workers": 0, "batch_size": 2, "iterations": 2, **extra}
+    return [script("classifier_train"), *flags(data_dir="{stage}/good", **options)]
+
+
+def sample(path="{stage}/model.pt", model=TINY, **extra):
+    options = {**model, "num_samples": 2, "batch_size": 2, "timestep_respacing": "2", **extra}
+    return [script("image_sample"), *flags(model_path=path, **options)]
+
+
+def sample_guided(path="{stage}/conditional.pt", classifier="{stage}/classifier.pt", **extra):
+    options = {**CONDITIONAL, "num_classes": 10, "num_samples": 2, "batch_size": 2, "timestep_respacing": "2"}
+    options.update({name: value for name, value in TINY_CLASSIFIER.items() if name not in options}, **extra)
+    return [script("classifier_sample"), *flags(model_path=path, classifier_path=classifier, **options)]
+
+
+# What is wrong: (the command, what its last line has to hold). {stage} stands for the stage's folder.
+CASES = {
+    # Data
+    "no data_dir": (train(""), ["--data_dir is missing"]),
+    "data_dir does not exist": (train("{stage}/nowhere"), ["--data_dir", "{stage}/nowhere", "no such folder"]),
+    "data_dir is a file": (train("{stage}/model.pt"), ["--data_dir", "{stage}/model.pt", "not a folder"]),
+    "data_dir is empty": (train("{stage}/empty"), ["--data_dir", "{stage}/empty", "no image"]),
+    "data_dir without images": (train("{stage}/no_images"), ["--data_dir", "{stage}/no_images", "no image", "png"]),
+    "fewer images than a batch": (train(batch_size=9), ["--batch_size 9", "8 images"]),
+    "unreadable image": (train("{stage}/broken"), ["{stage}/broken/0_1.png"]),
+    "unreadable image in a worker": (train("{stage}/broken", num_workers=1), ["{stage}/broken/0_1.png"]),
+    "truncated image": (train("{stage}/truncated"), ["{stage}/truncated/0_1.png"]),
+    "more classes than num_classes": (
+        train(model={**CONDITIONAL, "num_classes": 3}),
+        ["4 classes", "--num_classes is 3"],
+    ),
+    "more classes than the classifier's": (train_classifier(num_classes=2), ["4 classes", "--num_classes is 2"]),
+    "no labels in names": (train("{stage}/unlabelled", model=CONDITIONAL), ["{stage}/unlabelled/0.png", "label"]),
+    "unknown number of channels": (train(in_channels=2), ["--in_channels", "2", "1, 3"]),
+    # Flags with a choice
+    "unknown schedule": (train(noise_schedule="sine"), ["--noise_schedule", "'sine'", "linear", "cosine"]),
+    "unknown sampler": (
+        train(schedule_sampler="best"),
+        ["--schedule_sampler", "'best'", "uniform", "loss-second-moment"],
+    ),
+    "unknown pooling": (
+        train_classifier(classifier_pool="max"),
+        ["classifier_pool", "'max'", "adaptive", "attention", "spatial", "spatial_v2"],
+    ),
+    "unknown spacing": (train(timestep_respacing="often"), ["--timestep_respacing", "'often'", "ddim25"]),
+    "unknown flag": (train(learning_rate=1), ["--learning_rate"]),
+    # Values that do not parse
+    "no boolean": (train(class_cond="maybe"), ["--class_cond", "maybe"]),
+    "no whole number": (train(batch_size="many"), ["--batch_size", "many"]),
+    "no number": (train(lr="fast"), ["--lr", "fast"]),
+    "no list of numbers": (train(model={**TINY, "channel_mult": "1,two"}), ["--channel_mult", "1,two"]),
+    "not a number in a list": (train(model={**TINY, "channel_mult": "1,nan"}), ["--channel_mult", "nan"]),
+    "blank list": (train(model={**TINY, "channel_mult": " "}), ["--channel_mult"]),
+    "no list of whole numbers": (
+        train(model={**TINY, "attention_resolutions": "8,4.5"}),
+        ["--attention_resolutions", "8,4.5"],
+    ),
+    "no list of rates": (train(ema_rate="0.9,slow"), ["--ema_rate", "0.9,slow"]),
+    "no list of classes": (sample("{stage}/conditional.pt", CONDITIONAL, classes="1,two"), ["--classes", "1,two"]),
+    # Numbers that cannot be
+    "ddim without an integer stride": (
+        sample(timestep_respacing="ddim300"),
+        ["--timestep_respacing", "ddim300", "ddim334"],
+    ),
+    "more steps than there are": (sample(timestep_respacing="2000"), ["--timestep_respacing", "2000", "1000"]),
+    "training with batch_size 0": (train(batch_size=0), ["--batch_size", "0"]),
+    "save_interval 0": (train(save_interval=0), ["--save_interval", "0"]),
+    "num_samples 0": (sample(num_samples=0), ["--num_samples", "0"]),
+    "sampling with batch_size 0": (sample(batch_size=0), ["--batch_size", "0"]),
+    "a negative seed": (sample(seed=-1), ["--seed", "-1"]),
+    "num_channels 0": (train(model={**TINY, "num_channels": 0}), ["num_channels"]),
+    "num_channels of no 32 groups": (train(model={**TINY, "num_channels": 40}), ["num_channels", "40"]),
+    "image_size that cannot be halved": (
+        train(model={**TINY, "image_size": 18, "channel_mult": "1,1,1"}),
+        ["18", "channel_mult"],
+    ),
+    "two precisions": (train(use_fp16=True, use_bf16=True), ["use_fp16", "use_bf16"]),
+    "class outside the model's": (
+        sample("{stage}/conditional.pt", CONDITIONAL, classes="1,4"),
+        ["--classes 1,4", "class 4", "0..3"],
+    ),
+    "negative class": (sample("{stage}/conditional.pt", CONDITIONAL, classes="-1"), ["--classes -1", "0..3"]),
+    # Checkpoints
+    "no model_path": (sample(""), ["--model_path is missing"]),
+    "model_path does not exist": (sample("{stage}/gone.pt"), ["--model_path", "{stage}/gone.pt"]),
+    "model_path is a folder": (sample("{stage}/good"), ["{stage}/good", "folder"]),
+    "no classifier_path": (sample_guided(classifier=""), ["--classifier_path is missing"]),
+    "resume_checkpoint does not exist": (
+        train(resume_checkpoint="{stage}/model000001.pt"),
+        ["--resume_checkpoint", "{stage}/model000001.pt"],
+    ),
+    "another architecture": (
+        sample(model={**TINY, "num_channels": 64, "learn_sigma": True, "num_res_blocks": 2}),
+        ["{stage}/model.pt", "num_channels is 32", "64 by the flags", "learn_sigma"],
+    ),
+    "another num_res_blocks": (
+        sample(model={**TINY, "num_res_blocks": 2}),
+        ["{stage}/model.pt", "num_res_blocks is 1 in the file and 2 by the flags"],
+    ),
+    "an unconditional checkpoint": (sample(model=CONDITIONAL), ["{stage}/model.pt", "class_cond"]),
+    "resuming another architecture": (
+        train(model={**TINY, "num_channels": 64}, resume_checkpoint="{stage}/described/model000001.pt"),
+        ["{stage}/described/model000001.pt", "num_channels"],
+    ),
+    "a classifier as the model": (
+        sample("{stage}/classifier.pt"),
+        ["{stage}/classifier.pt", "classifier", "diffusion model"],
+    ),
+    "a model as the classifier": (
+        sample_guided(classifier="{stage}/conditional.pt", num_classes=4),
+        ["{stage}/conditional.pt", "classifier", "diffusion model"],
+    ),
+    "another program's weights": (sample("{stage}/stranger.pt"), ["{stage}/stranger.pt"]),
+    "an optimiser's file": (sample("{stage}/opt.pt"), ["{stage}/opt.pt", "optimiser"]),
+    "a pickle": (sample("{stage}/pickle.pt"), ["{stage}/pickle.pt"]),
+    "a pickle in torch's format": (sample("{stage}/zipped_pickle.pt"), ["{stage}/zipped_pickle.pt"]),
+    "a text file": (sample("{stage}/text.pt"), ["{stage}/text.pt"]),
+    "an empty file": (sample("{stage}/nothing.pt"), ["{stage}/nothing.pt"]),
+    "half a file": (sample("{stage}/half.pt"), ["{stage}/half.pt"]),
+    "a flag that contradicts the record": (
+        sample("{stage}/described/model000001.pt", {"num_channels": 64}),
+        ["--num_channels 64", "{stage}/described/config.json", "num_channels 32"],
+    ),
+    "a damaged record": (sample("{stage}/misdescribed/model000001.pt"), ["{stage}/misdescribed/config.json"]),
+    "an optimiser's state of another width": (
+        train(resume_checkpoint="{stage}/foreign_opt/model000001.pt"),
+        ["{stage}/foreign_opt/opt000001.pt"],
+    ),
+    "an average of another width": (
+        train(resume_checkpoint="{stage}/foreign_ema/model000001.pt"),
+        ["{stage}/foreign_ema/ema_0.9999_000001.pt"],
+    ),
+    # Where to log
+    "log_dir below a file": (train(log_dir="{stage}/model.pt/log"), ["--log_dir", "{stage}/model.pt/log"]),
+}
+
+
+def staged(name, stage, log_dir):
+    """A case's command and words, with their paths."""
+    argv, words = CASES[name]
+    argv = [text.replace("{stage}", str(stage)) for text in argv]
+    if "--log_dir" not in argv:
+        argv += ["--log_dir", str(log_dir)]
+    return argv, [word.replace("{stage}", str(stage)) for word in words]
+
+
+def check_refused(done, words, start=("error: ", "image_train.py: error: ")):
+    """It failed, and all it said of that is one line with all the words."""
+    assert done.returncode > 0, done.output
+    assert "Traceback" not in done.output, done.output
+    lines = [line.strip() for line in done.output.splitlines() if "error: " in line]
+    assert len(lines) == 1, done.output
+    assert lines[0].startswith(start), lines[0]
+    assert all(word in lines[0] for word in words), lines[0]
+    assert len(lines[0]) < 500  # clear: a handful of facts, no dump
+
+
+@pytest.fixture(scope="module")
+def outcomes(stage):
+    return run_forked({name: staged(name, stage, stage / "log")[0] for name in CASES}, stage)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_refused_in_one_line(name, outcomes, stage):
+    check_refused(outcomes[name], staged(name, stage, stage)[1])
+    assert outcomes[name].output.rstrip().splitlines()[-1].count("error: ") == 1  # nothing comes after it
+
+
+def test_pickled_code_did_not_run(outcomes, stage):
+    assert "a pickle" in outcomes
+    assert not (stage / "ran").exists()
+    with open(stage / "pickle.pt", "rb") as f:  # the file does hold code that a plain unpickler runs
+        pickle.load(f).close()
+    assert (stage / "ran").exists()
+    os.remove(stage / "ran")
+
+
+def test_the_stage_itself_is_sound(stage, tmp_path):
+    """The good files work: the cases fail for what they name and not for the way they are called."""
+    done = run_forked(
+        {
+            "train": [*(text.replace("{stage}", str(stage)) for text in train()), "--log_dir", str(tmp_path)],
+            "sample": [*(text.replace("{stage}", str(stage)) for text in sample()), "--log_dir", str(tmp_path)],
+        },
+        tmp_path,
+    )
+    for outcome in done.values():
+        outcome.check()
+
+
+@pytest.mark.parametrize("name", ["no data_dir", "no boolean", "another architecture"])
+def test_two_ranks_say_it_once(name, stage, tmp_path):
+    argv, words = staged(name, stage, tmp_path)
+    check_refused(run(argv, ranks=2), words)
+
+
+def test_one_rank_of_two_speaks_for_itself(stage, tmp_path):
+    # The broken image, the second of two, is read by the second rank only.
+    argv, words = staged("unreadable image", stage, tmp_path)
+    done = run([*argv, "--batch_size", "1"], ranks=2)
+    check_refused(done, words, start="rank 1: error: ")
+
+
+def test_unknown_log_format_is_refused(stage, tmp_path):
+    argv = [text.replace("{stage}", str(stage)) for text in train(log_dir=tmp_path)]
+    done = run_forked({"case": argv}, tmp_path, env={"OPENAI_LOG_FORMAT": "stdout,xml"})["case"]
+    check_refused(done, ["'xml'", "stdout", "log", "json", "csv", "tensorboard"])

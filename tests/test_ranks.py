@@ -1,0 +1,317 @@
+"""What several ranks do together: training as one process would, sharing values, and ending when one of them fails."""
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch as th
+from launch import TINY, run
+from torch.optim import AdamW
+
+from guided_diffusion import dist_util, logger
+from guided_diffusion.resample import LossSecondMomentResampler
+from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.train_util import TrainLoop
+
+GLOBAL_BATCH = 12
+STEPS = 4
+LR = 1e-4
+EMA_RATE = 0.9
+TESTS = os.path.dirname(os.path.abspath(__file__))
+
+
+# What runs on the ranks. Each writes what it has in the end to rankN.pt of the folder `out`.
+
+
+def make_model(seed):
+    """A small model whose weights are all random: those that start from zero would hide much of the gradient.
+
+    64 channels: with 32, each of group norm's groups is one channel, and biases before it have no gradient at all.
+    """
+    options = dict(TINY, image_size=8, attention_resolutions="8", num_channels=64, learn_sigma=True)
+    options.update(class_cond=True, num_classes=10)
+    model, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **options})
+    g = th.Generator().manual_seed(seed)
+    with th.no_grad():
+        for p in model.parameters():
+            p.copy_(th.randn(p.shape, generator=g) * (0.05 if p.ndim > 1 else 0.3))
+    return model, diffusion
+
+
+def global_batches():
+    """The same batches whoever asks: (images, what goes with them), with their timesteps and noise fixed."""
+    g = th.Generator().manual_seed(7)
+    for _ in range(STEPS):
+        yield (
+            th.rand(GLOBAL_BATCH, 3, 8, 8, generator=g) * 2 - 1,
+            {
+                "y": th.randint(10, (GLOBAL_BATCH,), generator=g),
+                "t": th.randint(1000, (GLOBAL_BATCH,), generator=g),
+                "noise": th.randn(GLOBAL_BATCH, 3, 8, 8, generator=g),
+            },
+        )
+
+
+def mean_loss(model, diffusion, x, cond):
+    losses = diffusion.training_losses(model, x, cond["t"], model_kwargs={"y": cond["y"]}, noise=cond["noise"])
+    return losses["loss"].mean()
+
+
+class FixedNoiseLoop(TrainLoop):
+    """Trains on the timesteps and noise that come with the batch."""
+
+    def compute_loss(self, micro, cond):
+        return mean_loss(self.ddp_model, self.diffusion, micro, cond)
+
+
+def my_share(batches):
+    rank, share = dist_util.get_rank(), GLOBAL_BATCH // dist_util.get_world_size()
+    part = slice(rank * share, (rank + 1) * share)
+    for x, cond in batches:
+        yield x[part], {k: v[part] for k, v in cond.items()}
+
+
+def train(microbatch, seed):
+    """The gradient of the first step, the weights after STEPS and their average."""
+    model, diffusion = make_model(seed)
+    loop = FixedNoiseLoop(
+        model=model,
+        diffusion=diffusion,
+        data=None,
+        batch_size=GLOBAL_BATCH // dist_util.get_world_size(),
+        microbatch=microbatch,
+        lr=LR,
+        ema_rate=str(EMA_RATE),
+        log_interval=1,
+        save_interval=100,
+        resume_checkpoint="",
+    )
+    gradient = None
+    for x, cond in my_share(global_batches()):
+        if gradient is None:
+            loop.forward_backward(x, cond)
+            gradient = [p.grad.clone() for p in model.parameters()]
+        loop.run_step(x, cond)
+    return {
+        "gradient": gradient,
+        "weights": [p.detach().clone() for p in model.parameters()],
+        "ema": [p.detach().clone() for p in loop.ema_params[0]],
+    }
+
+
+def losses_of_rank(rank):
+    """A number of losses that differs from rank to rank, none among them, over 3 timesteps."""
+    count = [2, 7, 0][rank]
+    return [(i + rank) % 3 for i in range(count)], [1.0 + rank + 0.25 * i for i in range(count)]
+
+
+def learn_from_losses():
+    sampler = LossSecondMomentResampler(SimpleNamespace(num_timesteps=3), history_per_term=2, uniform_prob=0.1)
+    ts, losses = losses_of_rank(dist_util.get_rank())
+    sampler.update_with_local_losses(th.tensor(ts, dtype=th.int64), th.tensor(losses))
+    return sampler.weights()
+
+
+def exchange():
+    """What the functions that pass values between ranks give on this one."""
+    rank = dist_util.get_rank()
+    params = [th.nn.Parameter(th.full((2, 3), float(rank))), th.full((4,), rank + 0.5)]
+    dist_util.sync_params(params)
+    return {
+        "gathered": dist_util.all_gather_uneven(th.arange(rank * 2).reshape(rank, 2) + 10 * rank),
+        "object": dist_util.broadcast_object({"rank": rank, "text": "x" * (rank + 1)}),
+        "params": [p.detach() for p in params],
+    }
+
+
+def on_ranks(out):
+    """The whole of what a rank does for these tests."""
+    dist_util.setup_dist()
+    rank, share = dist_util.get_rank(), GLOBAL_BATCH // dist_util.get_world_size()
+    logger.configure(dir=out, format_strs=[])
+    th.save(
+        {
+            # Other ranks start from other weights: rank 0's must reach all.
+            "whole": train(microbatch=-1, seed=rank),
+            "uneven": train(microbatch=share // 2 + 1, seed=rank),
+            "sampler_weights": th.from_numpy(learn_from_losses()),
+            **exchange(),
+        },
+        os.path.join(out, f"rank{rank}.pt"),
+    )
+
+
+# The tests
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cpu():
+    """The CPU, also where there is a GPU, and one thread: small networks lose time to threads that wait."""
+    before = th.get_num_threads()
+    th.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist_util, "dev", lambda: th.device("cpu"))
+        yield
+    th.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request, tmp_path_factory):
+    """What each rank of a job of 2, and of 3, has in the end."""
+    out = str(tmp_path_factory.mktemp(f"ranks{request.param}"))
+    snippet = f"import sys; sys.path.insert(0, {TESTS!r}); import test_ranks; test_ranks.on_ranks({out!r})"
+    run(["-c", snippet], ranks=request.param).check()
+    return [th.load(os.path.join(out, f"rank{r}.pt")) for r in range(request.param)]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """What plain PyTorch makes of the whole batches: no TrainLoop, no ranks, no microbatches."""
+    model, diffusion = make_model(seed=0)
+    opt = AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    average = [p.detach().clone() for p in model.parameters()]
+    gradient = None
+    for x, cond in global_batches():
+        opt.zero_grad()
+        mean_loss(model, diffusion, x, cond).backward()
+        gradient = gradient or [p.grad.clone() for p in model.parameters()]
+        opt.step()
+        average = [EMA_RATE * a + (1 - EMA_RATE) * p.detach() for a, p in zip(average, model.parameters())]
+    return {
+        "gradient": gradient,
+        "weights": [p.detach() for p in model.parameters()],
+        "ema": average,
+        "start": [p.detach() for p in make_model(seed=0)[0].parameters()],
+    }
+
+
+def largest_difference(a, b):
+    assert len(a) == len(b)
+    return max(float((x - y).abs().max()) for x, y in zip(a, b))
+
+
+def check_training(got, reference):
+    size = max(float(g.abs().max()) for g in reference["gradient"])
+    assert largest_difference(got["gradient"], reference["gradient"]) < 1e-5 * size
+    assert largest_difference(got["weights"], reference["weights"]) < 1e-5
+    assert largest_difference(got["ema"], reference["ema"]) < 1e-5
+
+
+def test_reference_moves(reference):
+    # Guards the comparisons: weights that stand still would agree however they were trained.
+    assert largest_difference(reference["start"], reference["weights"]) > 2 * LR
+
+
+@pytest.mark.parametrize("microbatch", [-1, 5])
+def test_one_process_trains_like_plain_pytorch(microbatch, reference):
+    with logger.scoped_configure(dir=None, format_strs=[]):
+        check_training(train(microbatch, seed=0), reference)
+
+
+@pytest.mark.parametrize("microbatches", ["whole", "uneven"])
+def test_ranks_train_like_plain_pytorch(microbatches, ranks, reference):
+    for got in ranks:
+        check_training(got[microbatches], reference)
+
+
+def test_ranks_hold_identical_weights(ranks):
+    # Bit for bit: ranks that drift apart by rounding would drift on.
+    for other in ranks[1:]:
+        for microbatches in ("whole", "uneven"):
+            assert largest_difference(ranks[0][microbatches]["weights"], other[microbatches]["weights"]) == 0
+
+
+def test_samplers_learn_from_all_ranks(ranks):
+    history = {0: [], 1: [], 2: []}
+    for rank in range(len(ranks)):
+        for t, loss in zip(*losses_of_rank(rank)):
+            history[t].append(loss)
+    # "Improved DDPM", eq. 18, over the latest two losses of each timestep, with a tenth left uniform.
+    expected = np.array([np.sqrt(np.mean(np.square(losses[-2:]))) for losses in history.values()])
+    expected = 0.9 * expected / expected.sum() + 0.1 / 3
+    for got in ranks:
+        np.testing.assert_allclose(got["sampler_weights"].numpy(), expected, rtol=1e-12)
+        assert (got["sampler_weights"] == ranks[0]["sampler_weights"]).all()
+
+
+def test_values_pass_between_ranks(ranks):
+    for got in ranks:
+        assert [g.tolist() for g in got["gathered"]] == [
+            [],
+            [[10, 11]],
+            [[20, 21], [22, 23]],
+        ][: len(ranks)]
+        assert got["object"] == {"rank": 0, "text": "x"}
+        assert all((p == value).all() for p, value in zip(got["params"], [0.0, 0.5]))
+
+
+def test_values_pass_in_one_process():
+    x, p = th.arange(3), th.ones(2)
+    dist_util.sync_params([p])
+    assert p.tolist() == [1, 1]
+    assert [g.tolist() for g in dist_util.all_gather_uneven(x)] == [[0, 1, 2]]
+    assert dist_util.broadcast_object("value") == "value"
+    assert (dist_util.get_rank(), dist_util.get_world_size()) == (0, 1)
+
+
+# How jobs end
+
+FAILING = """
+import os, signal, sys, time
+from guided_diffusion import dist_util
+from guided_diffusion.errors import InputError
+dist_util.setup_dist()
+dist_util.barrier()
+if dist_util.get_rank() == 1:
+    open(sys.argv[1], "w").write(str(time.time()))
+    {failure}
+for _ in range(1000):
+    dist_util.barrier()
+    time.sleep(0.1)
+"""
+
+
+def fail(tmp_path, failure, launcher):
+    """Let rank 1 of 2 fail while the other waits for it: the outcome, and the seconds from the failure to the end."""
+    note = tmp_path / "failed_at.txt"
+    done = run(["-c", FAILING.format(failure=failure), str(note)], ranks=2, launcher=launcher)
+    return done, done.ended - float(note.read_text())
+
+
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+def test_an_exception_on_one_rank_ends_all(launcher, tmp_path):
+    done, seconds = fail(tmp_path, 'raise RuntimeError("the disk is on fire")', launcher)
+    assert done.returncode != 0
+    assert seconds < 10
+    assert "rank 1: RuntimeError: the disk is on fire" in done.output
+
+
+def test_a_killed_rank_ends_all(tmp_path):
+    done, seconds = fail(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", "mpiexec")
+    assert done.returncode != 0
+    assert seconds < 10
+    assert "signal 9" in done.output  # the launcher's own words: a killed process has none
+
+
+def test_bad_input_on_one_rank_ends_all(tmp_path):
+    done, seconds = fail(tmp_path, 'raise InputError("image.png: broken")', "mpiexec")
+    assert done.returncode != 0
+    assert seconds < 10
+    assert done.output.count("error: image.png: broken") == 1
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+def test_bad_input_on_all_ranks_is_said_once(launcher):
+    snippet = (
+        "from guided_diffusion import dist_util; from guided_diffusion.errors import InputError; "
+        "dist_util.setup_dist(); raise InputError('--flag 7: too many')"
+    )
+    done = run(["-c", snippet], ranks=3, launcher=launcher)
+    assert done.returncode != 0
+    lines = done.output.splitlines()
+    assert lines.count("error: --flag 7: too many") == 1
+    assert done.output.count("too many") == 1
+    if launcher == "mpiexec":  # torchrun adds a report of its own
+        assert lines == ["error: --flag 7: too many"]
