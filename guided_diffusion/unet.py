@@ -321,8 +321,8 @@ class _Encoder(nn.Module):
         widths = [int(mult * self.model_channels) for mult in self.channel_mult]
         if not widths or min(widths) < 1:
             raise InputError(
-                f"num_channels {self.model_channels} with channel_mult {tuple(self.channel_mult)}: there must be a level, "
-                f"and each needs a width of at least 1"
+                f"num_channels {self.model_channels} with channel_mult {tuple(self.channel_mult)}: there must be a "
+                f"level, and each needs a width of at least 1"
             )
         if self.num_heads_upsample == -1:
             self.num_heads_upsample = self.num_heads
