@@ -21,7 +21,7 @@ def main():
 
 
 def read_samples(path):
-    """The images uint8 [N, H, W, 3] and labels [N] of an .npz of samples."""
+    """The images uint8 [N, H, W, C] and labels [N] of an .npz of samples."""
     if not os.path.exists(path):
         sys.exit(f"error: {path}: no such file")
     with np.load(path) as samples:

@@ -21,7 +21,7 @@ CONFIG_NAME = "config.json"
 
 def parse_resume_step_from_filename(filename):
     """The step in a name such as path/to/model012000.pt: 12000. Other names give 0."""
-    match = re.search(r"model(\d+)\.[^./\\]*$", filename)
+    match = re.search(r"model(\d+)(\.[^/\\]*)?$", filename)
     return int(match.group(1)) if match else 0
 
 
@@ -31,12 +31,11 @@ def get_blob_logdir():
 
 
 def find_resume_checkpoint():
-    """The newest modelNNNNNN.pt of the run's folder, or None."""
-    folder = get_blob_logdir()
-    if not folder or not files.is_dir(folder):
-        return None
-    names = [name for name in files.list_dir(folder) if re.fullmatch(r"model\d+\.pt", name)]
-    return files.join(folder, max(names, key=parse_resume_step_from_filename)) if names else None
+    """A checkpoint to resume from without being told, or None. For a cluster's own code to replace.
+
+    TrainLoop asks `train_util.find_resume_checkpoint` before it looks at its `resume_checkpoint`.
+    """
+    return None
 
 
 def model_name(step):
@@ -121,6 +120,41 @@ def read_config(checkpoint):
         return config
     except (ValueError, KeyError, AttributeError, TypeError):
         raise InputError(f"{path}: not the config.json of a training run; restore it or remove it") from None
+
+
+def adopt_config(args, settled, flag, names):
+    """Take a model's flags from the config.json beside its checkpoint, if there is one.
+
+    :param args: the parsed flags, changed in place.
+    :param settled: {name: (value, source)} of the flags that must not be contradicted: at first those given by hand
+        (script_util.given_flags). What is taken is added.
+    :param flag: the name of the flag with the checkpoint's path.
+    :param names: the flags to take, where they are recorded.
+    :raises InputError: for a flag that is settled and recorded with different values: it names both.
+    """
+    path = getattr(args, flag)
+    require_path(flag, path)
+    config = read_config(path)
+    if config is None:
+        return
+    source = files.join(files.dirname(path), CONFIG_NAME)
+    recorded = dict(config["flags"])
+    if recorded.get("class_cond") is False:
+        recorded.pop("num_classes", None)  # of no meaning for such a model; a classifier beside it has its own
+    for name in names:
+        if name not in recorded:
+            continue
+        value = recorded[name]
+        if name in settled and not _same_value(settled[name][0], value):
+            other, where = settled[name]
+            raise InputError(f"--{name} {other} {where} contradicts {source}, which says {name} {value}")
+        settled.setdefault(name, (value, f"in {source}"))
+        setattr(args, name, value)
+
+
+def _same_value(a, b):
+    """Whether two values of a flag mean the same: lists may have spaces."""
+    return a == b or (isinstance(a, str) and isinstance(b, str) and a.replace(" ", "") == b.replace(" ", ""))
 
 
 # Weights

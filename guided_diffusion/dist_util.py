@@ -1,6 +1,6 @@
 """Ranks, devices and what passes between ranks. Everything here also works in one process without a process group.
 
-Jobs start under mpiexec, torchrun or plain python; the environment that the launcher leaves says which.
+Jobs start under mpiexec, torchrun, srun or plain python; the environment that the launcher leaves says which.
 """
 
 import atexit
@@ -21,8 +21,10 @@ from .errors import InputError
 
 GPUS_PER_NODE = 8  # an assumption of old scripts that import it; the device follows from the rank within the node
 
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
-SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+# What launchers leave in the environment. SLURM_NTASKS is not among it: a batch script's own shell has it too.
+MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+SIZE_VARIABLES = ("WORLD_SIZE", *MPI_SIZE_VARIABLES, "SLURM_STEP_NUM_TASKS")
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 GRACE_S = 3.0  # how long a rank with bad input waits to learn whether all have it
 
@@ -55,30 +57,35 @@ def setup_dist():
     global _store
     if dist.is_initialized():
         return
-    rank, world_size = _meet()
+    sys.excepthook = _end_all_ranks  # for mistakes that show while ranks meet
+    rank, world_size, local_size = _meet()
+    backend = "gloo"
     if th.cuda.is_available():
         th.cuda.set_device(_local_rank % th.cuda.device_count())
-    backend = "nccl" if th.cuda.is_available() else "gloo"
+        if local_size <= th.cuda.device_count():  # nccl refuses two ranks on one GPU
+            backend = "nccl"
+    if local_size > 1 and "OMP_NUM_THREADS" not in os.environ:  # the node's cores are shared among its ranks
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        th.set_num_threads(max(1, cores // local_size))
     dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
-    sys.excepthook = _end_all_ranks
+    sys.excepthook = _end_all_ranks  # in place of torch's own, which would call this one
     atexit.register(_leave)
 
 
 def _meet():
-    """Open the store that all ranks share: (rank, world size)."""
+    """Open the store that all ranks share: (rank, world size, ranks on this node)."""
     global _store, _local_rank
     world_size = max((int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ), default=1)
     if world_size == 1:
         _store = dist.HashStore()
-        return 0, 1
-    if "MASTER_ADDR" in os.environ and "RANK" in os.environ:  # torchrun
-        _local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        rank = int(os.environ["RANK"])
-        _store, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
-    else:
-        rank, world_size, local_size = _meet_by_mpi()
-    _share_cores(local_size)
-    return rank, world_size
+        return 0, 1, 1
+    if "MASTER_ADDR" in os.environ and "RANK" in os.environ:  # torchrun, or a cluster that sets what it sets
+        _local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        _store, rank, world_size = next(dist.rendezvous("env://", int(os.environ["RANK"]), world_size))
+        return rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if any(name in os.environ for name in MPI_SIZE_VARIABLES):
+        return _meet_by_mpi()
+    return _meet_by_slurm()
 
 
 def _meet_by_mpi():
@@ -87,8 +94,8 @@ def _meet_by_mpi():
         from mpi4py import MPI
     except (ImportError, RuntimeError) as e:
         raise InputError(
-            f"started by an MPI launcher, but mpi4py finds no MPI library ({e}): pip install mpi4py mpich, or use the "
-            f"launcher and library of the cluster"
+            f"started by an MPI launcher, but mpi4py finds no MPI library ({str(e).splitlines()[0]}): "
+            f"pip install mpi4py mpich, or use the launcher and library of the cluster"
         ) from None
     _comm = MPI.COMM_WORLD
     node = _comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -104,18 +111,29 @@ def _meet_by_mpi():
     return rank, world_size, node.Get_size()
 
 
+def _meet_by_slurm():
+    """Under srun without MPI: rank 0's node is the first of the step's, the port follows from the job's number."""
+    global _store, _local_rank
+    import subprocess
+
+    rank, world_size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
+    nodes = os.environ["SLURM_STEP_NODELIST"]
+    if "[" in nodes or "," in nodes:
+        nodes = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        ).stdout
+    host = os.environ.get("MASTER_ADDR") or nodes.split()[0]
+    port = int(os.environ.get("MASTER_PORT") or 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)
+    _store = dist.TCPStore(host, port, world_size, is_master=rank == 0)
+    _local_rank = int(os.environ["SLURM_LOCALID"])
+    return rank, world_size, -(-world_size // int(os.environ.get("SLURM_STEP_NUM_NODES", 1)))
+
+
 def _own_address():
     """This node's address as other nodes see it."""
     import socket
 
     return socket.gethostbyname(socket.getfqdn())
-
-
-def _share_cores(local_size):
-    """Divide the node's cores among its ranks, unless the user decided."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        th.set_num_threads(max(1, cores // local_size))
 
 
 def dev():
@@ -164,12 +182,14 @@ def sync_params(params):
 def average_gradients(params):
     """Replace every gradient by its mean over the ranks, in one all-reduce a dtype.
 
-    A parameter without a gradient counts as one of zeros: a rank may have skipped what another used.
+    A trainable parameter without a gradient counts as one of zeros: a rank may have skipped what another used.
     """
     if get_world_size() == 1:
         return
     by_dtype = {}
     for p in params:
+        if not p.requires_grad:
+            continue
         if p.grad is None:
             p.grad = th.zeros_like(p)
         by_dtype.setdefault(p.dtype, []).append(p.grad)
@@ -180,11 +200,16 @@ def average_gradients(params):
         th._foreach_copy_(grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads)])
 
 
+def _exchange_device():
+    """Where tensors must lie to be passed around: nccl takes GPUs' alone, gloo all kinds of exchange only CPUs'."""
+    return dev() if dist.get_backend() == "nccl" else th.device("cpu")
+
+
 def all_gather_uneven(tensor):
     """Gather tensors that differ between ranks in their first dimension only: a list, in the order of ranks."""
     if get_world_size() == 1:
         return [tensor]
-    device = dev()
+    device = _exchange_device()
     sizes = [th.zeros(1, dtype=th.int64, device=device) for _ in range(get_world_size())]
     dist.all_gather(sizes, th.tensor([len(tensor)], device=device))
     longest = max(int(s) for s in sizes)
@@ -200,7 +225,7 @@ def broadcast_object(value):
     if get_world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=dev())
+    dist.broadcast_object_list(box, src=0, device=_exchange_device())
     return box[0]
 
 
@@ -223,7 +248,7 @@ def _end_all_ranks(kind, error, trace):
     """The hook for uncaught exceptions: say what happened, once where all ranks failed alike, and end every rank."""
     status = 130 if issubclass(kind, KeyboardInterrupt) else 1
     everywhere = issubclass(kind, (InputError, KeyboardInterrupt)) and _all_ranks_failed()
-    if not everywhere or get_rank() == 0:
+    if not everywhere or (get_rank() if dist.is_initialized() else launcher_rank()) == 0:
         if issubclass(kind, InputError):
             message = f"error: {error}"
         elif issubclass(kind, KeyboardInterrupt):
@@ -242,14 +267,14 @@ def _end_all_ranks(kind, error, trace):
         time.sleep(0.5)  # for the launcher to pass the message on: aborting drops what it has not read
         _comm.Abort(status)
     if _comm is not None:
-        _finalize_or_abort(status)
+        _finalize_mpi(status)
     os._exit(status)
 
 
 def _all_ranks_failed():
     """Whether every rank ends for a user's mistake within a moment: then one rank speaks for all."""
     world_size = get_world_size()
-    if world_size == 1:
+    if world_size == 1 or _store is None:  # what fails before the ranks have met fails on all
         return True
     try:
         _store.add("failed", 1)
@@ -263,8 +288,8 @@ def _all_ranks_failed():
         return True
 
 
-def _finalize_or_abort(status):
-    """Leave MPI in good order, so that the launcher adds nothing of its own to the message."""
+def _finalize_mpi(status):
+    """Leave MPI in good order, so that the launcher adds nothing to the message; but don't wait long for others."""
     from mpi4py import MPI
 
     timer = threading.Timer(GRACE_S, os._exit, [status])

@@ -26,11 +26,6 @@ def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
 
 
 def _linear_betas(num_diffusion_timesteps):
-    if num_diffusion_timesteps <= 20:
-        raise InputError(
-            f"a linear schedule of {num_diffusion_timesteps} timesteps would end with a beta of 1 or more: give "
-            f"--diffusion_steps at least 21, or take --noise_schedule cosine"
-        )
     scale = 1000 / num_diffusion_timesteps
     return np.linspace(scale * 0.0001, scale * 0.02, num_diffusion_timesteps, dtype=np.float64)
 
@@ -73,12 +68,10 @@ class ModelVarType(enum.Enum):
 class LossType(enum.Enum):
     """What training minimises."""
 
-    MSE = enum.auto()  # the mean squared error; and the bound for a learned variance
-    RESCALED_MSE = (
-        enum.auto()
-    )  # the same, the bound's term scaled as if T were 1000 and one term an estimate of the sum
-    KL = enum.auto()  # the variational bound
-    RESCALED_KL = enum.auto()  # the same, scaled to estimate the sum over all timesteps
+    MSE = enum.auto()  # the mean squared error; for a learned variance also the bound, which is its only teacher
+    RESCALED_MSE = enum.auto()  # the same, with the bound scaled by T / 1000
+    KL = enum.auto()  # the variational bound: one of its T terms
+    RESCALED_KL = enum.auto()  # the same, scaled by T: an estimate of their sum
 
     def is_vb(self):
         return self in (LossType.KL, LossType.RESCALED_KL)
@@ -95,7 +88,7 @@ class GaussianDiffusion:
     In all methods, x, x_start and x_t are [N, C, ...] float32 and t is [N] int64 in 0..num_timesteps-1. A model is
     called as model(x_t, timesteps, **model_kwargs), a cond_fn likewise.
 
-    :param betas: a 1D array with one beta in (0, 1) for each timestep, from the data to the noise.
+    :param betas: a 1D array with one beta in (0, 1] for each timestep, from the data to the noise.
     :param rescale_timesteps: show the model timesteps scaled to 0..1000, as floats.
     """
 
@@ -106,10 +99,8 @@ class GaussianDiffusion:
         self.rescale_timesteps = rescale_timesteps
 
         self.betas = betas = np.array(betas, dtype=np.float64)
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
-            raise InputError(
-                "betas must be a non-empty 1D array of numbers over 0 and under 1 (where no signal is left)"
-            )
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
+            raise InputError("betas must be a non-empty 1D array of numbers in (0, 1]")
         self.num_timesteps = len(betas)
 
         alphas = 1.0 - betas
@@ -120,6 +111,7 @@ class GaussianDiffusion:
         # q(x_t | x_start) and what inverts it
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
+        self._one_minus_alphas_cumprod = 1.0 - self.alphas_cumprod
         self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
         self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
@@ -168,7 +160,7 @@ class GaussianDiffusion:
         """The mean, variance and log-variance of q(x_t | x_start) (DDPM, eq. 4), each of x_start's shape."""
         mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
         log_variance = self._at("log_one_minus_alphas_cumprod", t, x_start).expand(x_start.shape)
-        variance = (1.0 - self._at("alphas_cumprod", t, x_start)).expand(x_start.shape)
+        variance = self._at("_one_minus_alphas_cumprod", t, x_start).expand(x_start.shape)
         return mean, variance, log_variance
 
     def q_sample(self, x_start, t, noise=None):

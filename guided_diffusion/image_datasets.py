@@ -26,6 +26,7 @@ def load_data(
     random_crop=False,
     random_flip=True,
     num_classes=None,
+    classes=None,
     channels=3,
     num_workers=1,
 ):
@@ -34,12 +35,12 @@ def load_data(
     :param data_dir: a folder, or a blob URL, searched recursively.
     :param batch_size: images a batch, on each rank.
     :param image_size: the side that images are cropped to.
-    :param class_cond: give labels: a file's class is its name up to the first underscore, and classes are numbered in
-        sorted order.
+    :param class_cond: give labels: a file's class is its name up to the first underscore.
     :param deterministic: go through the images in a fixed order, without random crops and flips.
     :param random_crop: crop at random instead of at the centre.
     :param random_flip: mirror half of the images.
     :param num_classes: how many classes the model has; more in the folder are refused.
+    :param classes: the names of the classes, in the order of their labels; by default the folder's, sorted.
     :param channels: 1 for grey images, 3 for RGB.
     :param num_workers: processes that decode; 0 decodes in this one.
     :return: pairs of images [batch_size, channels, image_size, image_size] float32 in [-1, 1], and a dict that holds,
@@ -48,8 +49,10 @@ def load_data(
     """
     if batch_size < 1:
         raise InputError(f"--batch_size {batch_size}: at least 1 is needed")
+    if num_workers < 0 or image_size < 1:
+        raise InputError(f"--num_workers {num_workers} must be at least 0, and the image size {image_size} at least 1")
     paths = _list_images(data_dir)
-    classes = class_labels(paths, num_classes)[0] if class_cond else None
+    labels = class_labels(paths, classes or class_names(data_dir, paths), num_classes) if class_cond else None
     rank, num_ranks = dist_util.get_rank(), dist_util.get_world_size()
     smallest_share = len(paths) // num_ranks
     if smallest_share < batch_size:
@@ -60,7 +63,7 @@ def load_data(
     dataset = ImageDataset(
         image_size,
         paths,
-        classes=classes,
+        classes=labels,
         shard=rank,
         num_shards=num_ranks,
         random_crop=random_crop and not deterministic,
@@ -133,27 +136,36 @@ def _list_image_files_recursively(data_dir):
     return results
 
 
-def class_labels(paths, num_classes=None):
-    """Number the classes in file names such as cat_0001.png.
+def class_names(data_dir, paths=None):
+    """The names of the classes in a folder of files such as cat_0001.png, sorted.
 
-    :param num_classes: the most that are allowed.
-    :return: the label of each path, and the sorted class names.
+    :param paths: the folder's images, where they are at hand.
     """
-    stems = [os.path.basename(path) for path in paths]
-    unlabelled = next((path for path, stem in zip(paths, stems) if "_" not in stem), None)
-    if unlabelled is not None:
+    return sorted({_class_name(path) for path in (_list_images(data_dir) if paths is None else paths)})
+
+
+def class_labels(paths, names, num_classes=None):
+    """The label of each path: the index of its class among `names`.
+
+    :param num_classes: how many labels the model has.
+    """
+    if num_classes is not None and len(names) > num_classes:
         raise InputError(
-            f"{unlabelled}: no class label in its name: a class-conditional run needs names LABEL_REST.png"
-        )
-    names = [stem.split("_", 1)[0] for stem in stems]
-    table = sorted(set(names))
-    if num_classes is not None and len(table) > num_classes:
-        raise InputError(
-            f"{len(table)} classes in the file names ({', '.join(table[:3])}, ...), but --num_classes is {num_classes}"
+            f"{len(names)} classes in the file names ({', '.join(names[:3])}, ...), but --num_classes is {num_classes}"
             f": labels from {num_classes} on would be outside the model's range"
         )
-    number = {name: i for i, name in enumerate(table)}
-    return [number[name] for name in names], table
+    number = {name: i for i, name in enumerate(names)}
+    stranger = next((path for path in paths if _class_name(path) not in number), None)
+    if stranger is not None:
+        raise InputError(f"{stranger}: its class {_class_name(stranger)} is none of the training data's")
+    return [number[_class_name(path)] for path in paths]
+
+
+def _class_name(path):
+    name, underscore, _ = os.path.basename(path).partition("_")
+    if not underscore:
+        raise InputError(f"{path}: no class label in its name: labels need names such as LABEL_REST.png")
+    return name
 
 
 class ImageDataset(Dataset):

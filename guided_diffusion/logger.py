@@ -267,6 +267,13 @@ def default_dir():
     )
 
 
+def progress_bar(**kwargs):
+    """A tqdm bar, with an ETA where the total is known; on rank 0 only."""
+    from tqdm import tqdm
+
+    return tqdm(disable=_rank() != 0, mininterval=0.5, dynamic_ncols=True, smoothing=0.05, **kwargs)
+
+
 def _rank():
     import torch.distributed as dist
 

@@ -32,6 +32,7 @@ class Preset:
     :param flags: the flags it was built with, where they differ from the defaults.
     :param sampling: recommended flags for sampling from it. For a classifier: of guided sampling with it, beside those
         of the diffusion model.
+    :param ddim_sampling: the same for sampling fast with DDIM, where the paper recommends any.
     :param training: flags of the training recipe, with the global batch size over all ranks as "global_batch".
     """
 
@@ -39,11 +40,13 @@ class Preset:
     file_name: str
     flags: dict
     sampling: dict = field(default_factory=dict)
+    ddim_sampling: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
 
     def all_flags(self):
-        """The flags with the defaults filled in."""
-        return {**FACTORIES[self.kind][1](), **self.flags}
+        """The flags with the defaults filled in. What the released flags leave unsaid the training recipe says."""
+        defaults = FACTORIES[self.kind][1]()
+        return {**defaults, **{k: v for k, v in self.training.items() if k in defaults}, **self.flags}
 
     def create(self, **changes):
         """Build the network and its process, with random weights.
@@ -76,7 +79,7 @@ _IMAGENET_256 = dict(_ADM, image_size=256, num_channels=256, num_head_channels=6
 
 def _diffusion(name, flags, iterations, **training):
     training = {**_TRAINING, "total_steps": iterations, **training}
-    return Preset("diffusion", f"{name}.pt", flags, dict(_STEPS_250), training)
+    return Preset("diffusion", f"{name}.pt", flags, sampling=dict(_STEPS_250), training=training)
 
 
 def _lsun(name, iterations, dropout=0.1, respacing="250"):
@@ -88,22 +91,27 @@ def _lsun(name, iterations, dropout=0.1, respacing="250"):
 
 def _upsampler(name, flags, iterations):
     training = {**_TRAINING, "total_steps": iterations}
-    return Preset("upsampler", f"{name}.pt", dict(_ADM, class_cond=True, num_channels=192, **flags),
-                  dict(_STEPS_250), training)  # fmt: skip
+    flags = {**_ADM, "class_cond": True, "num_channels": 192, **flags}
+    return Preset("upsampler", f"{name}.pt", flags, sampling=dict(_STEPS_250), training=training)
 
 
 def _classifier(
     size, scale, ddim_scale=None, lr=3e-4, weight_decay=0.05, global_batch=256, iterations=300_000, **flags
 ):
     """scale is for 250 DDPM steps; ddim_scale for 25 DDIM steps, where the paper gives one."""
-    sampling = dict(classifier_scale=scale)
-    if ddim_scale is not None:
-        sampling["ddim"] = dict(classifier_scale=ddim_scale, timestep_respacing="ddim25", use_ddim=True)
     training = dict(
         lr=lr, weight_decay=weight_decay, global_batch=global_batch, iterations=iterations, anneal_lr=True,
         noise_schedule="cosine" if size == 64 else "linear",
     )  # fmt: skip
-    return Preset("classifier", f"{size}x{size}_classifier.pt", dict(image_size=size, **flags), sampling, training)
+    ddim = dict(classifier_scale=ddim_scale, timestep_respacing="ddim25", use_ddim=True)
+    return Preset(
+        "classifier",
+        f"{size}x{size}_classifier.pt",
+        flags=dict(image_size=size, **flags),
+        sampling=dict(classifier_scale=scale),
+        ddim_sampling=ddim if ddim_scale is not None else {},
+        training=training,
+    )
 
 
 PRESETS = {

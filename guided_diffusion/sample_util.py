@@ -8,9 +8,9 @@ from PIL import Image
 
 from . import checkpoint_util, dist_util, files, logger
 from .errors import InputError
+from .logger import progress_bar
 from .random_util import SampleNoise, random_labels
-from .script_util import DIFFUSION_FLAGS, RUNTIME_FLAGS, adopt_config, parse_numbers
-from .train_util import progress_bar
+from .script_util import parse_numbers
 
 
 def sampling_flags():
@@ -25,31 +25,6 @@ def sampling_flags():
         log_dir="",
         seed=0,
     )
-
-
-def adopt_model_config(args, given, flag, names):
-    """Take a model's flags from the config.json beside its checkpoint, if there is one.
-
-    :param given: the flags that must not be contradicted: those given by hand, and those of a model before this one.
-        What is taken is added to them.
-    :param flag: the name of the flag with the checkpoint's path.
-    :param names: the flags that describe the model.
-    """
-    path = getattr(args, flag)
-    checkpoint_util.require_path(flag, path)
-    config = checkpoint_util.read_config(path)
-    if config is None:
-        return
-    source = files.join(files.dirname(path), checkpoint_util.CONFIG_NAME)
-    recorded = dict(config["flags"])
-    # Two models share flags that only one of them has a say in.
-    if recorded.get("class_cond") is False:
-        recorded.pop("num_classes", None)
-    names = [name for name in names if name not in RUNTIME_FLAGS]
-    if flag == "classifier_path":
-        names = [name for name in names if name not in DIFFUSION_FLAGS] + ["noise_schedule", "diffusion_steps"]
-    adopt_config(args, given, recorded, names, source)
-    given.update((name, recorded[name]) for name in names if name in recorded)
 
 
 def prepare_network(model, path, half=None):

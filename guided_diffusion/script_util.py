@@ -246,6 +246,11 @@ def create_gaussian_diffusion(
     """
     if steps < 1:
         raise InputError(f"--diffusion_steps {steps}: a process needs at least one timestep")
+    if noise_schedule == "linear" and steps <= 20:
+        raise InputError(
+            f"--diffusion_steps {steps}: a linear schedule so short ends with a beta of 1 or more; give at least 21, "
+            f"or take --noise_schedule cosine"
+        )
     if use_kl:
         loss_type = gd.LossType.RESCALED_KL
     elif rescale_learned_sigmas:
@@ -306,6 +311,11 @@ def parse_numbers(flag, text, kind):
     return tuple(int(x) if x == int(x) else x for x in numbers)
 
 
+def identity_flags(defaults):
+    """The names of those flags that decide which function a model's weights make."""
+    return [name for name in defaults if name not in RUNTIME_FLAGS]
+
+
 # Flags on the command line
 
 
@@ -341,30 +351,12 @@ def str2bool(v):
 
 
 def given_flags(parser, argv=None):
-    """The flags that stand on the command line: a dict without those left to their defaults."""
+    """The flags that stand on the command line, as checkpoint_util.adopt_config wants them: {name: (value, source)}."""
     defaults = {action: action.default for action in parser._actions}
     try:
         for action in defaults:
             action.default = argparse.SUPPRESS
-        return vars(parser.parse_args(argv))
+        return {name: (value, "on the command line") for name, value in vars(parser.parse_args(argv)).items()}
     finally:
         for action, default in defaults.items():
             action.default = default
-
-
-def adopt_config(args, given, config, names, source):
-    """Take a model's flags from the record that came with it.
-
-    :param args: the parsed flags, changed in place.
-    :param given: those that were given by hand: see given_flags.
-    :param config: a dict of the flags that the model was trained with.
-    :param names: which of them to take.
-    :param source: what to call the record in an error.
-    :raises InputError: when a flag given by hand says otherwise.
-    """
-    for name in names:
-        if name not in config:
-            continue
-        if name in given and given[name] != config[name]:
-            raise InputError(f"--{name} {given[name]} contradicts {source}, which says {name} {config[name]}")
-        setattr(args, name, config[name])

@@ -18,6 +18,7 @@ from .checkpoint_util import (  # others import these from here
 )
 from .errors import InputError
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
+from .logger import progress_bar
 from .nn import update_ema
 from .resample import LossAwareSampler, UniformSampler
 
@@ -99,6 +100,11 @@ class TrainLoop:
         ]:
             if value < 1:
                 raise InputError(f"--{name} {value}: at least 1 is needed")
+        for name, value in [("lr", lr), ("weight_decay", weight_decay)]:
+            if not value >= 0:
+                raise InputError(f"--{name} {value}: must not be negative")
+        if logger.get_dir() is None:
+            logger.configure()
         self.model = model
         self.diffusion = diffusion
         self.data = data
@@ -108,7 +114,7 @@ class TrainLoop:
         self.ema_rate = _parse_rates(ema_rate)
         self.log_interval = log_interval
         self.save_interval = save_interval
-        self.resume_checkpoint = resume_checkpoint
+        self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
         self.use_fp16 = use_fp16
         self.fp16_scale_growth = fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
@@ -117,7 +123,7 @@ class TrainLoop:
         self.total_steps = min((n for n in (total_steps, lr_anneal_steps) if n > 0), default=None)
 
         self.step = 0
-        self.resume_step = parse_resume_step_from_filename(resume_checkpoint) if resume_checkpoint else 0
+        self.resume_step = parse_resume_step_from_filename(self.resume_checkpoint)
         self.global_batch = batch_size * dist_util.get_world_size()
 
         self._load_weights()
@@ -278,19 +284,15 @@ class TrainLoop:
 
 
 def _parse_rates(ema_rate):
-    if isinstance(ema_rate, (int, float)):
-        return [float(ema_rate)]
     try:
-        return [float(x) for x in ema_rate.split(",") if x.strip()]
+        rates = [float(x) for x in ema_rate.split(",") if x.strip()] if isinstance(ema_rate, str) else [float(ema_rate)]
+        if not all(0 <= rate <= 1 for rate in rates):
+            raise ValueError
+        return rates
     except ValueError:
-        raise InputError(f"--ema_rate {ema_rate}: give a number such as 0.9999, or several with commas") from None
-
-
-def progress_bar(**kwargs):
-    """A tqdm bar, with an ETA where the total is known; on rank 0 only."""
-    from tqdm import tqdm
-
-    return tqdm(disable=dist_util.get_rank() != 0, mininterval=0.5, dynamic_ncols=True, smoothing=0.05, **kwargs)
+        raise InputError(
+            f"--ema_rate {ema_rate}: give a number from 0 to 1 such as 0.9999, or several with commas"
+        ) from None
 
 
 def log_loss_dict(diffusion, ts, losses):

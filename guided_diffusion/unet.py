@@ -158,9 +158,11 @@ class ResBlock(TimestepBlock):
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x, emb):
-        norm, act, conv = self.in_layers
-        h = conv(self.h_upd(act(norm(x))))
-        x = self.x_upd(x)
+        if self.updown:
+            h = self.in_layers[-1](self.h_upd(self.in_layers[:-1](x)))
+            x = self.x_upd(x)
+        else:
+            h = self.in_layers(x)
 
         emb = self.emb_layers(emb).type(h.dtype)
         emb = emb.reshape(*emb.shape, *[1] * (h.ndim - 2))  # [N, C or 2C, 1, 1]
@@ -234,8 +236,8 @@ class QKVAttention(nn.Module):
 
     def forward(self, qkv):
         n, width, length = qkv.shape
-        q, k, v = qkv.reshape(n, 3, self.n_heads, width // (3 * self.n_heads), length).unbind(1)
-        return attend(q, k, v)
+        qkv = qkv.mT.contiguous().view(n, length, 3, self.n_heads, width // (3 * self.n_heads))
+        return attend(*qkv.unbind(2))
 
     @staticmethod
     def count_flops(model, _x, y):
@@ -254,8 +256,8 @@ class QKVAttentionLegacy(nn.Module):
 
     def forward(self, qkv):
         n, width, length = qkv.shape
-        q, k, v = qkv.reshape(n, self.n_heads, 3, width // (3 * self.n_heads), length).unbind(2)
-        return attend(q, k, v)
+        qkv = qkv.mT.contiguous().view(n, length, self.n_heads, 3, width // (3 * self.n_heads))
+        return attend(*qkv.unbind(3))
 
     @staticmethod
     def count_flops(model, _x, y):
@@ -263,9 +265,12 @@ class QKVAttentionLegacy(nn.Module):
 
 
 def attend(q, k, v):
-    """Scaled dot-product attention: q, k, v [N, heads, C, T] -> [N, heads * C, T]."""
-    h = F.scaled_dot_product_attention(q.mT, k.mT, v.mT)  # [N, heads, T, C]
-    return h.mT.flatten(1, 2)
+    """Scaled dot-product attention: q, k, v [N, T, heads, C] -> [N, heads * C, T].
+
+    The channels of a head must lie side by side in memory: the fused kernels take nothing else.
+    """
+    h = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [N, heads, T, C]
+    return h.transpose(1, 2).flatten(2).mT
 
 
 def count_flops_attn(model, _x, y):
@@ -318,6 +323,10 @@ class _Encoder(nn.Module):
         if self.use_fp16 and self.use_bf16:
             raise InputError("use_fp16 and use_bf16 exclude each other: choose one")
         self.dtype = th.float16 if self.use_fp16 else th.bfloat16 if self.use_bf16 else th.float32
+        if self.num_res_blocks < 1 or not 0 <= self.dropout <= 1:
+            raise InputError(
+                f"num_res_blocks {self.num_res_blocks} must be at least 1, and dropout {self.dropout} from 0 to 1"
+            )
         widths = [int(mult * self.model_channels) for mult in self.channel_mult]
         if not widths or min(widths) < 1:
             raise InputError(
@@ -326,8 +335,6 @@ class _Encoder(nn.Module):
             )
         if self.num_heads_upsample == -1:
             self.num_heads_upsample = self.num_heads
-        if self.image_size is not None:
-            self._check_size(self.image_size if isinstance(self.image_size, (tuple, list)) else [self.image_size])
 
         self.emb_channels = 4 * self.model_channels
         self.time_embed = nn.Sequential(
@@ -398,8 +405,10 @@ class _Encoder(nn.Module):
         )
 
     def _check_size(self, sizes):
+        """Refuse an image size that does not come back from the levels as it was."""
+        sizes = sizes[-2:]  # of 3D data, the first axis is not resampled
         halvings = len(self.channel_mult) - 1
-        if any(size % 2**halvings for size in sizes):
+        if any(size < 1 or size % 2**halvings for size in sizes):
             raise InputError(
                 f"an image size of {'x'.join(map(str, sizes))} cannot be halved {halvings} times: the "
                 f"{len(self.channel_mult)} levels of channel_mult {tuple(self.channel_mult)} need a multiple of "
@@ -429,7 +438,6 @@ class _Encoder(nn.Module):
 
     def _encode(self, x, timesteps, y=None):
         """Run the encoder: the embedding, the output of every input block, and that of the middle block."""
-        self._check_size(x.shape[-min(self.dims, 2) :])
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
         if y is not None:
             emb = emb + self.label_emb(y)
@@ -490,6 +498,8 @@ class UNetModel(_Encoder):
         use_bf16=False,
     ):
         super().__init__(locals())
+        if image_size is not None:
+            self._check_size(image_size if isinstance(image_size, (tuple, list)) else [image_size])
         skip_widths = list(self._skip_widths)
         ch, ds = skip_widths[-1], self._encoder_ds
         self.output_blocks = nn.ModuleList([])
@@ -526,6 +536,7 @@ class UNetModel(_Encoder):
             raise ValueError("pass labels y to a class-conditional model, and to no other")
         if y is not None and y.shape != x.shape[:1]:
             raise ValueError(f"labels of shape {tuple(y.shape)} for a batch of {x.shape[0]}")
+        self._check_size(x.shape[2:])
         emb, hs, h = self._encode(x, timesteps, y)
         for block in self.output_blocks:
             h = block(th.cat([h, hs.pop()], dim=1), emb)
@@ -583,7 +594,6 @@ class EncoderUNetModel(_Encoder):
         use_bf16=False,
     ):
         super().__init__(locals())
-        self.pool = pool
         heads = {
             "adaptive": self._adaptive_head,
             "attention": self._attention_head,
@@ -606,6 +616,7 @@ class EncoderUNetModel(_Encoder):
         ch = self._skip_widths[-1]
         if self.num_head_channels == -1 or self.dims != 2 or not isinstance(self.image_size, int):
             raise InputError("attention pooling needs num_head_channels, and square 2D images of a known image_size")
+        self._check_size([self.image_size])
         pool = AttentionPool2d(self.image_size // self._encoder_ds, ch, self.num_head_channels, self.out_channels)
         return nn.Sequential(normalization(ch), SiLU(), pool)
 

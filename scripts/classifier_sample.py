@@ -1,9 +1,8 @@
 """Sample from a diffusion model guided by a noisy-image classifier: an .npz of images with labels, and a picture."""
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import checkpoint_util, dist_util, logger
 from guided_diffusion.guidance import classifier_cond_fn, route_labels
 from guided_diffusion.sample_util import (
-    adopt_model_config,
     choose_labels,
     generate,
     half_name,
@@ -19,6 +18,7 @@ from guided_diffusion.script_util import (
     create_classifier,
     create_model_and_diffusion,
     given_flags,
+    identity_flags,
     model_and_diffusion_defaults,
 )
 
@@ -29,9 +29,10 @@ def main():
 
     dist_util.setup_dist()
     logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
-    given = given_flags(parser)
-    adopt_model_config(args, given, "model_path", model_and_diffusion_defaults())
-    adopt_model_config(args, given, "classifier_path", classifier_defaults())
+    settled = given_flags(parser)
+    checkpoint_util.adopt_config(args, settled, "model_path", identity_flags(model_and_diffusion_defaults()))
+    noise = ["noise_schedule", "diffusion_steps", "rescale_timesteps"]  # what the classifier must have been trained on
+    checkpoint_util.adopt_config(args, settled, "classifier_path", identity_flags(classifier_defaults()) + noise)
 
     logger.log("creating model and diffusion...")
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))

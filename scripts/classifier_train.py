@@ -2,7 +2,7 @@
 
 from guided_diffusion import checkpoint_util, dist_util, logger
 from guided_diffusion.classifier_util import ClassifierTrainLoop, classifier_training_flags
-from guided_diffusion.image_datasets import load_data
+from guided_diffusion.image_datasets import class_names, load_data
 from guided_diffusion.random_util import seed_everything
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
@@ -11,35 +11,41 @@ from guided_diffusion.script_util import (
     args_to_dict,
     classifier_and_diffusion_defaults,
     create_classifier_and_diffusion,
+    given_flags,
+    identity_flags,
 )
 
 
 def main():
-    args = create_argparser().parse_args()
+    parser = create_argparser()
+    args = parser.parse_args()
 
     dist_util.setup_dist()
     logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
     seed_everything(args.seed)
+    if args.resume_checkpoint:
+        names = identity_flags(classifier_and_diffusion_defaults())
+        checkpoint_util.adopt_config(args, given_flags(parser), "resume_checkpoint", names)
 
     logger.log("creating model and diffusion...")
     model, diffusion = create_classifier_and_diffusion(**args_to_dict(args, classifier_and_diffusion_defaults()))
     model.to(dist_util.dev())
 
     logger.log("creating data loader...")
+    classes = class_names(args.data_dir)
     data_flags = dict(
         batch_size=args.batch_size,
         image_size=args.image_size,
         class_cond=True,
+        classes=classes,
         num_classes=args.num_classes,
         channels=args.in_channels,
         num_workers=args.num_workers,
     )
     data = load_data(data_dir=args.data_dir, random_crop=args.random_crop, random_flip=args.random_flip, **data_flags)
     val_data = load_data(data_dir=args.val_data_dir, **data_flags) if args.val_data_dir else None
-    checkpoint_util.write_config(vars(args), kind="classifier")
 
-    logger.log("training...")
-    ClassifierTrainLoop(
+    loop = ClassifierTrainLoop(
         model=model,
         diffusion=diffusion,
         data=data,
@@ -48,7 +54,11 @@ def main():
         use_bf16=args.classifier_use_bf16,
         schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion),
         **args_to_dict(args, classifier_training_flags()),
-    ).run_loop()
+    )
+    checkpoint_util.write_config(vars(args), kind="classifier", classes=classes)
+
+    logger.log("training...")
+    loop.run_loop()
 
 
 def create_argparser():

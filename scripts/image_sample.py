@@ -1,9 +1,8 @@
 """Sample from a diffusion model: an .npz of images, and a picture of them."""
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import checkpoint_util, dist_util, logger
 from guided_diffusion.guidance import route_labels
 from guided_diffusion.sample_util import (
-    adopt_model_config,
     choose_labels,
     generate,
     half_name,
@@ -17,6 +16,7 @@ from guided_diffusion.script_util import (
     args_to_dict,
     create_model_and_diffusion,
     given_flags,
+    identity_flags,
     model_and_diffusion_defaults,
 )
 
@@ -27,7 +27,9 @@ def main():
 
     dist_util.setup_dist()
     logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
-    adopt_model_config(args, given_flags(parser), "model_path", model_and_diffusion_defaults())
+    checkpoint_util.adopt_config(
+        args, given_flags(parser), "model_path", identity_flags(model_and_diffusion_defaults())
+    )
 
     logger.log("creating model and diffusion...")
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))

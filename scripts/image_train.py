@@ -1,7 +1,7 @@
 """Train a diffusion model on a folder of images."""
 
 from guided_diffusion import checkpoint_util, dist_util, logger
-from guided_diffusion.image_datasets import load_data
+from guided_diffusion.image_datasets import class_names, load_data
 from guided_diffusion.random_util import seed_everything
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
@@ -9,43 +9,53 @@ from guided_diffusion.script_util import (
     add_dict_to_argparser,
     args_to_dict,
     create_model_and_diffusion,
+    given_flags,
+    identity_flags,
     model_and_diffusion_defaults,
 )
 from guided_diffusion.train_util import TrainLoop, training_flags
 
 
 def main():
-    args = create_argparser().parse_args()
+    parser = create_argparser()
+    args = parser.parse_args()
 
     dist_util.setup_dist()
     logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
     seed_everything(args.seed)
+    if args.resume_checkpoint:
+        names = identity_flags(model_and_diffusion_defaults())
+        checkpoint_util.adopt_config(args, given_flags(parser), "resume_checkpoint", names)
 
     logger.log("creating model and diffusion...")
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
     model.to(dist_util.dev())
 
     logger.log("creating data loader...")
+    classes = class_names(args.data_dir) if args.class_cond else None
     data = load_data(
         data_dir=args.data_dir,
         batch_size=args.batch_size,
         image_size=args.image_size,
         class_cond=args.class_cond,
+        classes=classes,
         random_flip=args.random_flip,
         num_classes=args.num_classes,
         channels=args.in_channels,
         num_workers=args.num_workers,
     )
-    checkpoint_util.write_config(vars(args), kind="diffusion")
 
-    logger.log("training...")
-    TrainLoop(
+    loop = TrainLoop(
         model=model,
         diffusion=diffusion,
         data=data,
         schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion),
         **args_to_dict(args, training_flags()),
-    ).run_loop()
+    )
+    checkpoint_util.write_config(vars(args), kind="diffusion", classes=classes)
+
+    logger.log("training...")
+    loop.run_loop()
 
 
 def create_argparser():

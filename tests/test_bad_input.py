@@ -151,7 +151,7 @@ CASES = {
     "no number": (train(lr="fast"), ["--lr", "fast"]),
     "no list of numbers": (train(model={**TINY, "channel_mult": "1,two"}), ["--channel_mult", "1,two"]),
     "not a number in a list": (train(model={**TINY, "channel_mult": "1,nan"}), ["--channel_mult", "nan"]),
-    "blank list": (train(model={**TINY, "channel_mult": " "}), ["--channel_mult"]),
+    "blank list": (train(model={**TINY, "channel_mult": " "}), ["channel_mult ()"]),
     "no list of whole numbers": (
         train(model={**TINY, "attention_resolutions": "8,4.5"}),
         ["--attention_resolutions", "8,4.5"],
@@ -201,7 +201,7 @@ CASES = {
     "an unconditional checkpoint": (sample(model=CONDITIONAL), ["{stage}/model.pt", "class_cond"]),
     "resuming another architecture": (
         train(model={**TINY, "num_channels": 64}, resume_checkpoint="{stage}/described/model000001.pt"),
-        ["{stage}/described/model000001.pt", "num_channels"],
+        ["{stage}/described/config.json", "--num_channels 64", "num_channels 32"],
     ),
     "a classifier as the model": (
         sample("{stage}/classifier.pt"),

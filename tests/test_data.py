@@ -15,6 +15,7 @@ from guided_diffusion.image_datasets import (
     ImageDataset,
     center_crop_arr,
     class_labels,
+    class_names,
     load_data,
     random_crop_arr,
 )
@@ -72,21 +73,30 @@ def test_order_is_sorted_and_the_same_whatever_the_system_lists_first(tmp_path, 
 
 
 def test_labels_are_names_up_to_the_underscore_in_sorted_order():
-    labels, table = class_labels(["a/dog_1.png", "b/cat_7_x.png", "dog_2.png", "10_0.png", "9_0.png", "c_d/cat_.png"])
+    paths = ["a/dog_1.png", "b/cat_7_x.png", "dog_2.png", "10_0.png", "9_0.png", "c_d/cat_.png"]
+    table = class_names("", paths)
+    labels = class_labels(paths, table)
     assert table == ["10", "9", "cat", "dog"]
     assert labels == [3, 2, 3, 0, 1, 2]
 
 
 def test_labels_of_as_many_classes_as_the_model_has_are_fine():
-    assert class_labels(["a_0.png", "b_0.png"], num_classes=2)[0] == [0, 1]
+    assert class_labels(["a_0.png", "b_0.png"], ["a", "b"], num_classes=2) == [0, 1]
     with pytest.raises(InputError, match="--num_classes is 1"):
-        class_labels(["a_0.png", "b_0.png"], num_classes=1)
+        class_labels(["a_0.png", "b_0.png"], ["a", "b"], num_classes=1)
 
 
 def test_unlabelled_file_is_named():
     # The folder's underscore is no label.
     with pytest.raises(InputError, match="some_folder/plain.png"):
-        class_labels(["cat_0.png", "some_folder/plain.png"])
+        class_names("", ["cat_0.png", "some_folder/plain.png"])
+
+
+def test_held_out_images_are_numbered_as_the_training_images_are():
+    # On its own, a folder with the classes 3 and 7 alone would call them 0 and 1.
+    assert class_labels(["3_0.png", "7_0.png"], [str(i) for i in range(10)]) == [3, 7]
+    with pytest.raises(InputError, match="x_0.png.*class x"):
+        class_labels(["3_0.png", "x_0.png"], [str(i) for i in range(10)])
 
 
 # Which images on which rank

@@ -68,7 +68,10 @@ def test_preset_has_the_released_flags(name):
         "upsampler": script_util.sr_model_and_diffusion_defaults,
         "classifier": script_util.classifier_and_diffusion_defaults,
     }[released["kind"]]()
-    assert preset.all_flags() == {**defaults, **released["flags"]}
+    expected = {**defaults, **released["flags"]}
+    if name == "64x64_classifier":  # its flags leave the process out; it was trained on the 64x64 model's
+        expected["noise_schedule"] = RELEASED["64x64_diffusion"]["flags"]["noise_schedule"]
+    assert preset.all_flags() == expected
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -686,7 +689,40 @@ def test_gradients_in_half_precision(half):
     assert relative_error(got / scale, want) < (1e-2 if half == "fp16" else 8e-2)
 
 
+def test_hooks_on_a_block_s_layers_fire():
+    """Others read features by hooks on in_layers and out_layers."""
+    model, seen = UNetModel(**SMALL), []
+    block = model.middle_block[0]
+    block.in_layers.register_forward_hook(lambda *_: seen.append("in"))
+    block.out_layers.register_forward_hook(lambda *_: seen.append("out"))
+    x, t, _ = input_for(SMALL)
+    model(x, t)
+    assert seen == ["in", "out"]
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_attention_runs_in_a_fused_kernel(new_order):
+    # A fused kernel never holds the T x T weights. It wants each head's channels side by side in memory.
+    block = AttentionBlock(64, num_heads=2, use_new_attention_order=new_order)
+    with th.profiler.profile() as profile, th.no_grad():
+        block(th.randn(1, 64, 16, 16))
+    names = {event.name for event in profile.events()}
+    assert any("flash_attention" in name for name in names), names
+    assert not any("attention_math" in name for name in names)
+
+
 # Combinations that cannot work
+
+
+def test_sizes_that_do_not_divide():
+    # The decoder could not join its maps with the encoder's. A classifier has no decoder: only its attention pool,
+    # which counts positions, must know how many are left.
+    for size, words in [(18, (18, 4, "(1, 1, 2)")), ((16, 10), ("16x10", 4))]:
+        refused(lambda: UNetModel(**{**SMALL, "image_size": size, "channel_mult": (1, 1, 2)}), *words)
+    options = {**SMALL, "image_size": 18, "channel_mult": (1, 1, 2), "num_head_channels": 32}
+    refused(lambda: EncoderUNetModel(**options, pool="attention"), 18, 4)
+    model = EncoderUNetModel(**options, pool="adaptive")
+    assert model(th.zeros(2, SMALL["in_channels"], 18, 18), th.zeros(2)).shape == (2, SMALL["out_channels"])
 
 
 def refused(build, *words):
@@ -710,8 +746,6 @@ def refused(build, *words):
         (dict(num_heads=0), (64, 0)),
         (dict(num_head_channels=48), (64, 48)),
         (dict(num_head_channels=128), (64, 128)),
-        (dict(image_size=18, channel_mult=(1, 1, 2)), (18, 4, "(1, 1, 2)")),
-        (dict(image_size=(16, 10), channel_mult=(1, 1, 2)), ("16x10", 4)),
         (dict(use_fp16=True, use_bf16=True), ("use_fp16", "use_bf16")),
         (dict(dims=4), ("dimensions", 4, "1, 2, 3")),
     ],

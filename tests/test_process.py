@@ -880,6 +880,17 @@ def test_cosine_schedule():
     assert gd.betas_for_alpha_bar(10, lambda t: 1 - t, max_beta=0.6).max() == 0.6
 
 
+@pytest.mark.parametrize("schedule, steps", [("linear", 1000), ("cosine", 4000)])
+def test_small_variances_of_q_are_exact(schedule, steps):
+    # 1 - alphas_cumprod near 1: subtracting in float32 loses three digits of the first timesteps' variance.
+    diffusion = process(steps, schedule=schedule)
+    x, t = th.zeros(3, 1, 1, 1), th.tensor([0, 1, 2])
+    _, variance, log_variance = diffusion.q_mean_variance(x, t)
+    want = 1 - np.cumprod(1 - gd.get_named_beta_schedule(schedule, steps))[:3]
+    np.testing.assert_allclose(variance.flatten().double().numpy(), want, rtol=1e-6)
+    np.testing.assert_allclose(log_variance.exp().flatten().double().numpy(), want, rtol=1e-5)
+
+
 def test_bad_betas_are_refused():
     for betas in ([], [0.1, 1.1], [0.0, 0.1], [[0.1]], [0.1, float("nan")]):
         with pytest.raises(InputError):
@@ -891,7 +902,7 @@ def test_bad_betas_are_refused():
 def test_shortest_schedules_sample_or_are_refused(schedule, steps, loop):
     # A last beta of exactly 1 leaves no signal in x_T: no x_start can be read from it, and samples would be NaN.
     try:
-        diffusion = process(steps, schedule=schedule)
+        diffusion = create_gaussian_diffusion(steps=steps, noise_schedule=schedule)
     except InputError as e:
         assert str(steps) in str(e) and steps < 21
     else:

@@ -113,6 +113,19 @@ def learn_from_losses():
     return sampler.weights()
 
 
+def freeze_and_train():
+    """How far a frozen parameter moves in a step with weight decay."""
+    model, diffusion = make_model(seed=0)
+    model.time_embed.requires_grad_(False)
+    share = GLOBAL_BATCH // dist_util.get_world_size()
+    loop = FixedNoiseLoop(model=model, diffusion=diffusion, data=None, batch_size=share, microbatch=-1, lr=0.1,
+                          weight_decay=0.5, ema_rate="", log_interval=1, save_interval=100,
+                          resume_checkpoint="")  # fmt: skip
+    before = [p.clone() for p in model.time_embed.parameters()]
+    loop.run_step(*next(my_share(global_batches())))
+    return largest_difference(before, list(model.time_embed.parameters()))
+
+
 def exchange():
     """What the functions that pass values between ranks give on this one."""
     rank = dist_util.get_rank()
@@ -135,6 +148,7 @@ def on_ranks(out):
             # Other ranks start from other weights: rank 0's must reach all.
             "whole": train(microbatch=-1, seed=rank),
             "uneven": train(microbatch=share // 2 + 1, seed=rank),
+            "frozen_moved": freeze_and_train(),
             "sampler_weights": th.from_numpy(learn_from_losses()),
             **exchange(),
         },
@@ -196,6 +210,11 @@ def check_training(got, reference):
     assert largest_difference(got["gradient"], reference["gradient"]) < 1e-5 * size
     assert largest_difference(got["weights"], reference["weights"]) < 1e-5
     assert largest_difference(got["ema"], reference["ema"]) < 1e-5
+
+
+def test_frozen_parameters_stay(ranks):
+    # Averaging once gave them gradients of zeros, with which weight decay moves them.
+    assert [got["frozen_moved"] for got in ranks] == [0.0] * len(ranks)
 
 
 def test_reference_moves(reference):

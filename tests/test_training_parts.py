@@ -9,19 +9,20 @@ import pytest
 import torch as th
 from PIL import Image
 
-from guided_diffusion import checkpoint_util, dist_util, files, logger
+from guided_diffusion import checkpoint_util, dist_util, files, logger, train_util
+from guided_diffusion.checkpoint_util import adopt_config
 from guided_diffusion.classifier_util import ClassifierTrainLoop, correct_in_top_k
 from guided_diffusion.errors import InputError
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.nn import update_ema
 from guided_diffusion.random_util import SampleNoise, random_labels, seed_everything
 from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler
-from guided_diffusion.sample_util import adopt_model_config, choose_labels, save_grid, save_samples, to_uint8
+from guided_diffusion.sample_util import choose_labels, save_grid, save_samples, to_uint8
 from guided_diffusion.script_util import (
-    adopt_config,
     classifier_and_diffusion_defaults,
     create_classifier_and_diffusion,
     create_model_and_diffusion,
+    identity_flags,
     model_and_diffusion_defaults,
 )
 from guided_diffusion.train_util import (
@@ -338,7 +339,14 @@ def test_saving_at_intervals_and_at_the_end(quiet):
     loop.run_loop()
     saved = sorted(name for name in os.listdir(quiet) if name.startswith("model"))
     assert saved == ["model000002.pt", "model000004.pt", "model000005.pt"]
-    assert find_resume_checkpoint() == os.path.join(quiet, "model000005.pt")
+
+
+def test_training_without_a_configured_logger_can_save(monkeypatch, tmp_path):
+    """Other projects call TrainLoop alone: it must not find out at its first save that there is no folder."""
+    logger.reset()
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "default"))
+    new_loop(*new_model(), kind=NoLoss, data=endless(), total_steps=1).run_loop()
+    assert (tmp_path / "default" / "model000001.pt").exists()
 
 
 def test_a_save_at_the_very_end_is_not_repeated(quiet, monkeypatch):
@@ -552,12 +560,13 @@ def test_find_ema_checkpoint(tmp_path):
     assert find_ema_checkpoint(None, 12, "0.9999") is None
 
 
-def test_find_resume_checkpoint_takes_the_newest(tmp_path, monkeypatch):
-    monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", str(tmp_path))
+def test_a_cluster_may_say_what_to_resume_from(quiet, monkeypatch):
+    """Others replace train_util.find_resume_checkpoint; it goes before the flag."""
     assert find_resume_checkpoint() is None
-    for name in ("model000009.pt", "model000010.pt", "model1000000.pt", "model9999999.pt.tmp", "opt2000000.pt"):
-        (tmp_path / name).write_bytes(b"")
-    assert find_resume_checkpoint() == str(tmp_path / "model1000000.pt")
+    new_loop(*new_model(), kind=NoLoss, data=endless(), total_steps=2).run_loop()
+    found = os.path.join(quiet, "model000002.pt")
+    monkeypatch.setattr(train_util, "find_resume_checkpoint", lambda: found)
+    assert new_loop(*new_model(), kind=NoLoss, data=endless(), total_steps=3).steps_done == 2
 
 
 def test_atomic_writes(quiet):
@@ -604,15 +613,6 @@ def test_damaged_config(content, quiet):
         checkpoint_util.read_config(os.path.join(quiet, "model000001.pt"))
 
 
-def test_adopt_config():
-    args = SimpleNamespace(width=1, depth=2, seed=3)
-    config = {"width": 10, "depth": 20, "seed": 30}
-    adopt_config(args, {"depth": 20}, config, ["width", "depth", "unrecorded"], "the record")
-    assert vars(args) == {"width": 10, "depth": 20, "seed": 3}  # only what was named
-    with pytest.raises(InputError, match="--width 5 contradicts the record, which says width 10"):
-        adopt_config(args, {"width": 5}, config, ["width"], "the record")
-
-
 def write_record(folder, **flags):
     folder.mkdir()
     (folder / "model.pt").write_bytes(b"")
@@ -620,22 +620,38 @@ def write_record(folder, **flags):
     return str(folder / "model.pt")
 
 
-def test_flags_of_running_are_not_adopted(tmp_path):
+def test_adopt_config(tmp_path):
+    path = write_record(tmp_path / "model", width=10, depth=20, seed=30, levels="1,2")
+    args = SimpleNamespace(model_path=path, width=1, depth=2, seed=3, levels="1, 2")
+    settled = {"depth": (20, "on the command line"), "levels": ("1, 2", "on the command line")}
+    adopt_config(args, settled, "model_path", ["width", "depth", "levels", "unrecorded"])
+    assert (args.width, args.depth, args.seed) == (10, 20, 3)  # only what was named
+    assert settled["width"][0] == 10
+    with pytest.raises(InputError, match="--width 5 on the command line contradicts .*, which says width 10"):
+        adopt_config(args, {"width": (5, "on the command line")}, "model_path", ["width"])
+
+
+def test_a_checkpoint_without_a_record_changes_nothing(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"")
+    args = SimpleNamespace(model_path=str(tmp_path / "model.pt"), width=1)
+    adopt_config(args, {}, "model_path", ["width"])
+    assert args.width == 1
+
+
+def test_flags_of_running_are_not_adopted():
     """How a model was run in training says nothing about how to run it in sampling."""
-    path = write_record(tmp_path / "model", num_channels=32, use_fp16=True, dropout=0.3, timestep_respacing="10")
-    args = SimpleNamespace(model_path=path, num_channels=1, use_fp16=False, dropout=0.0, timestep_respacing="250")
-    adopt_model_config(args, {"timestep_respacing": "250"}, "model_path", ["num_channels", "use_fp16", "dropout",
-                                                                          "timestep_respacing"])  # fmt: skip
-    assert (args.num_channels, args.use_fp16, args.dropout, args.timestep_respacing) == (32, False, 0.0, "250")
+    names = identity_flags(model_and_diffusion_defaults())
+    assert {"num_channels", "num_heads", "use_new_attention_order", "noise_schedule", "learn_sigma"} <= set(names)
+    assert not {"use_fp16", "use_bf16", "dropout", "timestep_respacing", "use_checkpoint"} & set(names)
 
 
 def test_classes_of_an_unconditional_model_do_not_bind_its_classifier(tmp_path):
     model = write_record(tmp_path / "model", class_cond=False, num_classes=1000, image_size=16)
     classifier = write_record(tmp_path / "classifier", num_classes=10, image_size=16)
     args = SimpleNamespace(model_path=model, classifier_path=classifier, class_cond=True, num_classes=1, image_size=64)
-    given = {}
-    adopt_model_config(args, given, "model_path", ["class_cond", "num_classes", "image_size"])
-    adopt_model_config(args, given, "classifier_path", ["num_classes", "image_size"])
+    settled = {}
+    adopt_config(args, settled, "model_path", ["class_cond", "num_classes", "image_size"])
+    adopt_config(args, settled, "classifier_path", ["num_classes", "image_size"])
     assert (args.class_cond, args.num_classes, args.image_size) == (False, 10, 16)
 
 
@@ -643,10 +659,10 @@ def test_a_classifier_of_another_image_size_is_refused(tmp_path):
     model = write_record(tmp_path / "model", image_size=16)
     classifier = write_record(tmp_path / "classifier", image_size=32)
     args = SimpleNamespace(model_path=model, classifier_path=classifier, image_size=64)
-    given = {}
-    adopt_model_config(args, given, "model_path", ["image_size"])
-    with pytest.raises(InputError, match="image_size 16.*image_size 32"):
-        adopt_model_config(args, given, "classifier_path", ["image_size"])
+    settled = {}
+    adopt_config(args, settled, "model_path", ["image_size"])
+    with pytest.raises(InputError, match="image_size 16 in .*model.* contradicts .*classifier.*image_size 32"):
+        adopt_config(args, settled, "classifier_path", ["image_size"])
 
 
 # Samples
