@@ -200,6 +200,18 @@ def test_resuming_loads_the_averages(rate, resumed, trained):
             assert th.allclose(value, average[name], rtol=1e-5, atol=1e-6), name
 
 
+def test_a_run_that_fails_leaves_the_record_alone(trained, digits):
+    # A config.json overwritten by a mistyped command would misdescribe the checkpoints beside it.
+    path = os.path.join(trained, "config.json")
+    with open(path, "rb") as f:
+        before = f.read()
+    argv = [script("image_train"), *flags(data_dir=digits, log_dir=trained, schedule_sampler="foo", diffusion_steps=50)]
+    done = run(argv)
+    assert done.returncode != 0 and "--schedule_sampler" in done.output
+    with open(path, "rb") as f:
+        assert f.read() == before
+
+
 # Training a classifier
 
 
