@@ -46,8 +46,37 @@ def opt_name(step):
     return f"opt{step:06d}.pt"
 
 
+def state_name(step):
+    return f"state{step:06d}.pt"
+
+
 def ema_name(rate, step):
     return f"ema_{rate}_{step:06d}.pt"
+
+
+def resolve_resume_checkpoint(value):
+    """The path that --resume_checkpoint means: "auto" is the newest complete checkpoint of the run's folder, or "".
+
+    Every rank must call it: rank 0 looks, and all take what it found.
+    """
+    if value != "auto":
+        return value
+    return dist_util.broadcast_object(_newest_complete(get_blob_logdir()) if dist_util.get_rank() == 0 else None)
+
+
+def _newest_complete(folder):
+    names = set(files.list_dir(folder))
+    for name in names:
+        if name.endswith(".tmp"):  # left by a process that was killed while it wrote
+            files.remove(files.join(folder, name))
+    steps = {int(m.group(1)) for name in names if (m := re.fullmatch(r"(?:model|opt|state)(\d+)\.pt", name))}
+    for step in sorted(steps, reverse=True):
+        # The model is written last: without it, the others may be of a save that was cut short.
+        missing = [name for name in (model_name(step), opt_name(step), state_name(step)) if name not in names]
+        if not missing:
+            return files.join(folder, model_name(step))
+        logger.warn(f"ignoring the half-written checkpoint of step {step}: there is no {missing[0]}")
+    return ""
 
 
 def beside(checkpoint, name):

@@ -19,6 +19,7 @@ def classifier_training_flags():
         batch_size=4,
         microbatch=-1,
         resume_checkpoint="",
+        seed=-1,
         log_interval=10,
         eval_interval=5,
         save_interval=10000,
@@ -55,8 +56,8 @@ class ClassifierTrainLoop(TrainLoop):
         batch = batch.to(dist_util.dev())
         t = th.zeros(len(batch), dtype=th.long, device=dist_util.dev())
         if self.noised:
-            t, _ = self.schedule_sampler.sample(len(batch), dist_util.dev())
-            batch = self.diffusion.q_sample(batch, t)
+            t, _ = self.randomness.timesteps(self.schedule_sampler, len(batch), dist_util.dev())
+            batch = self.diffusion.q_sample(batch, t, noise=self.randomness.randn_like(batch))
         return batch, {**cond, "t": t}
 
     def compute_loss(self, micro, cond, prefix="train"):
@@ -78,6 +79,7 @@ class ClassifierTrainLoop(TrainLoop):
     def evaluate(self):
         """Log loss and accuracy on a held-out batch."""
         self.model.eval()
+        self.randomness.start_step(self.steps_done, self.batch_size)
         batch, cond = self.prepare(*next(self.val_data))
         for start in range(0, len(batch), self.microbatch):
             part = slice(start, start + self.microbatch)

@@ -31,6 +31,7 @@ GRACE_S = 3.0  # how long a rank with bad input waits to learn whether all have 
 _comm = None  # MPI's communicator, under an MPI launcher
 _store = None  # the key-value store through which ranks met
 _local_rank = 0
+_cpu_group = None  # where the default group is nccl's: one of CPUs
 
 
 def launcher_rank():
@@ -70,6 +71,8 @@ def setup_dist():
     dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
     sys.excepthook = _end_all_ranks  # in place of torch's own, which would call this one
     atexit.register(_leave)
+    if rank == 0:
+        _store.set("seed", str(int.from_bytes(os.urandom(6), "little")))
 
 
 def _meet():
@@ -229,6 +232,32 @@ def broadcast_object(value):
     return box[0]
 
 
+def any_rank(flag):
+    """Whether `flag` is true on any rank. Every rank must call it."""
+    global _cpu_group
+    if get_world_size() == 1:
+        return bool(flag)
+    if _cpu_group is None and dist.get_backend() != "gloo":
+        _cpu_group = dist.new_group(backend="gloo")  # a question that must not wait for the GPU's queue
+    votes = th.tensor([int(flag)])
+    dist.all_reduce(votes, group=_cpu_group)
+    return bool(votes)
+
+
+def gather_objects(value):
+    """Every rank's `value`, in the order of ranks, on every rank."""
+    if get_world_size() == 1:
+        return [value]
+    values = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def job_seed():
+    """A random number that is the same on all ranks of a job and differs from job to job. Not a collective."""
+    return int(_store.get("seed")) if _store is not None else int.from_bytes(os.urandom(6), "little")
+
+
 def barrier():
     """Wait for all ranks."""
     if get_world_size() > 1:
@@ -239,9 +268,16 @@ def barrier():
 
 
 def _leave():
-    """At the end of the process: the group's threads must be gone before the interpreter is."""
+    """At the end of the process: the group's threads must have done with Python before the interpreter goes.
+
+    A gloo thread may still have to free the last exchange's tensor, for which it waits for the interpreter's lock; once
+    the interpreter is shutting down, asking for that lock aborts the process. So let go of it for a moment.
+    """
     if dist.is_initialized():
+        distributed = get_world_size() > 1
         dist.destroy_process_group()
+        if distributed:
+            time.sleep(0.1)
 
 
 def _end_all_ranks(kind, error, trace):

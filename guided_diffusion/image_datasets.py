@@ -29,8 +29,9 @@ def load_data(
     classes=None,
     channels=3,
     num_workers=1,
+    seed=None,
 ):
-    """Yield batches for ever from this rank's share of a folder of images.
+    """An endless iterator over batches of this rank's share of a folder of images.
 
     :param data_dir: a folder, or a blob URL, searched recursively.
     :param batch_size: images a batch, on each rank.
@@ -43,8 +44,9 @@ def load_data(
     :param classes: the names of the classes, in the order of their labels; by default the folder's, sorted.
     :param channels: 1 for grey images, 3 for RGB.
     :param num_workers: processes that decode; 0 decodes in this one.
-    :return: pairs of images [batch_size, channels, image_size, image_size] float32 in [-1, 1], and a dict that holds,
-        with class_cond, the labels "y" [batch_size] int64.
+    :param seed: decides order, crops and flips; by default another number for each job.
+    :return: an ImageStream: pairs of images [batch_size, channels, image_size, image_size] float32 in [-1, 1], and a
+        dict that holds, with class_cond, the labels "y" [batch_size] int64.
     :raises InputError: for a folder that is missing, has no images or too few for a batch, or labels that don't fit.
     """
     if batch_size < 1:
@@ -53,55 +55,113 @@ def load_data(
         raise InputError(f"--num_workers {num_workers} must be at least 0, and the image size {image_size} at least 1")
     paths = _list_images(data_dir)
     labels = class_labels(paths, classes or class_names(data_dir, paths), num_classes) if class_cond else None
-    rank, num_ranks = dist_util.get_rank(), dist_util.get_world_size()
-    smallest_share = len(paths) // num_ranks
-    if smallest_share < batch_size:
+    num_ranks = dist_util.get_world_size()
+    if len(paths) < batch_size * num_ranks:
         raise InputError(
-            f"--data_dir {data_dir}: {len(paths)} images over {num_ranks} ranks leave {smallest_share} for a rank, "
-            f"fewer than a batch: lower --batch_size {batch_size} or give more images"
+            f"--data_dir {data_dir}: {len(paths)} images over {num_ranks} ranks leave {len(paths) // num_ranks} for a "
+            f"rank, fewer than a batch: lower --batch_size {batch_size} or give more images"
         )
     dataset = ImageDataset(
         image_size,
         paths,
         classes=labels,
-        shard=rank,
-        num_shards=num_ranks,
         random_crop=random_crop and not deterministic,
         random_flip=random_flip and not deterministic,
         channels=channels,
     )
-    loader = DataLoader(
-        _ErrorsAsItems(dataset),
-        batch_size=batch_size,
-        shuffle=not deterministic,
-        num_workers=num_workers,
-        drop_last=True,
-        collate_fn=_collate,
-        persistent_workers=num_workers > 0,
-    )
-    return _endless(loader)
+    return ImageStream(dataset, batch_size, shuffle=not deterministic, num_workers=num_workers, seed=seed)
 
 
-def _endless(loader):
-    while True:
-        for batch in loader:
-            if isinstance(batch, InputError):
-                raise InputError(str(batch))  # a new one: its traceback keeps the loader from being freed
-            yield batch
+class ImageStream:
+    """Endless batches from a dataset, in an order that is a function of (seed, step, position in the global batch).
 
+    The images of step s are numbers s * G to s * G + G - 1 in a sequence of shuffles, where G is the global batch;
+    image j of rank r's batch is number j * (number of ranks) + r of those. So each epoch sees every image once, but for
+    a last partial batch, and neither ranks nor workers change what a step sees.
 
-class _ErrorsAsItems(Dataset):
-    """Hand errors over as items: a worker process that raised them would bury the message in its traceback."""
+    :param dataset: has `get(index, rng)` and a length.
+    :param batch_size: on each rank.
+    :param seed: None takes a number of the job's own.
+    """
 
-    def __init__(self, dataset):
+    def __init__(self, dataset, batch_size, *, shuffle=True, num_workers=1, seed=None):
         self.dataset = dataset
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.num_workers = num_workers
+        self.seed = dist_util.job_seed() if seed is None else seed
+        self.rank, self.num_ranks = dist_util.get_rank(), dist_util.get_world_size()
+        self.step = 0
+        self._batches = None
 
-    def __len__(self):
-        return len(self.dataset)
+    def __iter__(self):
+        return self
 
-    def __getitem__(self, index):
+    def __next__(self):
+        if self._batches is None:
+            loader = DataLoader(
+                _OwnRandomness(self.dataset, self.seed),
+                batch_sampler=self._schedule(self.step),
+                num_workers=self.num_workers,
+                collate_fn=_collate,
+                pin_memory=th.cuda.is_available(),
+                generator=th.Generator(),  # not the global one: others count on what that gives next
+            )
+            self._batches = iter(loader)
+        batch = next(self._batches)
+        if isinstance(batch, InputError):
+            raise InputError(str(batch))  # a new one: its traceback keeps the loader from being freed
+        self.step += 1
+        return batch
+
+    def _schedule(self, step):
+        """For each step, which images this rank takes: a list of (index, number in the whole run)."""
+        global_batch = self.batch_size * self.num_ranks
+        steps_per_epoch = len(self.dataset) // global_batch
+        while True:
+            epoch, start = divmod(step, steps_per_epoch)
+            order = np.arange(len(self.dataset))
+            if self.shuffle:
+                np.random.default_rng([self.seed, epoch]).shuffle(order)
+            for i in range(start, steps_per_epoch):
+                mine = range(i * global_batch + self.rank, (i + 1) * global_batch, self.num_ranks)
+                offset = (step - i) * global_batch
+                yield [(int(order[n]), offset + n) for n in mine]
+                step += 1
+
+    def state_dict(self):
+        """Where the stream is, the same on every rank."""
+        return {"seed": self.seed, "step": self.step, "global_batch": self.batch_size * self.num_ranks}
+
+    def load_state_dict(self, state_dict):
+        """Go on from where another stream was, on as many ranks or others, with the same global batch."""
+        if state_dict["global_batch"] != self.batch_size * self.num_ranks:
+            raise InputError(
+                f"--batch_size {self.batch_size} on {self.num_ranks} ranks is a global batch of "
+                f"{self.batch_size * self.num_ranks}, but the run to resume had {state_dict['global_batch']}"
+            )
+        self.seed, self.step = state_dict["seed"], state_dict["step"]
+        self._batches = None
+
+    def close(self):
+        """End the worker processes."""
+        self._batches = None
+
+
+class _OwnRandomness(Dataset):
+    """Gives each image of a run crops and flips of its own, and hands errors over as items.
+
+    A worker process that raised them would bury the message in its traceback.
+    """
+
+    def __init__(self, dataset, seed):
+        self.dataset = dataset
+        self.seed = seed
+
+    def __getitem__(self, item):
+        index, number = item
         try:
-            return self.dataset[index]
+            return self.dataset.get(index, random.Random(f"{self.seed}.{number}"))
         except InputError as e:
             return e
 
@@ -203,10 +263,16 @@ class ImageDataset(Dataset):
         return len(self.local_images)
 
     def __getitem__(self, idx):
+        return self.get(idx, random)
+
+    def get(self, idx, rng):
+        """The item idx, with its random crop and flip drawn from `rng`: a random.Random, or the module `random`."""
         image = self._read(self.local_images[idx])
-        crop = random_crop_arr if self.random_crop else center_crop_arr
-        arr = crop(image, self.resolution)
-        if self.random_flip and random.random() < 0.5:
+        if self.random_crop:
+            arr = random_crop_arr(image, self.resolution, rng=rng)
+        else:
+            arr = center_crop_arr(image, self.resolution)
+        if self.random_flip and rng.random() < 0.5:
             arr = arr[:, ::-1]
         arr = arr.reshape(self.resolution, self.resolution, -1).astype(np.float32) / 127.5 - 1
         labels = {} if self.local_classes is None else {"y": np.array(self.local_classes[idx], dtype=np.int64)}
@@ -230,14 +296,15 @@ def center_crop_arr(pil_image, image_size):
     return arr[y : y + image_size, x : x + image_size]
 
 
-def random_crop_arr(pil_image, image_size, min_crop_frac=0.8, max_crop_frac=1.0):
+def random_crop_arr(pil_image, image_size, min_crop_frac=0.8, max_crop_frac=1.0, rng=random):
     """Shrink an image and take a random square of it: uint8 [image_size, image_size(, C)].
 
     :param min_crop_frac, max_crop_frac: the range of the crop's side over the image's shorter side.
+    :param rng: where randomness comes from: a random.Random, or the module `random`.
     """
-    shorter = random.randrange(math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac) + 1)
+    shorter = rng.randrange(math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac) + 1)
     arr = np.array(_shrink(pil_image, shorter))
-    y, x = (random.randrange(side - image_size + 1) for side in arr.shape[:2])
+    y, x = (rng.randrange(side - image_size + 1) for side in arr.shape[:2])
     return arr[y : y + image_size, x : x + image_size]
 
 

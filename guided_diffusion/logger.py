@@ -33,6 +33,9 @@ class KVWriter:
         """Write the dict `kvs`."""
         raise TypeError(f"{type(self).__name__} does not write metrics")
 
+    def rewind(self, step):
+        """Forget the rows whose "step" is `step` or later: a resumed run will write them again."""
+
     def close(self):
         """Release what it holds."""
 
@@ -81,7 +84,15 @@ class JSONOutputFormat(KVWriter):
     """One JSON object a line."""
 
     def __init__(self, filename):
+        self.filename = filename
         self.file = open(filename, "a")
+
+    def rewind(self, step):
+        self.file.close()
+        with open(self.filename) as f:
+            lines = [line for line in f if _is_before(json.loads(line), step)]
+        _rewrite(self.filename, lambda f: f.writelines(lines))
+        self.file = open(self.filename, "a")
 
     def writekvs(self, kvs):
         plain = {k: v.item() if hasattr(v, "item") else v for k, v in sorted(kvs.items())}
@@ -113,17 +124,37 @@ class CSVOutputFormat(KVWriter):
             f.write(row.getvalue())
 
     def _add_columns(self, new):
-        rows = []
-        if self.keys:
-            with open(self.filename, newline="") as f:
-                rows = list(csv.reader(f))[1:]
+        rows = self._rows()
         self.keys += new
-        temporary = self.filename + ".tmp"
-        with open(temporary, "w", newline="") as f:
-            writer = csv.writer(f, lineterminator="\n")
-            writer.writerow(self.keys)
-            writer.writerows(row + [""] * (len(self.keys) - len(row)) for row in rows)
-        os.replace(temporary, self.filename)
+        self._write_all(rows)
+
+    def _rows(self):
+        if not self.keys:
+            return []
+        with open(self.filename, newline="") as f:
+            return list(csv.reader(f))[1:]
+
+    def _write_all(self, rows):
+        padded = [row + [""] * (len(self.keys) - len(row)) for row in rows]
+        _rewrite(self.filename, lambda f: csv.writer(f, lineterminator="\n").writerows([self.keys, *padded]))
+
+    def rewind(self, step):
+        if self.keys:
+            self._write_all([row for row in self._rows() if _is_before(dict(zip(self.keys, row)), step)])
+
+
+def _is_before(row, step):
+    try:
+        return float(row.get("step") or 0) < step
+    except ValueError:
+        return True
+
+
+def _rewrite(filename, write):
+    temporary = f"{filename}.{os.getpid()}.tmp"
+    with open(temporary, "w", newline="") as f:
+        write(f)
+    os.replace(temporary, filename)
 
 
 class TensorBoardOutputFormat(KVWriter):
@@ -219,6 +250,11 @@ class Logger:
 
     def get_dir(self):
         return self.dir
+
+    def rewind(self, step):
+        """Forget the rows from `step` on: a run that resumes from there will write them again."""
+        for writer in self.output_formats:
+            writer.rewind(step)
 
     def close(self):
         for writer in self.output_formats:

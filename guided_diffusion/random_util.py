@@ -1,4 +1,4 @@
-"""Randomness that belongs to a sample, whichever rank and batch it falls into."""
+"""Random numbers that belong to a sample or a training image, whichever rank and batch it falls into."""
 
 import random
 
@@ -31,6 +31,84 @@ class SampleNoise:
         return self.randn(*x.shape[1:]).to(x.dtype)
 
 
+class GlobalRandomness:
+    """Training's random numbers from numpy's and torch's global generators, in the order the original drew them."""
+
+    def start_step(self, step, batch_size):
+        """Prepare for a step of `batch_size` images on this rank."""
+
+    def timesteps(self, sampler, count, device):
+        """Timesteps and loss factors for the step's next `count` images: see ScheduleSampler.sample."""
+        return sampler.sample(count, device)
+
+    def randn_like(self, x):
+        """Standard normal noise for the step's next len(x) images."""
+        return th.randn_like(x)
+
+
+class SeededRandomness:
+    """Training's random numbers as functions of (seed, step, position in the global batch) alone.
+
+    Image j of rank r's batch has position j * (number of ranks) + r, as in ImageStream: timesteps and noise do not
+    depend on how a batch is split into ranks and microbatches. Dropout draws from torch's generator, which every step
+    seeds anew for each rank: it repeats with the same split.
+    """
+
+    def __init__(self, seed):
+        self.seed = seed
+        self.rank, self.num_ranks = dist_util.get_rank(), dist_util.get_world_size()
+
+    def start_step(self, step, batch_size):
+        self.step, self.global_batch = step, batch_size * self.num_ranks
+        self.drawn = None
+        self.first = self.first_noise = 0
+        th.manual_seed(_mix(self.seed, 0, step, self.rank))
+
+    def timesteps(self, sampler, count, device):
+        if self.drawn is None:  # of the global batch, the same on every rank
+            rng = np.random.default_rng([self.seed, 1, self.step])
+            self.drawn = [v[self.rank :: self.num_ranks] for v in sampler.sample(self.global_batch, device, rng=rng)]
+        part = slice(self.first, self.first + count)
+        self.first += count
+        return tuple(v[part] for v in self.drawn)
+
+    def randn_like(self, x):
+        start = self.step * self.global_batch + self.rank
+        positions = range(self.first_noise, self.first_noise + len(x))
+        self.first_noise += len(x)
+        return SampleNoise(self.seed, [start + j * self.num_ranks for j in positions], x.device).randn_like(x)
+
+
+def training_randomness(seed):
+    """Where training's random numbers come from: a negative seed leaves them to the global generators."""
+    return SeededRandomness(seed) if seed >= 0 else GlobalRandomness()
+
+
+def generator_states():
+    """The states of this rank's global generators, as tensors and lists of numbers."""
+    name, keys, *rest = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    states = {
+        "torch": th.get_rng_state(),
+        "numpy": [name, th.from_numpy(keys.astype(np.int64)), *rest],
+        "python": [version, list(internal), gauss],
+    }
+    if th.cuda.is_available():
+        states["cuda"] = th.cuda.get_rng_state()
+    return states
+
+
+def restore_generators(states):
+    """Undo what happened to the global generators since generator_states()."""
+    th.set_rng_state(states["torch"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in states and th.cuda.is_available():
+        th.cuda.set_rng_state(states["cuda"])
+
+
 def random_labels(seed, indices, num_classes):
     """A uniform label for each sample, a function of (seed, its index) alone: int64 [len(indices)]."""
     check_seed(seed)
@@ -52,6 +130,6 @@ def seed_everything(seed):
         th.manual_seed(mixed)
 
 
-def _mix(seed, index):
-    # Generators with neighbouring seeds can be alike at first: hash the pair.
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def _mix(*numbers):
+    # Generators with neighbouring seeds can be alike at first: hash the numbers.
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -24,6 +24,13 @@ class ScheduleSampler(ABC):
     def weights(self):
         """The timesteps' weights: a numpy array [num_timesteps] of positive numbers, not necessarily normalised."""
 
+    def state_dict(self):
+        """What it has learned, for a restart."""
+        return {}
+
+    def load_state_dict(self, state_dict):
+        """Take up what state_dict() gave."""
+
     def sample(self, batch_size, device, rng=np.random):
         """Draw timesteps for a batch.
 
@@ -82,6 +89,13 @@ class LossSecondMomentResampler(LossAwareSampler):
         self.uniform_prob = uniform_prob
         self._loss_history = np.zeros([diffusion.num_timesteps, history_per_term], dtype=np.float64)
         self._loss_counts = np.zeros([diffusion.num_timesteps], dtype=np.int64)
+
+    def state_dict(self):
+        return {"history": th.from_numpy(self._loss_history.copy()), "counts": th.from_numpy(self._loss_counts.copy())}
+
+    def load_state_dict(self, state_dict):
+        self._loss_history = state_dict["history"].numpy().copy()
+        self._loss_counts = state_dict["counts"].numpy().copy()
 
     def weights(self):
         if (self._loss_counts < self.history_per_term).any():

@@ -2,8 +2,10 @@
 
 import copy
 import os
+import signal
+import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch as th
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +22,7 @@ from .errors import InputError
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .logger import progress_bar
 from .nn import update_ema
+from .random_util import generator_states, restore_generators, training_randomness
 from .resample import LossAwareSampler, UniformSampler
 
 __all__ = [
@@ -42,6 +45,7 @@ def training_flags():
         batch_size=1,
         microbatch=-1,
         ema_rate="0.9999",
+        seed=-1,
         log_interval=10,
         save_interval=10000,
         resume_checkpoint="",
@@ -63,11 +67,13 @@ class TrainLoop:
     :param microbatch: how many of them pass through the network at once; -1 for all.
     :param ema_rate: the rates of the weights' moving averages: a number, or a string of numbers with commas.
     :param log_interval, save_interval: in steps.
-    :param resume_checkpoint: the modelNNNNNN.pt to go on from, or "".
+    :param resume_checkpoint: the modelNNNNNN.pt to go on from; "auto" for the newest of the run's folder; or "".
     :param schedule_sampler: which timesteps to train on; uniform by default.
     :param lr_anneal_steps: steps over which the learning rate falls linearly to zero, after which training ends; 0
         keeps it constant.
     :param total_steps: steps after which training ends; 0 leaves that to lr_anneal_steps.
+    :param seed: makes timesteps and noise functions of (seed, step, position in the global batch); a negative one
+        leaves them to the global generators.
     :param use_fp16, use_bf16, fp16_scale_growth, initial_lg_loss_scale: see MixedPrecisionTrainer.
     """
 
@@ -92,6 +98,7 @@ class TrainLoop:
         total_steps=0,
         initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
         use_bf16=False,
+        seed=-1,
     ):
         for name, value in [
             ("batch_size", batch_size),
@@ -114,7 +121,9 @@ class TrainLoop:
         self.ema_rate = _parse_rates(ema_rate)
         self.log_interval = log_interval
         self.save_interval = save_interval
-        self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
+        self.resume_checkpoint = find_resume_checkpoint() or checkpoint_util.resolve_resume_checkpoint(
+            resume_checkpoint
+        )
         self.use_fp16 = use_fp16
         self.fp16_scale_growth = fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
@@ -125,6 +134,9 @@ class TrainLoop:
         self.step = 0
         self.resume_step = parse_resume_step_from_filename(self.resume_checkpoint)
         self.global_batch = batch_size * dist_util.get_world_size()
+
+        self.randomness = training_randomness(seed)
+        self._stop_signal = None
 
         self._load_weights()
         self.mp_trainer = MixedPrecisionTrainer(
@@ -144,6 +156,7 @@ class TrainLoop:
             self.ddp_model = DistributedDataParallel(
                 model, device_ids=[dist_util.dev()], broadcast_buffers=False, bucket_cap_mb=128
             )
+        self._load_state()
 
     # Resuming. Every rank reads the files; the weights are then made equal to rank 0's all the same.
 
@@ -180,6 +193,42 @@ class TrainLoop:
         dist_util.sync_params(params)
         return params
 
+    def _load_state(self):
+        """Take up what else a restart needs. An original run's checkpoints lack it, and go on without."""
+        if not self.resume_checkpoint:
+            return
+        path = checkpoint_util.beside(self.resume_checkpoint, checkpoint_util.state_name(self.resume_step))
+        if path is None:
+            return
+        state = dist_util.load_state_dict(path, map_location="cpu")
+        self.mp_trainer.lg_loss_scale = state["lg_loss_scale"]
+        for owner, own_state in [(self.schedule_sampler, state["schedule_sampler"]), (self.data, state["data"])]:
+            if own_state and hasattr(owner, "load_state_dict"):
+                owner.load_state_dict(own_state)
+        if len(state["generators"]) == dist_util.get_world_size():
+            restore_generators(state["generators"][dist_util.get_rank()])
+        else:
+            logger.warn(f"{path} is of a run on {len(state['generators'])} ranks: random generators start afresh")
+        if os.path.realpath(os.path.dirname(path)) == os.path.realpath(logger.get_dir()):
+            logger.get_current().rewind(self.resume_step)
+        if dist_util.get_rank() == 0:
+            values, counts = state["metrics"]
+            logger.get_current().name2val.update(values)
+            logger.get_current().name2cnt.update(counts)
+
+    def _state(self):
+        """What a restart needs beside weights, averages and optimiser. Every rank must call it."""
+        current = logger.get_current()
+        values = {k: float(v) for k, v in current.name2val.items() if hasattr(v, "__float__")}
+        return {
+            "lg_loss_scale": self.mp_trainer.lg_loss_scale,
+            # Data and samplers of others' making may have no state to speak of.
+            "schedule_sampler": getattr(self.schedule_sampler, "state_dict", dict)(),
+            "data": getattr(self.data, "state_dict", dict)(),
+            "generators": dist_util.gather_objects(generator_states()),
+            "metrics": [values, {k: n for k, n in current.name2cnt.items() if k in values}],
+        }
+
     # Running
 
     def run_loop(self):
@@ -187,11 +236,14 @@ class TrainLoop:
         if self.total_steps is None:
             logger.log("this run has no end: stop it by hand, or give --total_steps or --lr_anneal_steps")
         saved = None
-        with progress_bar(total=self.total_steps, initial=self.steps_done, desc="training", unit="step") as bar:
+        with (
+            self._heeding_signals(),
+            progress_bar(total=self.total_steps, initial=self.steps_done, desc="training", unit="step") as bar,
+        ):
             while self.total_steps is None or self.steps_done < self.total_steps:
                 batch, cond = next(self.data)
                 self.run_step(batch, cond)
-                if self.step % self.log_interval == 0:
+                if self.steps_done % self.log_interval == 0:
                     logger.dumpkvs()
                 self.step += 1
                 bar.update()
@@ -200,8 +252,28 @@ class TrainLoop:
                     saved = self.steps_done
                     if os.environ.get("DIFFUSION_TRAINING_TEST"):  # integration tests end after the first save
                         return
+                if dist_util.any_rank(self._stop_signal is not None):
+                    logger.log(f"stopping after step {self.steps_done}, as a signal asked")
+                    break
         if saved != self.steps_done and self.step > 0:
             self.save()
+
+    @contextmanager
+    def _heeding_signals(self):
+        """SIGTERM and SIGUSR1, which clusters send before they take a node back, end the run after the current step."""
+
+        def note(number, frame):
+            self._stop_signal = number
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @property
     def steps_done(self):
@@ -221,6 +293,7 @@ class TrainLoop:
     def forward_backward(self, batch, cond):
         """Compute the gradient of the mean loss over the global batch."""
         self.mp_trainer.zero_grad()
+        self.randomness.start_step(self.steps_done, len(batch))
         batch, cond = self.prepare(batch, cond)
         for start in range(0, len(batch), self.microbatch):
             part = slice(start, start + self.microbatch)
@@ -241,8 +314,9 @@ class TrainLoop:
 
     def compute_loss(self, micro, cond):
         """The mean loss of a microbatch; logs its terms."""
-        t, weights = self.schedule_sampler.sample(micro.shape[0], dist_util.dev())
-        losses = self.diffusion.training_losses(self.ddp_model, micro, t, model_kwargs=cond)
+        t, weights = self.randomness.timesteps(self.schedule_sampler, len(micro), dist_util.dev())
+        noise = self.randomness.randn_like(micro)
+        losses = self.diffusion.training_losses(self.ddp_model, micro, t, model_kwargs=cond, noise=noise)
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
         log_loss_dict(self.diffusion, t, {k: v * weights for k, v in losses.items()})
@@ -270,13 +344,15 @@ class TrainLoop:
         logger.logkv("samples", (self.steps_done + 1) * self.global_batch)
 
     def save(self):
-        """Write the checkpoint files from rank 0, each whole or not at all, the model's last."""
+        """Write the checkpoint files from rank 0, each whole or not at all, the model's last. Every rank must call."""
+        state = self._state()
         if dist_util.get_rank() == 0:
             start = time.time()
             checkpoint_util.save(self.opt.state_dict(), checkpoint_util.opt_name(self.steps_done))
             for rate, params in zip(self.ema_rate, self.ema_params):
                 state_dict = self.mp_trainer.master_params_to_state_dict(params)
                 checkpoint_util.save(state_dict, checkpoint_util.ema_name(rate, self.steps_done))
+            checkpoint_util.save(state, checkpoint_util.state_name(self.steps_done))
             state_dict = self.mp_trainer.master_params_to_state_dict(self.mp_trainer.master_params)
             checkpoint_util.save(state_dict, checkpoint_util.model_name(self.steps_done))
             logger.log(f"saved step {self.steps_done} to {get_blob_logdir()} in {time.time() - start:.1f} s")

@@ -23,6 +23,7 @@ def main():
     dist_util.setup_dist()
     logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
     seed_everything(args.seed)
+    args.resume_checkpoint = checkpoint_util.resolve_resume_checkpoint(args.resume_checkpoint)
     if args.resume_checkpoint:
         names = identity_flags(classifier_and_diffusion_defaults())
         checkpoint_util.adopt_config(args, given_flags(parser), "resume_checkpoint", names)
@@ -41,6 +42,7 @@ def main():
         num_classes=args.num_classes,
         channels=args.in_channels,
         num_workers=args.num_workers,
+        seed=args.seed if args.seed >= 0 else None,
     )
     data = load_data(data_dir=args.data_dir, random_crop=args.random_crop, random_flip=args.random_flip, **data_flags)
     val_data = load_data(data_dir=args.val_data_dir, **data_flags) if args.val_data_dir else None
@@ -67,7 +69,6 @@ def create_argparser():
         val_data_dir="",
         schedule_sampler="uniform",
         log_dir="",
-        seed=-1,
         num_workers=1,
         random_crop=True,
         random_flip=True,

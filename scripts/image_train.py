@@ -23,6 +23,7 @@ def main():
     dist_util.setup_dist()
     logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
     seed_everything(args.seed)
+    args.resume_checkpoint = checkpoint_util.resolve_resume_checkpoint(args.resume_checkpoint)
     if args.resume_checkpoint:
         names = identity_flags(model_and_diffusion_defaults())
         checkpoint_util.adopt_config(args, given_flags(parser), "resume_checkpoint", names)
@@ -43,6 +44,7 @@ def main():
         num_classes=args.num_classes,
         channels=args.in_channels,
         num_workers=args.num_workers,
+        seed=args.seed if args.seed >= 0 else None,
     )
 
     loop = TrainLoop(
@@ -59,7 +61,7 @@ def main():
 
 
 def create_argparser():
-    flags = dict(data_dir="", schedule_sampler="uniform", log_dir="", seed=-1, num_workers=1, random_flip=True)
+    flags = dict(data_dir="", schedule_sampler="uniform", log_dir="", num_workers=1, random_flip=True)
     parser = FlagParser(description=__doc__)
     add_dict_to_argparser(parser, {**flags, **training_flags(), **model_and_diffusion_defaults()})
     return parser

@@ -1,4 +1,4 @@
-"""What the tests share: recorded data, weights from names, inputs from seeds, and quick half precision on CPUs."""
+"""What the tests share: recorded data, weights from names, inputs from seeds, exact denoisers, and small networks."""
 
 import gzip
 import json
@@ -8,8 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch as th
 import torch.nn.functional as F
+
+from guided_diffusion import gaussian_diffusion as gd
+from guided_diffusion.classifier_util import ClassifierTrainLoop
+from guided_diffusion.errors import InputError
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType, ModelMeanType, ModelVarType
+from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.train_util import TrainLoop
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
@@ -82,3 +90,177 @@ def quick_half_convolutions(monkeypatch):
         for name in ("conv1d", "conv2d"):
             patch.setattr(F, name, quick(getattr(F, name)))
         yield
+
+
+# Data whose denoiser is a formula
+
+EPSILON, START_X, PREVIOUS_X = ModelMeanType.EPSILON, ModelMeanType.START_X, ModelMeanType.PREVIOUS_X
+LEARNED, LEARNED_RANGE = ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE
+FIXED_SMALL, FIXED_LARGE = ModelVarType.FIXED_SMALL, ModelVarType.FIXED_LARGE
+SIGMAS = 5
+T_ALL = th.arange(250)
+
+
+def process(steps=250, mean=EPSILON, var=FIXED_LARGE, loss=LossType.MSE, schedule="linear", **kwargs):
+    betas = gd.get_named_beta_schedule(schedule, steps)
+    return GaussianDiffusion(betas=betas, model_mean_type=mean, model_var_type=var, loss_type=loss, **kwargs)
+
+
+class Tables:
+    """The process in float64, derived here from betas alone, at timesteps shaped to broadcast over x."""
+
+    def __init__(self, betas, t, x):
+        betas = th.as_tensor(np.array(betas))
+        alpha_bar = th.cumprod(1 - betas, dim=0)
+        alpha_bar_prev = th.cat([th.ones(1, dtype=th.float64), alpha_bar[:-1]])
+        self.beta, self.alpha_bar, self.alpha_bar_prev = (
+            per_sample(table[t], x) for table in (betas, alpha_bar, alpha_bar_prev)
+        )
+        self.alpha = 1 - self.beta
+        self.signal, self.noise = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
+
+
+class GaussianData:
+    """Data with independent channels N(mean, std^2), and what follows for its noised versions."""
+
+    def __init__(self, mean, std):
+        self.mean, self.variance = (th.tensor(v, dtype=th.float64).reshape(1, -1, 1, 1) for v in (mean, std))
+        self.variance = self.variance**2
+
+    def marginal(self, alpha_bar):
+        """Mean and variance of x_t."""
+        return alpha_bar.sqrt() * self.mean, alpha_bar * self.variance + 1 - alpha_bar
+
+    def posterior(self, x, tables):
+        """Mean and variance of x_start given x_t."""
+        mean, variance = self.marginal(tables.alpha_bar)
+        slope = tables.signal * self.variance / variance
+        return self.mean + slope * (x - mean), self.variance * (1 - tables.alpha_bar) / variance
+
+    def reverse_variance(self, tables):
+        """The variance of x_{t-1} given x_t, by Bayes' rule from the marginal of x_{t-1}."""
+        _, before = self.marginal(tables.alpha_bar_prev)
+        return before * tables.beta / (tables.alpha * before + tables.beta)
+
+    def denoised(self, x, tables):
+        return self.posterior(x, tables)[0]
+
+    def sample(self, n, seed=0):
+        return (self.mean + self.variance.sqrt() * randn(seed, n, self.mean.shape[1], 1, 1)).float()
+
+
+def exact_model(data, diffusion, betas=None):
+    """The network that would be perfect for `data`, in the form that `diffusion` reads.
+
+    :param betas: of the process whose timesteps the model is shown.
+    """
+    betas = diffusion.betas if betas is None else betas
+
+    def model(x, t):
+        tables, x = Tables(betas, t, x), x.double()
+        x_start = data.denoised(x, tables)
+        if diffusion.model_mean_type == START_X:
+            output = x_start
+        elif diffusion.model_mean_type == EPSILON:
+            output = (x - tables.signal * x_start) / tables.noise
+        else:  # E[x_{t-1} | x_t]: the expectation of the posterior's mean, which is linear in x_start
+            denominator = 1 - tables.alpha_bar
+            output = (
+                tables.beta * tables.alpha_bar_prev.sqrt() / denominator * x_start
+                + (1 - tables.alpha_bar_prev) * tables.alpha.sqrt() / denominator * x
+            )
+        if diffusion.model_var_type == LEARNED:
+            output = th.cat([output, data.reverse_variance(tables).log().expand(x.shape)], dim=1)
+        elif diffusion.model_var_type == LEARNED_RANGE:
+            output = th.cat([output, th.zeros_like(x)], dim=1)
+        return output.float()
+
+    return model
+
+
+def assert_moments(samples, mean, variance, bias=0.0, relative_bias=0.0):
+    """Check samples [N] against a distribution's mean and variance within five standard errors and stated biases.
+
+    :param bias: what the mean may be off by, in standard deviations.
+    :param relative_bias: what the variance may be off by, as a share of it.
+    """
+    samples, n = samples.double().flatten(), samples.numel()
+    std = math.sqrt(variance)
+    assert abs(samples.mean() - mean) < SIGMAS * std / math.sqrt(n) + bias * std
+    # The standard error of the variance from the samples' own fourth moment
+    fourth = ((samples - samples.mean()) ** 4).mean()
+    error = math.sqrt((fourth - samples.var() ** 2) / n)
+    assert abs(samples.var() - variance) < SIGMAS * error + relative_bias * variance
+
+
+def assert_mean(values, want, allowance):
+    """Check that values average to `want` within five standard errors and an allowance."""
+    values = values.double()
+    assert abs(float(values.mean()) - want) < SIGMAS * float(values.std()) / math.sqrt(len(values)) + allowance
+
+
+def bits(x):
+    return x / math.log(2)
+
+
+# Small networks
+
+SMALL = dict(
+    image_size=16, in_channels=3, model_channels=32, out_channels=3, num_res_blocks=1, attention_resolutions=(2,),
+    channel_mult=(1, 2),
+)  # fmt: skip
+
+
+def input_for(options, batch=2):
+    """x, timesteps and model keyword arguments for a network of these options."""
+    size = options["image_size"] or 8
+    size = list(size) if isinstance(size, tuple) else [size] * 2
+    size = {1: size[:1], 2: size, 3: [3, *size]}[options.get("dims", 2)]
+    labels = dict(y=th.arange(batch) % options["num_classes"]) if options.get("num_classes") else {}
+    return randn(7, batch, options["in_channels"], *size), th.linspace(1.5, 900, batch), labels
+
+
+def refused(build, *words):
+    """Check that `build` raises InputError, in one line that holds all of the words."""
+    with pytest.raises(InputError) as caught:
+        build()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert str(word) in message, message
+
+
+# Small training runs
+
+
+def new_model(**options):
+    """A small UNet with random weights throughout, and its process."""
+    options = dict(image_size=8, num_channels=32, channel_mult="1", num_res_blocks=1, num_heads=2,
+                   attention_resolutions="8", **options)  # fmt: skip
+    model, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **options})
+    randomize(model)
+    return model, diffusion
+
+
+def randomize(model, seed=0):
+    g = th.Generator().manual_seed(seed)
+    with th.no_grad():
+        for p in model.parameters():
+            p.copy_(th.randn(p.shape, generator=g) * (0.05 if p.ndim > 1 else 0.3))
+
+
+def batch_of(count, seed=1):
+    g = th.Generator().manual_seed(seed)
+    return th.rand(count, 3, 8, 8, generator=g) * 2 - 1
+
+
+def new_loop(model, diffusion, kind=TrainLoop, **options):
+    options = {**dict(data=None, batch_size=6, microbatch=-1, lr=1e-3, log_interval=1, save_interval=100,
+                      resume_checkpoint=""), **options}  # fmt: skip
+    if kind is not ClassifierTrainLoop:
+        options.setdefault("ema_rate", "0.9")
+    return kind(model=model, diffusion=diffusion, **options)
+
+
+def copies(params):
+    return [p.detach().clone() for p in params]

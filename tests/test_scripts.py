@@ -82,7 +82,7 @@ def trained(digits, tmp_path_factory):
 
 
 def test_training_test_variable_ends_the_run_after_the_first_save(trained):
-    assert checkpoints(trained) == ["ema_0.5_000004.pt", "ema_0.9_000004.pt", "model000004.pt", "opt000004.pt"]
+    assert checkpoints(trained) == [f"{kind}000004.pt" for kind in ("ema_0.5_", "ema_0.9_", "model", "opt", "state")]
 
 
 def test_checkpoints_load(trained):
@@ -168,7 +168,7 @@ def resumed(trained, digits, tmp_path_factory):
 
 def test_resuming_goes_on_from_the_step(resumed):
     assert checkpoints(resumed) == [
-        f"{kind}{step:06d}.pt" for kind in ("ema_0.5_", "ema_0.9_", "model", "opt") for step in (5, 6)
+        f"{kind}{step:06d}.pt" for kind in ("ema_0.5_", "ema_0.9_", "model", "opt", "state") for step in (5, 6)
     ]
     assert [float(row["step"]) for row in read_rows(resumed)] == [4, 5]
     assert [float(row["samples"]) for row in read_rows(resumed)] == [40, 48]
@@ -230,7 +230,7 @@ def classifier(digits, tmp_path_factory):
 
 
 def test_classifier_checkpoints_load(classifier):
-    assert checkpoints(classifier) == ["model000002.pt", "model000003.pt", "opt000002.pt", "opt000003.pt"]
+    assert checkpoints(classifier) == [f"{kind}{step:06d}.pt" for kind in ("model", "opt", "state") for step in (2, 3)]
     network = create_classifier(**{**classifier_defaults(), **TINY_CLASSIFIER})
     network.load_state_dict(load(classifier, "model000003.pt"), strict=True)
     with open(os.path.join(classifier, "config.json")) as f:

@@ -1,0 +1,365 @@
+"""Samplers and the likelihood bound on Gaussians and mixtures, where distribution and entropy are formulas."""
+
+import math
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import (
+    EPSILON,
+    FIXED_LARGE,
+    FIXED_SMALL,
+    LEARNED,
+    LEARNED_RANGE,
+    SIGMAS,
+    START_X,
+    T_ALL,
+    GaussianData,
+    Tables,
+    assert_mean,
+    assert_moments,
+    bits,
+    exact_model,
+    per_sample,
+    process,
+    randn,
+    relative_error,
+)
+
+from guided_diffusion import gaussian_diffusion as gd
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, LossType
+from guided_diffusion.guidance import classifier_cond_fn
+
+# For data from a Gaussian, or a mixture of two, E[x_start | x_t] is a formula. With it in the place of a network,
+# samplers must recover the data's distribution and the bound must come to the data's entropy, up to two errors. One is
+# of Monte Carlo: tests compute the standard error and allow five. The other is of the finite number of steps, which is
+# of first order: tests state a bound, and where there is no Monte Carlo error check that it halves when the steps
+# double.
+
+
+class MixtureData:
+    """Data of one channel from two Gaussians, and what follows for its noised versions."""
+
+    def __init__(self, weights, means, stds):
+        self.weights, self.means, self.stds = (th.tensor(v, dtype=th.float64) for v in (weights, means, stds))
+
+    def log_joint(self, x, tables):
+        """log p(component, x_t): [N, 2]."""
+        alpha_bar = tables.alpha_bar.reshape(-1, 1)
+        variance = alpha_bar * self.stds**2 + 1 - alpha_bar
+        squares = (x.reshape(-1, 1).double() - alpha_bar.sqrt() * self.means) ** 2
+        return self.weights.log() - 0.5 * (squares / variance + variance.log())
+
+    def denoised(self, x, tables):
+        alpha_bar = tables.alpha_bar.reshape(-1, 1)
+        slope = alpha_bar.sqrt() * self.stds**2 / (alpha_bar * self.stds**2 + 1 - alpha_bar)
+        each = self.means + slope * (x.reshape(-1, 1) - alpha_bar.sqrt() * self.means)
+        return (self.log_joint(x, tables).softmax(dim=1) * each).sum(1).reshape(x.shape)
+
+
+# Sampling: the moments of a chain for Gaussian data, without Monte Carlo
+
+
+def affine_moments(step, mean, variance, steps):
+    """Push a mean and a variance [1, C, 1, 1] of x_T through a sampler whose steps are affine in x and in their noise.
+
+    :param step: a function of (x [3, C, 1, 1], t [3], randn_like) to x_{t-1}. Three probes give the map.
+    :return: mean and variance of the samples.
+    """
+    probe = th.zeros(3, mean.shape[1], 1, 1)
+    probe[1] = 1
+    noise = th.zeros_like(probe)
+    noise[2] = 1
+    for i in reversed(range(steps)):
+        base, moved, noisy = step(probe, th.full((3,), i), lambda x: noise).double()
+        mean = base + (moved - base) * mean
+        variance = (moved - base) ** 2 * variance + (noisy - base) ** 2
+    return mean, variance
+
+
+DATA = GaussianData([0.5, -0.3, 0.0], [0.5, 0.2, 1.2])
+SAMPLERS = {
+    "ddpm, learned": (dict(var=LEARNED), "p_sample", {}),
+    "ddpm, small": (dict(var=FIXED_SMALL), "p_sample", {}),
+    "ddpm, large": (dict(var=FIXED_LARGE), "p_sample", {}),
+    "ddpm, range": (dict(var=LEARNED_RANGE), "p_sample", {}),
+    "ddpm, x_start": (dict(var=FIXED_LARGE, mean=START_X), "p_sample", {}),
+    "ddpm, cosine": (dict(var=LEARNED, schedule="cosine"), "p_sample", {}),
+    "ddim": (dict(), "ddim_sample", dict(eta=0.0)),
+    "ddim, cosine": (dict(schedule="cosine"), "ddim_sample", dict(eta=0.0)),
+    "ddim, half": (dict(), "ddim_sample", dict(eta=0.5)),
+    "ddim, full": (dict(), "ddim_sample", dict(eta=1.0)),
+}
+
+
+def moments(name, steps, data, cond_fn=None, target=None):
+    """The moments of a sampler's samples, with the exact model of `data` and the right x_T for data from `target`."""
+    options, method, kwargs = SAMPLERS[name]
+    diffusion = process(steps, **options)
+    model = exact_model(data, diffusion)
+
+    def step(x, t, randn_like):
+        out = getattr(diffusion, method)(
+            model, x, t, clip_denoised=False, cond_fn=cond_fn and cond_fn(diffusion), randn_like=randn_like, **kwargs
+        )
+        return out["sample"]
+
+    start = (target or data).marginal(th.tensor(diffusion.alphas_cumprod[-1]))
+    return affine_moments(step, *start, steps)
+
+
+def assert_first_order(find_error, steps, bound):
+    """Check that an error is at most bound / steps, and halves, roughly, when the steps double.
+
+    :param find_error: a function of the number of steps to a tensor of errors.
+    """
+    coarse, fine = find_error(steps), find_error(2 * steps)
+    assert coarse.abs().max() < bound / steps
+    assert (fine.abs() < 0.65 * coarse.abs() + 1e-4).all()
+    assert coarse.abs().max() > 1e-3  # large enough to see it halve
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_chain_has_the_datas_moments(name):
+    def error(steps):
+        mean, variance = moments(name, steps, DATA)
+        assert ((mean - DATA.mean).abs() < 1e-5).all()  # every step is exact in the mean
+        return variance / DATA.variance - 1
+
+    # The tightest channel, of standard deviation 0.2, needs the finest steps.
+    assert_first_order(error, 150, bound=30)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_chain_with_the_exact_variance_is_exact(schedule):
+    # But for the last step, which adds no noise: its output is E[x_start | x_0], whose variance is the data's less that
+    # which is left of it given x_0.
+    _, variance = moments("ddpm, learned" if schedule == "linear" else "ddpm, cosine", 100, DATA)
+    betas = gd.get_named_beta_schedule(schedule, 100)
+    _, left = DATA.posterior(th.zeros(1), Tables(betas, th.zeros(1, dtype=th.long), DATA.mean))
+    th.testing.assert_close(variance, DATA.variance - left, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_guided_chain_has_the_posteriors_moments(name):
+    # x_start was observed as 0.8, with noise of standard deviation 0.6: p(observation | x_t) and the posterior are
+    # Gaussian.
+    data, noise_variance, observed = GaussianData([0.5, -0.3, 0.0], [0.5, 0.3, 1.2]), 0.6**2, 0.8
+    target = GaussianData([0, 0, 0], [1, 1, 1])
+    target.variance = 1 / (1 / data.variance + 1 / noise_variance)
+    target.mean = target.variance * (data.mean / data.variance + observed / noise_variance)
+    assert ((target.mean - data.mean).abs() > 0.2 * data.variance.sqrt()).all()  # guidance has much to do
+
+    def cond_fn(diffusion):
+        def gradient(x, t):
+            tables = Tables(diffusion.betas, t, x)
+            expected, left = data.posterior(x.double(), tables)
+            slope = tables.signal * data.variance / data.marginal(tables.alpha_bar)[1]
+            return ((observed - expected) * slope / (left + noise_variance)).float()
+
+        return gradient
+
+    def error(steps):
+        mean, variance = moments(name, steps, data, cond_fn, target)
+        return th.cat([(mean - target.mean) / target.variance.sqrt(), variance / target.variance - 1])
+
+    assert_first_order(error, 150, bound=30)
+
+
+# Sampling, by Monte Carlo
+
+N = 40_000
+STEPS = 200
+# The relative bias of the variance, for standard deviations of 0.4 and more: it falls with the steps, as seen above.
+BIASES = {"ddpm, learned": 2 / STEPS, "ddpm, large": 6 / STEPS, "ddpm, small": 20 / STEPS, "ddim": 10 / STEPS}
+MIXTURE_SAMPLERS = ["ddpm, large", "ddpm, small", "ddim"]  # a mixture's exact reverse variance is no number
+
+
+def draw(name, data, shape, seed, **kwargs):
+    """Sample with the exact model of `data`, from torch's own noise."""
+    options, method, step_kwargs = SAMPLERS[name]
+    diffusion = process(STEPS, **options)
+    exact = exact_model(data, diffusion)
+    th.manual_seed(seed)
+    samples = getattr(diffusion, f"{method}_loop")(
+        lambda x, t, y=None: exact(x, t), shape, clip_denoised=False, device="cpu", **step_kwargs, **kwargs
+    )
+    assert samples.shape == shape and samples.dtype == th.float32
+    return samples
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_samples_of_a_gaussian(name):
+    data = GaussianData([0.5, -0.3], [0.5, 0.8])
+    samples = draw(name, data, (N, 2, 1, 1), seed=0)
+    for channel in range(2):
+        mean, variance = float(data.mean[0, channel]), float(data.variance[0, channel])
+        # x_T starts from N(0, 1) rather than from what is left of the data, which DDIM carries through to the mean:
+        # sqrt(alpha_bar_T) = 0.7% of it.
+        assert_moments(samples[:, channel], mean, variance, bias=0.01 * abs(mean), relative_bias=BIASES[name])
+    correlation = np.corrcoef(samples.flatten(1).T.numpy())[0, 1]
+    assert abs(correlation) < SIGMAS / math.sqrt(N)  # channels stay independent
+
+
+# Four and five standard deviations from the boundary at 0: one sample in 30,000 is on the wrong side of it.
+MIXTURE = MixtureData([0.3, 0.7], [-2.0, 2.0], [0.5, 0.4])
+
+
+@pytest.mark.parametrize("name", MIXTURE_SAMPLERS)
+def test_samples_of_a_mixture(name):
+    samples = draw(name, MIXTURE, (N, 1, 1, 1), seed=1).flatten()
+    share = float((samples > 0).double().mean())
+    assert abs(share - 0.7) < SIGMAS * math.sqrt(0.21 / N) + 2 / STEPS  # as many of each component as the data has
+    for mean, std, chosen in zip(MIXTURE.means, MIXTURE.stds, (samples < 0, samples > 0)):
+        assert_moments(samples[chosen], float(mean), float(std) ** 2, bias=5 / STEPS, relative_bias=BIASES[name])
+
+
+@pytest.mark.parametrize("name", MIXTURE_SAMPLERS)
+def test_guidance_by_the_exact_classifier(name):
+    # At scale 1 the samples are those of p(x | y): all of the chosen component, whatever the mixture's weights.
+    betas = process(STEPS).betas
+    cond_fn = classifier_cond_fn(lambda x, t: MIXTURE.log_joint(x, Tables(betas, t, x)), scale=1.0)
+    y = th.arange(N) % 2
+    samples = draw(name, MIXTURE, (N, 1, 1, 1), seed=2, cond_fn=cond_fn, model_kwargs=dict(y=y)).flatten()
+    wrong = (samples > 0) != (y == 1)
+    assert wrong.double().mean() < 1e-3
+    for label, (mean, std) in enumerate(zip(MIXTURE.means, MIXTURE.stds)):
+        chosen = samples[(y == label) & ~wrong]
+        assert_moments(chosen, float(mean), float(std) ** 2, bias=5 / STEPS, relative_bias=BIASES[name])
+
+
+# DDIM: its noise, and there and back again
+
+
+def test_ddim_with_full_noise_is_ddpm():
+    # eta = 1 has the posterior's mean and variance (DDIM, section 4.1).
+    diffusion, x, noise = process(var=FIXED_SMALL), randn(0, 250, 3, 2, 2), randn(1, 250, 3, 2, 2)
+    model = exact_model(DATA, diffusion)
+    posterior_variance = per_sample(th.tensor(diffusion.posterior_variance), x)
+
+    def ddim(z):
+        return diffusion.ddim_sample(model, x, T_ALL, clip_denoised=False, eta=1.0, randn_like=lambda x: z)["sample"]
+
+    variance = ((ddim(th.ones_like(x)) - ddim(th.zeros_like(x))).double()) ** 2
+    assert ((variance - posterior_variance).abs() < 1e-4 * posterior_variance + 1e-9).all()
+    ddpm = diffusion.p_sample(model, x, T_ALL, clip_denoised=False, randn_like=lambda x: noise)["sample"]
+    assert relative_error(ddim(noise), ddpm) < 1e-5
+
+
+def encode(diffusion, model, x):
+    for i in range(diffusion.num_timesteps - 1):
+        t = th.full((len(x),), i)
+        x = diffusion.ddim_reverse_sample(model, x, t, clip_denoised=False)["sample"]
+    return x
+
+
+def test_reverse_ddim_inverts_ddim():
+    # Exactly, the path keeps a sample's place in standard deviations of the marginal, at all noise levels.
+    data = GaussianData([0.5, -0.3], [0.5, 0.8])
+    x_start = data.sample(32)
+    place = (x_start - data.mean) / data.variance.sqrt()
+
+    def error(steps):
+        diffusion = process(steps)
+        model = exact_model(data, diffusion)
+        noise = encode(diffusion, model, x_start)
+        mean, variance = data.marginal(th.tensor(diffusion.alphas_cumprod[-1]))
+        noise_error = (noise - mean) / variance.sqrt() - place
+        back = diffusion.ddim_sample_loop(model, x_start.shape, noise=noise, clip_denoised=False)
+        return th.stack([noise_error.abs().max(), (back - x_start).abs().max()])
+
+    assert_first_order(error, 200, bound=12)
+
+
+# The likelihood bound
+
+
+def gaussian_bpd(data):
+    """The entropy of data in bits a dimension, when rounded to bins of 2/255: differential entropy less log(bin)."""
+    entropy = 0.5 * th.log(2 * math.pi * math.e * data.variance)
+    return float(bits((entropy - math.log(2 / 255)).mean()))
+
+
+BOUND_DATA = GaussianData([0.0, 0.1], [0.2, 0.15])  # over five standard deviations from the outermost grey levels
+
+
+def bound_of(var, n):
+    """calc_bpd_loop with the exact model, over 250 steps: the process and its result."""
+    diffusion = process(250, var=var)
+    generator = th.Generator().manual_seed(0)
+    return diffusion, diffusion.calc_bpd_loop(
+        exact_model(BOUND_DATA, diffusion), BOUND_DATA.sample(n), clip_denoised=False,
+        randn_like=lambda x: th.randn(x.shape, generator=generator),
+    )  # fmt: skip
+
+
+def test_bound_is_the_entropy():
+    # With the exact reverse process the bound's terms telescope to the data's entropy and KL(q(x_T) || N(0, 1)), which
+    # is under alpha_bar_T / 2 = 2e-5 nats. The bin is 0.4 standard deviations of the last step's decoder (whose
+    # variance is beta_0 = 4e-4): integrating over it rather than multiplying by its width changes the mean of the log
+    # by terms of fourth order, 0.4^4 / 24^2 or so, and the tanh approximation is a distribution off by up to 2e-4.
+    # Half a hundredth of a bit is room for all that.
+    n = 40_000
+    _, out = bound_of(LEARNED, n)
+    assert out["total_bpd"].shape == (n,)
+    assert out["total_bpd"].std() / math.sqrt(n) < 0.007
+    assert_mean(out["total_bpd"], gaussian_bpd(BOUND_DATA), 0.005)
+
+
+@pytest.mark.parametrize("var", [FIXED_SMALL, FIXED_LARGE, LEARNED_RANGE])
+def test_other_variances_cost_their_divergence(var):
+    # The means are exact, so each step costs KL(N(0, exact variance) || N(0, the step's)) more. That holds at t = 0 to
+    # the error of taking the decoder's density for its bins, as above, with a decoder down to half as wide.
+    n = 4000
+    diffusion, out = bound_of(var, n)
+    x = BOUND_DATA.mean.expand(250, -1, -1, -1)
+    exact = BOUND_DATA.reverse_variance(Tables(diffusion.betas, T_ALL, x))
+    taken = diffusion.p_mean_variance(exact_model(BOUND_DATA, diffusion), x.float(), T_ALL)["variance"].double()
+    if var == FIXED_SMALL:
+        taken[0] = diffusion.posterior_variance[1]  # the likelihood takes this in the place of zero
+    ratio = exact / taken
+    excess = float(bits(0.5 * (ratio - 1 - ratio.log())).mean(dim=(1, 2, 3)).sum())
+    assert excess > 0.1
+    assert_mean(out["total_bpd"], gaussian_bpd(BOUND_DATA) + excess, 0.03)
+
+
+def test_terms_of_the_bound():
+    n = 4000
+    diffusion, out = bound_of(LEARNED, n)
+    assert set(out) == {"total_bpd", "prior_bpd", "vb", "xstart_mse", "mse"}
+    assert out["vb"].shape == out["xstart_mse"].shape == out["mse"].shape == (n, 250)
+    assert relative_error(out["total_bpd"], out["vb"].double().sum(1) + out["prior_bpd"]) < 1e-5
+    # From the last timestep to the first: the errors of the exact denoiser are the variance of x_start given x_t.
+    tables = Tables(diffusion.betas, T_ALL.flip(0), BOUND_DATA.mean.expand(250, -1, -1, -1))
+    _, left = BOUND_DATA.posterior(BOUND_DATA.mean, tables)
+    left = left.mean(dim=(1, 2, 3))
+    signal_to_noise = ((tables.signal / tables.noise) ** 2).flatten()
+    # The mean of squares of 2 * 4000 Gaussians, at most one channel's worth of which counts; six sigma for 250 tests
+    allowed = 6 * math.sqrt(2 / n)
+    assert ((out["xstart_mse"].double().mean(0) / left - 1).abs() < allowed).all()
+    assert ((out["mse"].double().mean(0) / (left * signal_to_noise) - 1).abs() < allowed).all()
+
+
+def test_prior_term_of_the_bound():
+    # KL(q(x_T | x_start) || N(0, 1)), of a process that ends with half of the signal left
+    betas = gd.get_named_beta_schedule("linear", 250)[:90]
+    diffusion = GaussianDiffusion(
+        betas=betas, model_mean_type=EPSILON, model_var_type=FIXED_LARGE, loss_type=LossType.KL
+    )
+    x = randn(0, 5, 3, 2, 2)
+    alpha_bar = th.tensor(diffusion.alphas_cumprod[-1])
+    q = th.distributions.Normal(alpha_bar.sqrt() * x.double(), (1 - alpha_bar).sqrt())
+    standard = th.distributions.Normal(th.zeros((), dtype=th.float64), 1.0)
+    want = bits(th.distributions.kl_divergence(q, standard)).flatten(1).mean(1)
+    assert want.min() > 0.01
+    assert relative_error(diffusion.calc_bpd_loop(lambda x, t: x, x)["prior_bpd"], want) < 1e-5
+
+
+def test_training_loss_is_the_bounds_term():
+    diffusion, x_start = process(40, var=LEARNED, loss=LossType.KL), BOUND_DATA.sample(5)
+    model = exact_model(BOUND_DATA, diffusion)
+    noise = randn(1, *x_start.shape)
+    bound = diffusion.calc_bpd_loop(model, x_start, clip_denoised=False, randn_like=lambda x: noise)
+    for i in (0, 1, 20, 39):
+        terms = diffusion.training_losses(model, x_start, th.full((5,), i), noise=noise)
+        th.testing.assert_close(bound["vb"][:, 39 - i], terms["loss"])

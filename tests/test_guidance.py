@@ -1,0 +1,125 @@
+"""Guidance by a classifier: its formulas, its gradient, and what that costs."""
+
+import numpy as np
+import pytest
+import torch as th
+import torch.nn.functional as F
+from helpers import START_X, Tables, fill_by_name, process, randn, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from guided_diffusion.guidance import classifier_cond_fn, route_labels
+from guided_diffusion.unet import EncoderUNetModel
+
+
+def test_guidance_formulas():
+    diffusion, t = process(mean=START_X), th.arange(1, 250)
+    x, x_start, gradient = (randn(seed, 249, 2, 1, 1) for seed in (0, 1, 2))
+    tables = Tables(diffusion.betas, t, x)
+    out = diffusion.p_mean_variance(lambda x, t: x_start, x, t, clip_denoised=False)
+    # ADM, algorithm 1: the mean moves by variance * gradient
+    mean = diffusion.condition_mean(lambda x, t: gradient, out, x, t)
+    assert relative_error(mean, out["mean"].double() + tables.beta * gradient) < 1e-6
+    # ADM, algorithm 2: eps becomes eps - sqrt(1 - alpha_bar) * gradient
+    eps = (x - tables.signal * x_start) / tables.noise - tables.noise * gradient
+    new = diffusion.condition_score(lambda x, t: gradient, out, x, t)
+    want = (x - tables.noise * eps) / tables.signal
+    assert relative_error(new["pred_xstart"], want) < 1e-5
+    posterior_mean, _, _ = diffusion.q_posterior_mean_variance(want.float(), x, t)
+    assert relative_error(new["mean"], posterior_mean) < 1e-5
+    assert th.equal(out["pred_xstart"], x_start)  # the caller's dict stays as it was
+
+
+class SmoothClassifier(th.nn.Module):
+    """A small classifier in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = th.nn.Sequential(th.nn.Linear(13, 16), th.nn.Tanh(), th.nn.Linear(16, 5)).double()
+        fill_by_name(self)
+
+    def forward(self, x, t):
+        return self.layers(th.cat([x.flatten(1), t[:, None].double() / 1000], dim=1))
+
+
+@pytest.mark.parametrize("scale", [1.0, -2.5])
+def test_gradient_equals_finite_differences(scale):
+    classifier = SmoothClassifier()
+    x, t, y = randn(0, 3, 3, 2, 2).double(), th.tensor([0, 10, 999]), th.tensor([0, 4, 2])
+    step = 1e-5
+    want = th.zeros_like(x)
+    for index in np.ndindex(*x.shape):
+        shift = th.zeros_like(x)
+        shift[index] = step
+        up, down = (classifier(x + s, t).log_softmax(1)[index[0], y[index[0]]] for s in (shift, -shift))
+        want[index] = scale * (up - down) / (2 * step)
+    gradient = classifier_cond_fn(classifier, scale)(x, t, y=y)
+    # Logits are taken to float32, which keeps the gradient to 1e-6 or so.
+    assert relative_error(gradient, want) < 1e-5
+    assert not gradient.requires_grad
+
+
+def encoder():
+    return fill_by_name(EncoderUNetModel(
+        image_size=16, in_channels=3, model_channels=32, out_channels=4, num_res_blocks=1, attention_resolutions=(4,),
+        channel_mult=(1, 1, 2), num_head_channels=32, dropout=0.5, resblock_updown=True, pool="attention",
+    ))  # fmt: skip
+
+
+def test_guidance_leaves_the_classifier_alone():
+    classifier = encoder().train()
+    before = {name: p.clone() for name, p in classifier.state_dict().items()}
+    cond_fn = classifier_cond_fn(classifier)
+    x, t, y = randn(0, 2, 3, 16, 16), th.tensor([3, 700]), th.tensor([0, 3])
+    with th.no_grad():  # as in the loops
+        first, second = cond_fn(x, t, y=y, other="the model's"), cond_fn(x, t, y)
+    assert th.equal(first, second)  # dropout is off
+    assert first.shape == x.shape and first.any()
+    assert x.grad is None and not x.requires_grad
+    assert all(p.grad is None and not p.requires_grad for p in classifier.parameters())
+    assert all(th.equal(p, before[name]) for name, p in classifier.state_dict().items())
+    # Samples do not mix: a sample's gradient is that of its own label.
+    assert th.equal(cond_fn(x, t, th.tensor([0, 1]))[0], first[0])
+    assert not th.equal(cond_fn(x, t, th.tensor([0, 1]))[1], first[1])
+    with pytest.raises(TypeError, match="labels"):
+        cond_fn(x, t)
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the floating point operations of a block. (torch's own counter fails on autograd.grad of an input.)"""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def flops(function):
+    with FlopCounter() as counter:
+        function()
+    return counter.total
+
+
+def test_guidance_costs_no_weight_gradients():
+    classifier, x, t, y = encoder(), randn(0, 2, 3, 16, 16), th.tensor([3, 700]), th.tensor([0, 3])
+    forward = flops(lambda: classifier(x, t))
+    trained = flops(lambda: F.cross_entropy(classifier(x.clone().requires_grad_(True), t), y).backward())
+    assert trained > 2.8 * forward  # the gradients of input and weights cost as much as the forward pass each
+    guided = flops(lambda: classifier_cond_fn(classifier)(x, t, y))
+    assert 1.5 * forward < guided < 2.15 * forward
+
+
+def test_labels_are_routed():
+    x, t, y = randn(0, 2, 1, 2, 2), th.tensor([0, 1]), th.tensor([5, 6])
+
+    def network(x, t, **kwargs):
+        return kwargs
+
+    assert route_labels(network, True)(x, t, y=y) == dict(y=y)
+    assert route_labels(network, False)(x, t, y=y) == {}
+    assert route_labels(network, False)(x, t, y=y, low_res=3) == dict(low_res=3)

@@ -1,0 +1,204 @@
+"""Runs that repeat, and runs that are killed and go on: with a seed, on other ranks, after signals and SIGKILL."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch as th
+from launch import BIN, ROOT, clean_environment, flags, run, script
+
+from guided_diffusion import dist_util
+from guided_diffusion.image_datasets import ImageStream
+
+# 64 channels: with 32, group norm's groups are single channels, and biases before it have no gradient but rounding's.
+NETWORK = dict(image_size=8, num_channels=64, channel_mult="1", num_res_blocks=1, attention_resolutions="8")
+GLOBAL_BATCH = 12
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    run([os.path.join(ROOT, "datasets", "digits.py"), str(folder), "--size", "8"]).check()
+    for path in folder.iterdir():
+        if int(path.stem.split("_")[1]) >= 50:
+            path.unlink()
+    return str(folder)
+
+
+def train_command(digits, folder, **extra):
+    options = dict(
+        data_dir=digits, log_dir=folder, lr=1e-4, ema_rate="0.5", log_interval=1, save_interval=4, total_steps=10
+    )
+    options.update(NETWORK, learn_sigma=True, class_cond=True, num_classes=10, num_workers=0)
+    return [script("image_train"), *flags(**{**options, **extra})]
+
+
+# The order of images
+
+
+class Numbers:
+    """A dataset whose items say which they are, and what randomness they got."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def get(self, index, rng):
+        return index, rng.random()
+
+
+def streams(monkeypatch, ranks, length=50, **options):
+    """The streams of all ranks of a job."""
+    made = []
+    for rank in range(ranks):
+        monkeypatch.setattr(dist_util, "get_rank", lambda: rank)
+        monkeypatch.setattr(dist_util, "get_world_size", lambda: ranks)
+        made.append(ImageStream(Numbers(length), GLOBAL_BATCH // ranks, num_workers=0, **{"seed": 3, **options}))
+    return made
+
+
+def global_batch(rank_streams):
+    """The next step's items over all ranks, in the order of their positions."""
+    batches = [next(stream) for stream in rank_streams]
+    return [(int(b[0][j]), float(b[1][j])) for j in range(len(batches[0][0])) for b in batches]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_steps_see_the_same_images_however_they_are_split(ranks, monkeypatch):
+    one, several = streams(monkeypatch, 1), streams(monkeypatch, ranks)
+    for _ in range(9):
+        assert global_batch(one) == global_batch(several)
+
+
+def test_each_epoch_sees_every_image_once(monkeypatch):
+    stream = streams(monkeypatch, 1, length=48)
+    epochs = [[i for _ in range(4) for i, _ in global_batch(stream)] for _ in range(3)]
+    assert all(sorted(epoch) == list(range(48)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_an_image_gets_new_randomness_each_time(monkeypatch):
+    stream = streams(monkeypatch, 1, length=12)
+    draws = [draw for _ in range(5) for _, draw in global_batch(stream)]
+    assert len(set(draws)) == len(draws)
+
+
+def test_fixed_order_deals_images_in_turn(monkeypatch):
+    first = [next(stream)[0].tolist() for stream in streams(monkeypatch, 3, shuffle=False)]
+    assert first == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+
+
+@pytest.mark.parametrize("before, after", [(1, 1), (2, 3)])
+def test_a_stream_goes_on_where_another_was(before, after, monkeypatch):
+    stream, fresh = streams(monkeypatch, before), streams(monkeypatch, after, seed=99)
+    for _ in range(6):
+        global_batch(stream)
+    for s in fresh:
+        s.load_state_dict(stream[0].state_dict())
+    for _ in range(5):
+        assert global_batch(stream) == global_batch(fresh)
+
+
+# Runs with a seed
+
+
+def weights(folder, step):
+    return th.load(os.path.join(folder, f"model{step:06d}.pt"))
+
+
+def test_a_seeded_run_does_not_depend_on_its_split(digits, tmp_path):
+    def final(name, ranks, microbatch):
+        folder = str(tmp_path / name)
+        options = dict(seed=5, batch_size=GLOBAL_BATCH // ranks, microbatch=microbatch, total_steps=4)
+        run(train_command(digits, folder, **options), ranks=ranks).check()
+        return weights(folder, 4)
+
+    want = final("one", 1, -1)
+    for name, ranks, microbatch in [("small", 1, 3), ("two", 2, -1), ("both", 3, 2)]:
+        got = final(name, ranks, microbatch)
+        assert max(float((got[k] - want[k]).abs().max()) for k in want) < 1e-5, name
+
+
+# Runs that are stopped
+
+
+def start(command, ranks):
+    command = [os.path.join(BIN, "mpiexec"), "-n", str(ranks), sys.executable, *command]
+    out = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=clean_environment(), start_new_session=True, **out)
+
+
+def same(a, b):
+    if isinstance(a, th.Tensor):
+        return th.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def check_same_end(folder, reference, step=10):
+    for name in (f"model{step:06d}.pt", f"ema_0.5_{step:06d}.pt", f"opt{step:06d}.pt"):
+        assert same(th.load(os.path.join(folder, name)), th.load(os.path.join(reference, name))), name
+    steps = [[line.split(",") for line in open(os.path.join(f, "progress.csv"))] for f in (folder, reference)]
+    column = [rows[0].index("step") for rows in steps]
+    assert [r[column[0]] for r in steps[0]] == [r[column[1]] for r in steps[1]]
+
+
+@pytest.mark.parametrize("seed, sampler", [(-1, "loss-second-moment"), (7, "uniform")])
+def test_killed_runs_end_as_if_they_had_not_been(seed, sampler, digits, tmp_path):
+    options = dict(seed=seed, schedule_sampler=sampler, batch_size=6, save_interval=1, dropout=0.2)
+    reference, folder = str(tmp_path / "reference"), str(tmp_path / "killed")
+    if seed < 0:  # without a seed, both must start from the same first checkpoint
+        run(train_command(digits, reference, **options, total_steps=1), ranks=2).check()
+        subprocess.run(["cp", "-r", reference, folder], check=True)
+        options["resume_checkpoint"] = "auto"
+    run(train_command(digits, reference, **options), ranks=2).check()
+
+    rng, options["resume_checkpoint"] = random.Random(seed), "auto"
+    for _ in range(3):
+        process = start(train_command(digits, folder, **options), ranks=2)
+        for line in process.stdout:  # among steps and saves, which is where all of the time goes from here on
+            if "training..." in line:
+                break
+        time.sleep(rng.uniform(0, 1.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        for name in os.listdir(folder) if os.path.isdir(folder) else []:
+            if name.endswith(".pt"):
+                th.load(os.path.join(folder, name))  # whatever has its final name is whole
+    run(train_command(digits, folder, **options), ranks=2).check()
+    check_same_end(folder, reference)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_ends_well(number, digits, tmp_path):
+    folder = str(tmp_path)
+    process = start(train_command(digits, folder, batch_size=4, total_steps=100000, save_interval=100000), ranks=2)
+    for line in process.stdout:
+        if line.startswith("| step "):
+            break
+    rank = subprocess.run(["pgrep", "-s", str(process.pid), "-f", "image_train.py"], capture_output=True, text=True)
+    os.kill(int(rank.stdout.split()[-1]), number)  # one rank alone: all must stop at the same step
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 0, output
+    saved = [name for name in os.listdir(folder) if name.startswith("model")]
+    assert len(saved) == 1 and "as a signal asked" in output
+
+
+def test_half_written_checkpoints_are_passed_over(digits, tmp_path):
+    folder = str(tmp_path)
+    run(train_command(digits, folder, batch_size=4, total_steps=2)).check()
+    (tmp_path / "opt000008.pt").write_bytes(b"")
+    (tmp_path / "model000009.pt.123.tmp").write_bytes(b"")
+    done = run(train_command(digits, folder, batch_size=4, total_steps=3, resume_checkpoint="auto")).check()
+    assert "ignoring the half-written checkpoint of step 8" in done.output
+    assert "model000003.pt" in os.listdir(folder) and "model000009.pt.123.tmp" not in os.listdir(folder)
