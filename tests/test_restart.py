@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,20 @@ def start(command, ranks):
     return subprocess.Popen(command, env=clean_environment(), start_new_session=True, **out)
 
 
+def ranks_of(folder):
+    """The process numbers of the ranks that train in a folder; from /proc, since ps may be missing."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline") as f:
+                argv = f.read().split("\0")
+        except OSError:  # it has ended meanwhile
+            continue
+        if argv[0] == sys.executable and folder in argv:
+            found.append(int(pid))
+    return sorted(found)
+
+
 def same(a, b):
     if isinstance(a, th.Tensor):
         return th.equal(a, b)
@@ -158,7 +173,7 @@ def test_killed_runs_end_as_if_they_had_not_been(seed, sampler, digits, tmp_path
     reference, folder = str(tmp_path / "reference"), str(tmp_path / "killed")
     if seed < 0:  # without a seed, both must start from the same first checkpoint
         run(train_command(digits, reference, **options, total_steps=1), ranks=2).check()
-        subprocess.run(["cp", "-r", reference, folder], check=True)
+        shutil.copytree(reference, folder)
         options["resume_checkpoint"] = "auto"
     run(train_command(digits, reference, **options), ranks=2).check()
 
@@ -186,8 +201,7 @@ def test_a_signal_saves_and_ends_well(number, digits, tmp_path):
     for line in process.stdout:
         if line.startswith("| step "):
             break
-    rank = subprocess.run(["pgrep", "-s", str(process.pid), "-f", "image_train.py"], capture_output=True, text=True)
-    os.kill(int(rank.stdout.split()[-1]), number)  # one rank alone: all must stop at the same step
+    os.kill(ranks_of(folder)[-1], number)  # one rank alone: all must stop at the same step
     output = process.communicate(timeout=30)[0]
     assert process.returncode == 0, output
     saved = [name for name in os.listdir(folder) if name.startswith("model")]
