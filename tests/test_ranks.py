@@ -331,6 +331,6 @@ def test_bad_input_on_all_ranks_is_said_once(launcher):
     assert done.returncode != 0
     lines = done.output.splitlines()
     assert lines.count("error: --flag 7: too many") == 1
-    assert done.output.count("too many") == 1
+    assert sum("error: --flag 7" in line for line in lines) == 1
     if launcher == "mpiexec":  # torchrun adds a report of its own
         assert lines == ["error: --flag 7: too many"]
