@@ -299,6 +299,8 @@ def _end_all_ranks(kind, error, trace):
     sys.stderr.flush()
     if get_world_size() == 1:
         return
+    if everywhere:
+        _wait_for_the_speaker()
     if _comm is not None and not everywhere:
         time.sleep(0.5)  # for the launcher to pass the message on: aborting drops what it has not read
         _comm.Abort(status)
@@ -312,15 +314,25 @@ def _all_ranks_failed():
     world_size = get_world_size()
     if world_size == 1 or _store is None:  # what fails before the ranks have met fails on all
         return True
+    return _counts_to("failed", world_size)
+
+
+def _wait_for_the_speaker():
+    """Let rank 0 end first: a launcher that sees another rank end may kill it before it has said why."""
+    _counts_to("spoken", 1, add=int(get_rank() == 0))
+
+
+def _counts_to(key, number, add=1):
+    """Add to a counter that the ranks share, and wait a moment for it to reach a number."""
     try:
-        _store.add("failed", 1)
+        _store.add(key, add)
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline:
-            if _store.add("failed", 0) == world_size:
+            if _store.add(key, 0) >= number:
                 return True
             time.sleep(0.02)
         return False
-    except RuntimeError:  # the store's rank has gone: it has seen all fail and spoken
+    except RuntimeError:  # the store's rank has gone: it has seen all fail, and spoken
         return True
 
 
