@@ -232,6 +232,25 @@ def broadcast_object(value):
     return box[0]
 
 
+def from_rank_0(function):
+    """The value of `function()`, called on rank 0 alone, on every rank. Every rank must call it.
+
+    A user's mistake that it finds is raised on every rank.
+    """
+    if not dist.is_initialized():
+        return function()
+    value = mistake = None
+    if get_rank() == 0:
+        try:
+            value = function()
+        except InputError as e:
+            mistake = str(e)
+    value, mistake = broadcast_object((value, mistake))
+    if mistake is not None:
+        raise InputError(mistake)
+    return value
+
+
 def any_rank(flag):
     """Whether `flag` is true on any rank. Every rank must call it."""
     global _cpu_group

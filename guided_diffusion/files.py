@@ -37,6 +37,25 @@ def list_dir(path):
     return sorted(_blobfile().listdir(path) if is_url(path) else os.listdir(path))
 
 
+def scan_dir(path):
+    """Yield (name, may_be_folder) for everything in a folder; may_be_folder() may cost the system a look at it.
+
+    It is also true of any local link: where that leads may change while its folder's time stamp stays.
+    """
+    if is_url(path):
+        for entry in _blobfile().scandir(path):
+            yield entry.name, lambda is_dir=entry.is_dir: is_dir
+        return
+    with os.scandir(path) as entries:
+        for entry in entries:
+            yield entry.name, lambda entry=entry: entry.is_symlink() or entry.is_dir()
+
+
+def read_errors(path):
+    """The exceptions by which reading at `path` fails."""
+    return (OSError, _blobfile().Error) if is_url(path) else (OSError,)
+
+
 def join(path, name):
     return _blobfile().join(path, name) if is_url(path) else os.path.join(path, name)
 

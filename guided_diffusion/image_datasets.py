@@ -1,19 +1,47 @@
-"""From image files to batches: listing, labels, crops, sharding over ranks."""
+"""From image files to batches: decoding, crops, sharding over ranks."""
 
 import math
-import os
 import random
+import warnings
+from collections import Counter
 
 import numpy as np
 import torch as th
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-from . import dist_util, files
+from . import dist_util, files, logger
 from .errors import InputError, choose
+from .image_listing import (  # noqa: F401  others import them from here
+    EXTENSIONS,
+    _list_image_files_recursively,
+    check_labels,
+    class_labels,
+    class_names,
+    image_classes,
+    list_images,
+    number_classes,
+)
 
-EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+# How to turn an image upright, by its EXIF orientation; and where Pillow keeps what may tell it.
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+EXIF_KEYS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+
+
+def data_flags():
+    """The flags of training scripts that load_data takes as they are, with their defaults."""
+    return dict(data_dir="", labels="name", random_flip=True, num_workers=1, skip_bad_images=False)
 
 
 def load_data(
@@ -30,31 +58,40 @@ def load_data(
     channels=3,
     num_workers=1,
     seed=None,
+    labels="name",
+    skip_bad_images=False,
 ):
-    """An endless iterator over batches of this rank's share of a folder of images.
+    """An endless iterator over batches of this rank's share of a folder of images. Every rank must call it.
 
     :param data_dir: a folder, or a blob URL, searched recursively.
     :param batch_size: images a batch, on each rank.
     :param image_size: the side that images are cropped to.
-    :param class_cond: give labels: a file's class is its name up to the first underscore.
+    :param class_cond: give labels.
     :param deterministic: go through the images in a fixed order, without random crops and flips.
     :param random_crop: crop at random instead of at the centre.
     :param random_flip: mirror half of the images.
-    :param num_classes: how many classes the model has; more in the folder are refused.
-    :param classes: the names of the classes, in the order of their labels; by default the folder's, sorted.
+    :param num_classes: how many classes the model has; more in the data are refused.
+    :param classes: the names of the classes, in the order of their labels; by default the data's own.
     :param channels: 1 for grey images, 3 for RGB.
     :param num_workers: processes that decode; 0 decodes in this one.
-    :param seed: decides order, crops and flips; by default another number for each job.
+    :param seed: decides order, crops and flips; by default, or if negative, another number for each job.
+    :param labels: "name", "folder" or a CSV file's path: see image_listing.image_classes.
+    :param skip_bad_images: put other images in the place of those that cannot be read, instead of ending the run.
     :return: an ImageStream: pairs of images [batch_size, channels, image_size, image_size] float32 in [-1, 1], and a
         dict that holds, with class_cond, the labels "y" [batch_size] int64.
     :raises InputError: for a folder that is missing, has no images or too few for a batch, or labels that don't fit.
     """
+    check_labels(labels)
     if batch_size < 1:
         raise InputError(f"--batch_size {batch_size}: at least 1 is needed")
     if num_workers < 0 or image_size < 1:
         raise InputError(f"--num_workers {num_workers} must be at least 0, and the image size {image_size} at least 1")
-    paths = _list_images(data_dir)
-    labels = class_labels(paths, classes or class_names(data_dir, paths), num_classes) if class_cond else None
+    paths = list_images(data_dir)
+    numbers = None
+    if class_cond:
+        names, own_classes = image_classes(data_dir, paths, labels)
+        classes = classes or own_classes
+        numbers = number_classes(paths, names, classes, num_classes)
     num_ranks = dist_util.get_world_size()
     if len(paths) < batch_size * num_ranks:
         raise InputError(
@@ -64,12 +101,20 @@ def load_data(
     dataset = ImageDataset(
         image_size,
         paths,
-        classes=labels,
+        classes=numbers,
         random_crop=random_crop and not deterministic,
         random_flip=random_flip and not deterministic,
         channels=channels,
     )
-    return ImageStream(dataset, batch_size, shuffle=not deterministic, num_workers=num_workers, seed=seed)
+    return ImageStream(
+        dataset,
+        batch_size,
+        shuffle=not deterministic,
+        num_workers=num_workers,
+        seed=seed if seed is not None and seed >= 0 else None,
+        classes=classes if class_cond else None,
+        skip_bad_images=skip_bad_images,
+    )
 
 
 class ImageStream:
@@ -79,20 +124,27 @@ class ImageStream:
     image j of rank r's batch is number j * (number of ranks) + r of those. So each epoch sees every image once, but for
     a last partial batch, and neither ranks nor workers change what a step sees.
 
-    :param dataset: has `get(index, rng)` and a length.
+    :param dataset: has `get(index, rng)`, which raises InputError for what cannot be read, and a length.
     :param batch_size: on each rank.
     :param seed: None takes a number of the job's own.
+    :param classes: the names of the classes in the order of their labels, None without labels; for others to read.
+    :param skip_bad_images: what cannot be read is replaced by the next image of the dataset that can.
     """
 
-    def __init__(self, dataset, batch_size, *, shuffle=True, num_workers=1, seed=None):
+    def __init__(
+        self, dataset, batch_size, *, shuffle=True, num_workers=1, seed=None, classes=None, skip_bad_images=False
+    ):
         self.dataset = dataset
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.num_workers = num_workers
         self.seed = dist_util.job_seed() if seed is None else seed
+        self.classes = classes
+        self.skip_bad_images = skip_bad_images
         self.rank, self.num_ranks = dist_util.get_rank(), dist_util.get_world_size()
         self.step = 0
         self._batches = None
+        self._counts, self._warned_of = Counter(), set()
 
     def __iter__(self):
         return self
@@ -100,7 +152,7 @@ class ImageStream:
     def __next__(self):
         if self._batches is None:
             loader = DataLoader(
-                _OwnRandomness(self.dataset, self.seed),
+                _RunItems(self.dataset, self.seed, self.skip_bad_images),
                 batch_sampler=self._schedule(self.step),
                 num_workers=self.num_workers,
                 collate_fn=_collate,
@@ -108,11 +160,23 @@ class ImageStream:
                 generator=th.Generator(),  # not the global one: others count on what that gives next
             )
             self._batches = iter(loader)
-        batch = next(self._batches)
+        batch, skipped, turned = next(self._batches)
         if isinstance(batch, InputError):
             raise InputError(str(batch))  # a new one: its traceback keeps the loader from being freed
+        self._counts.update(skipped_images=len(skipped), turned_images=turned)
+        for reason in skipped:
+            if reason not in self._warned_of:
+                self._warned_of.add(reason)
+                logger.warn(f"skipped: {reason}")
         self.step += 1
         return batch
+
+    def counts(self):
+        """What has happened on this rank so far, where it is more than nothing: a dict.
+
+        skipped_images counts unreadable images passed over, turned_images those turned upright as EXIF says.
+        """
+        return dict(+self._counts)
 
     def _schedule(self, step):
         """For each step, which images this rank takes: a list of (index, number in the whole run)."""
@@ -134,13 +198,17 @@ class ImageStream:
         return {"seed": self.seed, "step": self.step, "global_batch": self.batch_size * self.num_ranks}
 
     def load_state_dict(self, state_dict):
-        """Go on from where another stream was, on as many ranks or others, with the same global batch."""
-        if state_dict["global_batch"] != self.batch_size * self.num_ranks:
-            raise InputError(
-                f"--batch_size {self.batch_size} on {self.num_ranks} ranks is a global batch of "
-                f"{self.batch_size * self.num_ranks}, but the run to resume had {state_dict['global_batch']}"
-            )
+        """Go on from where another stream was, on as many ranks or others.
+
+        With another global batch it goes on in the same epoch, with the first batch of images that were not seen.
+        """
         self.seed, self.step = state_dict["seed"], state_dict["step"]
+        before, now = state_dict["global_batch"], self.batch_size * self.num_ranks
+        if before != now:
+            logger.log(f"the global batch is {now} images now; it was {before}")
+            epoch, steps = divmod(self.step, max(1, len(self.dataset) // before))
+            steps_per_epoch = len(self.dataset) // now
+            self.step = epoch * steps_per_epoch + min(-(-steps * before // now), steps_per_epoch)
         self._batches = None
 
     def close(self):
@@ -148,84 +216,40 @@ class ImageStream:
         self._batches = None
 
 
-class _OwnRandomness(Dataset):
-    """Gives each image of a run crops and flips of its own, and hands errors over as items.
+class _RunItems(Dataset):
+    """The images of a run, each with crops and flips of its own; what cannot be read is passed over or handed on.
 
-    A worker process that raised them would bury the message in its traceback.
+    Items are a triple: the dataset's item, or an InputError; why images before it in the dataset were passed over, a
+    list; and how many were turned. A worker process that raised errors would bury the message in its traceback.
     """
 
-    def __init__(self, dataset, seed):
+    def __init__(self, dataset, seed, skip_bad):
         self.dataset = dataset
         self.seed = seed
+        self.skip_bad = skip_bad
 
     def __getitem__(self, item):
         index, number = item
-        try:
-            return self.dataset.get(index, random.Random(f"{self.seed}.{number}"))
-        except InputError as e:
-            return e
+        turned, skipped = self._turned(), []
+        for i in range(len(self.dataset) if self.skip_bad else 1):
+            try:
+                rng = random.Random(f"{self.seed}.{number}")
+                item = self.dataset.get((index + i) % len(self.dataset), rng)
+                return item, skipped, self._turned() - turned
+            except InputError as e:
+                skipped.append(str(e))
+        advice = "nor can any other" if self.skip_bad else "repair or remove it, or --skip_bad_images True"
+        return InputError(f"{skipped[0]}: {advice}"), [], 0
+
+    def _turned(self):
+        return getattr(self.dataset, "turned", 0)
 
 
-def _collate(items):
+def _collate(triples):
+    items, skipped, turned = zip(*triples)
     error = next((item for item in items if isinstance(item, InputError)), None)
-    return error if error is not None else th.utils.data.default_collate(items)
-
-
-def _list_images(data_dir):
-    if not data_dir:
-        raise InputError("--data_dir is missing: give a folder of images")
-    if not files.is_dir(data_dir):
-        raise InputError(f"--data_dir {data_dir}: {'not a folder' if files.exists(data_dir) else 'no such folder'}")
-    paths = _list_image_files_recursively(data_dir)
-    if not paths:
-        raise InputError(
-            f"--data_dir {data_dir}: no image in it (looked for {', '.join(EXTENSIONS)}, also in subfolders)"
-        )
-    return paths
-
-
-def _list_image_files_recursively(data_dir):
-    """The paths of all images in a folder and those below it, folder by folder in sorted order."""
-    results = []
-    for name in files.list_dir(data_dir):
-        path = files.join(data_dir, name)
-        if "." in name and name.rsplit(".", 1)[1].lower() in EXTENSIONS:
-            results.append(path)
-        elif files.is_dir(path):
-            results.extend(_list_image_files_recursively(path))
-    return results
-
-
-def class_names(data_dir, paths=None):
-    """The names of the classes in a folder of files such as cat_0001.png, sorted.
-
-    :param paths: the folder's images, where they are at hand.
-    """
-    return sorted({_class_name(path) for path in (_list_images(data_dir) if paths is None else paths)})
-
-
-def class_labels(paths, names, num_classes=None):
-    """The label of each path: the index of its class among `names`.
-
-    :param num_classes: how many labels the model has.
-    """
-    if num_classes is not None and len(names) > num_classes:
-        raise InputError(
-            f"{len(names)} classes in the file names ({', '.join(names[:3])}, ...), but --num_classes is {num_classes}"
-            f": labels from {num_classes} on would be outside the model's range"
-        )
-    number = {name: i for i, name in enumerate(names)}
-    stranger = next((path for path in paths if _class_name(path) not in number), None)
-    if stranger is not None:
-        raise InputError(f"{stranger}: its class {_class_name(stranger)} is none of the training data's")
-    return [number[_class_name(path)] for path in paths]
-
-
-def _class_name(path):
-    name, underscore, _ = os.path.basename(path).partition("_")
-    if not underscore:
-        raise InputError(f"{path}: no class label in its name: labels need names such as LABEL_REST.png")
-    return name
+    batch = error if error is not None else th.utils.data.default_collate(items)
+    return batch, sum(skipped, []), sum(turned)
 
 
 class ImageDataset(Dataset):
@@ -235,6 +259,7 @@ class ImageDataset(Dataset):
     :param image_paths: all images; this dataset takes every num_shards-th, from the shard-th on.
     :param classes: all labels, in the order of image_paths.
     :param channels: 1 for grey images, 3 for RGB.
+    :ivar turned: how many images were turned upright, as EXIF says, in this process.
 
     Items are an array [channels, resolution, resolution] float32 in [-1, 1], and a dict that holds the label "y" where
     there are classes.
@@ -257,6 +282,7 @@ class ImageDataset(Dataset):
         self.local_classes = None if classes is None else classes[shard:][::num_shards]
         self.random_crop = random_crop
         self.random_flip = random_flip
+        self.turned = 0
         self.mode = choose("number of image channels (--in_channels)", channels, MODES)
 
     def __len__(self):
@@ -274,19 +300,59 @@ class ImageDataset(Dataset):
             arr = center_crop_arr(image, self.resolution)
         if self.random_flip and rng.random() < 0.5:
             arr = arr[:, ::-1]
-        arr = arr.reshape(self.resolution, self.resolution, -1).astype(np.float32) / 127.5 - 1
-        labels = {} if self.local_classes is None else {"y": np.array(self.local_classes[idx], dtype=np.int64)}
-        return np.ascontiguousarray(arr.transpose(2, 0, 1)), labels
+        arr = arr.reshape(self.resolution, self.resolution, -1)
+        arr = arr.transpose(2, 0, 1).astype(np.float32, order="C")
+        arr /= 127.5
+        arr -= 1
+        return arr, {} if self.local_classes is None else {"y": np.array(self.local_classes[idx], dtype=np.int64)}
 
     def _read(self, path):
         try:
-            with files.open_file(path) as f, Image.open(f) as image:
-                return image.convert(self.mode)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            reason = (str(e).splitlines() or [type(e).__name__])[0]
-            if isinstance(e, UnidentifiedImageError):
-                reason = "not an image, or damaged"
-            raise InputError(f"{path}: cannot read this image ({reason}): repair or remove it") from None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, about metadata that nobody reads
+                with files.open_file(path) as f, Image.open(f) as image:
+                    image.load()
+                    turn = _turn_upright(image)
+                    image = _to_mode(image, self.mode)
+        except MemoryError:
+            raise
+        except Exception as e:  # what decoders make of a damaged file is hard to foresee
+            raise InputError(f"{path}: cannot read this image ({_reason(e)})") from None
+        if turn is None:
+            return image
+        self.turned += 1
+        return image.transpose(turn)
+
+
+def _reason(error):
+    """What went wrong, without the path that the system's messages repeat."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or damaged"
+    text = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
+    return text if text and isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} {text}".rstrip()
+
+
+def _turn_upright(image):
+    """How to transpose a loaded image so that it is upright, by its EXIF orientation; None for most.
+
+    What EXIF says is advice: where it is damaged, the image stays as it is.
+    """
+    if not EXIF_KEYS & image.info.keys():
+        return None
+    try:
+        return UPRIGHT.get(image.getexif().get(ORIENTATION))
+    except Exception:
+        return None
+
+
+def _to_mode(image, mode):
+    """Convert a loaded image. 16 bits of grey lose the lower 8, as those of colours do: Pillow would clip them."""
+    image.info.pop("transparency", None)  # it changes no pixel here, but can make Pillow warn, or fail
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of Pillow's mode {image.mode}, whose range is open: save it with 8 bits")
+    return image if image.mode == mode else image.convert(mode)
 
 
 def center_crop_arr(pil_image, image_size):

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 from collections import Counter
 
 import numpy as np
@@ -9,16 +10,9 @@ import pytest
 import torch as th
 from PIL import Image
 
-from guided_diffusion import dist_util
+from guided_diffusion import dist_util, logger
 from guided_diffusion.errors import InputError
-from guided_diffusion.image_datasets import (
-    ImageDataset,
-    center_crop_arr,
-    class_labels,
-    class_names,
-    load_data,
-    random_crop_arr,
-)
+from guided_diffusion.image_datasets import ImageDataset, center_crop_arr, load_data, random_crop_arr
 
 
 def write_numbered(folder, count, size=8, label=lambda i: "x"):
@@ -44,59 +38,6 @@ def take(data, count):
 def as_rank(monkeypatch, rank, num_ranks):
     monkeypatch.setattr(dist_util, "get_rank", lambda: rank)
     monkeypatch.setattr(dist_util, "get_world_size", lambda: num_ranks)
-
-
-# Which files
-
-
-def test_listing(tmp_path):
-    """Nested folders are searched, upper-case extensions count, other files do not."""
-    (tmp_path / "b" / "deep").mkdir(parents=True)
-    (tmp_path / "a.b").mkdir()  # a folder with a dot is a folder
-    expected = {"z_0.png": 0, "b/y_1.JPG": 1, "b/deep/x_2.Jpeg": 2, "a.b/w_3.GIF": 3, "v_4.webp": 4}
-    for name, i in expected.items():
-        Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(tmp_path / name)
-    for name in ("notes.txt", "png", "image.png.bak", "b/list.csv"):
-        (tmp_path / name).write_text("no image")
-    images, cond = next(load(tmp_path, 5, class_cond=True, deterministic=True))
-    # Labels v, w, x, y, z are numbered 0..4; the grey value tells which image has which.
-    shown = {round(float((image.mean() + 1) * 127.5 / 40)): int(y) for image, y in zip(images, cond["y"])}
-    assert shown == {4: 0, 3: 1, 2: 2, 1: 3, 0: 4}
-
-
-def test_order_is_sorted_and_the_same_whatever_the_system_lists_first(tmp_path, monkeypatch):
-    write_numbered(tmp_path, 6)
-    listdir = os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: listdir(path)[::-1])
-    images, _ = next(load(tmp_path, 6, deterministic=True))
-    assert numbers(images) == [0, 1, 2, 3, 4, 5]
-
-
-def test_labels_are_names_up_to_the_underscore_in_sorted_order():
-    paths = ["a/dog_1.png", "b/cat_7_x.png", "dog_2.png", "10_0.png", "9_0.png", "c_d/cat_.png"]
-    table = class_names("", paths)
-    labels = class_labels(paths, table)
-    assert table == ["10", "9", "cat", "dog"]
-    assert labels == [3, 2, 3, 0, 1, 2]
-
-
-def test_labels_of_as_many_classes_as_the_model_has_are_fine():
-    assert class_labels(["a_0.png", "b_0.png"], ["a", "b"], num_classes=2) == [0, 1]
-    with pytest.raises(InputError, match="--num_classes is 1"):
-        class_labels(["a_0.png", "b_0.png"], ["a", "b"], num_classes=1)
-
-
-def test_unlabelled_file_is_named():
-    # The folder's underscore is no label.
-    with pytest.raises(InputError, match="some_folder/plain.png"):
-        class_names("", ["cat_0.png", "some_folder/plain.png"])
-
-
-def test_held_out_images_are_numbered_as_the_training_images_are():
-    # On its own, a folder with the classes 3 and 7 alone would call them 0 and 1.
-    assert class_labels(["3_0.png", "7_0.png"], [str(i) for i in range(10)]) == [3, 7]
-    with pytest.raises(InputError, match="x_0.png.*class x"):
-        class_labels(["3_0.png", "x_0.png"], [str(i) for i in range(10)])
 
 
 # Which images on which rank
@@ -162,47 +103,6 @@ def test_without_class_cond_there_are_no_labels(tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "plain.png")  # and none are needed in names
     _, cond = next(load(tmp_path, 1))
     assert cond == {}
-
-
-COLOURS = np.array([[[200, 30, 60], [10, 220, 90]], [[0, 0, 255], [128, 128, 128]]], np.uint8)
-
-
-def saved_as(mode, path):
-    """Save COLOURS, enlarged to 8x8, in another mode."""
-    image = Image.fromarray(COLOURS).resize((8, 8), Image.NEAREST)
-    if mode == "RGBA":
-        image = image.convert("RGBA")
-        image.putalpha(77)
-    elif mode == "P":
-        image = image.quantize(16)
-    else:
-        image = image.convert(mode)
-    assert image.mode == mode
-    image.save(path)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "1"])
-def test_other_modes_become_rgb(mode, tmp_path):
-    saved_as(mode, tmp_path / "image.png")
-    array, _ = ImageDataset(8, [str(tmp_path / "image.png")], random_flip=False)[0]
-    assert array.shape == (3, 8, 8) and array.dtype == np.float32
-    got = np.rint((array + 1) * 127.5).transpose(1, 2, 0)
-    if mode in ("RGB", "RGBA", "P"):
-        assert np.abs(got[::4, ::4] - COLOURS).max() <= (4 if mode == "P" else 0)
-    else:
-        assert (got == got[..., :1]).all()  # grey has equal channels
-    if mode == "L":
-        luma = COLOURS @ np.array([0.299, 0.587, 0.114])  # ITU-R 601
-        assert np.abs(got[::4, ::4, 0] - luma).max() <= 1
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
-def test_one_channel_is_luminance(mode, tmp_path):
-    saved_as(mode, tmp_path / "image.png")
-    x, _ = next(load(tmp_path, 1, random_flip=False, channels=1))
-    assert x.shape == (1, 1, 8, 8)
-    luma = COLOURS @ np.array([0.299, 0.587, 0.114])
-    assert np.abs(((x[0, 0] + 1) * 127.5).numpy()[::4, ::4] - luma).max() <= 1
 
 
 # Order, flips and crops
@@ -284,6 +184,84 @@ def test_strong_reductions_do_not_alias():
     # A fine checkerboard is grey from afar; sampling without a filter would show black and white.
     board = Image.fromarray((np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8))
     assert np.abs(center_crop_arr(board, 16).astype(int) - 127.5).max() < 3
+
+
+def plain_crop(image, size, shorter, corner):
+    """A crop by Pillow's plain operations: halves by the box filter, then bicubic, then the square at a corner."""
+    while min(image.size) >= 2 * shorter:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = shorter / min(image.size)
+    arr = np.array(image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC))
+    y, x = corner(arr.shape[0] - size), corner(arr.shape[1] - size)
+    return arr[y : y + size, x : x + size]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P"])
+@pytest.mark.parametrize("width, height", [(64, 64), (65, 130), (131, 66), (133, 67), (200, 150), (63, 515), (40, 16)])
+def test_crops_are_plain_resizing_to_the_pixel(mode, width, height):
+    # Noise with many extremes: roundings differ at once where the arithmetic does.
+    noise = np.random.default_rng(0).choice([0, 1, 2, 127, 128, 254, 255], (height, width, 4)).astype(np.uint8)
+    image = Image.fromarray(noise).convert("RGB").quantize(64) if mode == "P" else Image.fromarray(noise).convert(mode)
+    assert (center_crop_arr(image, 16) == plain_crop(image, 16, 16, lambda extra: extra // 2)).all()
+    for seed in range(5):
+        rng, same = random.Random(seed), random.Random(seed)
+        expected = plain_crop(image, 16, same.randrange(16, 21), lambda extra: same.randrange(extra + 1))
+        assert (random_crop_arr(image, 16, rng=rng) == expected).all()
+
+
+# Unreadable images
+
+
+def damaged_copy(folder, numbers):
+    """Spoil some images of write_numbered, each in another way."""
+    for i, n in enumerate(numbers):
+        path = next(folder.glob(f"*_{n:03d}.png"))
+        path.write_bytes([path.read_bytes()[:40], b"", b"no image"][i % 3])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_images_can_be_replaced_by_the_next(num_workers, tmp_path, monkeypatch):
+    for name in ("whole", "spoilt"):
+        (tmp_path / name).mkdir()
+        write_numbered(tmp_path / name, 12, label=lambda i: f"c{i // 4}")
+    damaged_copy(tmp_path / "spoilt", [2, 3, 11])
+    stand_in = {2: 4, 3: 4, 11: 0}
+    warnings = []
+    monkeypatch.setattr(logger, "warn", lambda text: warnings.append(text))
+    options = dict(class_cond=True, seed=5, num_workers=num_workers)
+    whole = take(load(tmp_path / "whole", 4, **options), 6)
+    data = load(tmp_path / "spoilt", 4, **options, skip_bad_images=True)
+    for (images, _), (spoilt, cond) in zip(whole, take(data, 6)):
+        expected = [stand_in.get(n, n) for n in numbers(images)]
+        assert numbers(spoilt) == expected
+        assert cond["y"].tolist() == [n // 4 for n in expected]
+    # Two epochs: 2 leads over 3, too, which counts again.
+    assert data.counts() == {"skipped_images": 2 * (2 + 1 + 1)}
+    assert len(warnings) == 3 and all("cannot read this image" in text for text in warnings)
+    assert all(sum(f"_{n:03d}.png" in text for text in warnings) == 1 for n in (2, 3, 11))
+    data.close()
+
+
+def test_what_replaces_a_bad_image_does_not_depend_on_ranks(tmp_path, monkeypatch):
+    write_numbered(tmp_path, 12)
+    damaged_copy(tmp_path, [0, 5, 6])
+    monkeypatch.setattr(logger, "warn", lambda text: None)
+    options = dict(seed=1, skip_bad_images=True)
+    one = [n for images, _ in take(load(tmp_path, 6, **options), 2) for n in numbers(images)]
+    two = []
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        two.append([n for images, _ in take(load(tmp_path, 3, **options), 2) for n in numbers(images)])
+    assert [n for pair in zip(*two) for n in pair] == one
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_if_no_image_can_be_read_the_run_ends(skip, tmp_path):
+    write_numbered(tmp_path, 4)
+    damaged_copy(tmp_path, range(4))
+    message = error_of(load(tmp_path, 2, deterministic=True, skip_bad_images=skip))
+    assert message.startswith(f"{tmp_path / 'x_000.png'}: cannot read this image (")
+    assert message.endswith("nor can any other" if skip else "repair or remove it, or --skip_bad_images True")
 
 
 # Workers

@@ -1,0 +1,121 @@
+"""The classes of images: from file names, folders or a CSV file, and their numbers."""
+
+import pytest
+
+from guided_diffusion import logger
+from guided_diffusion.errors import InputError
+from guided_diffusion.image_datasets import class_labels, class_names, load_data
+from guided_diffusion.image_listing import image_classes
+
+
+def make_files(folder, names):
+    """Empty files: nobody opens them."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_classes_are_names_up_to_the_underscore_in_sorted_order():
+    paths = ["a/dog_1.png", "b/cat_7_x.png", "dog_2.png", "10_0.png", "9_0.png", "c_d/cat_.png"]
+    table = class_names("", paths)
+    labels = class_labels(paths, table)
+    assert table == ["10", "9", "cat", "dog"]
+    assert labels == [3, 2, 3, 0, 1, 2]
+
+
+def test_labels_of_as_many_classes_as_the_model_has_are_fine():
+    assert class_labels(["a_0.png", "b_0.png"], ["a", "b"], num_classes=2) == [0, 1]
+    with pytest.raises(InputError, match="--num_classes is 1"):
+        class_labels(["a_0.png", "b_0.png"], ["a", "b"], num_classes=1)
+
+
+def test_unlabelled_file_is_named():
+    # The folder's underscore is no label.
+    with pytest.raises(InputError, match="some_folder/plain.png"):
+        class_names("", ["cat_0.png", "some_folder/plain.png"])
+
+
+def test_held_out_images_are_numbered_as_the_training_images_are():
+    # On its own, a folder with the classes 3 and 7 alone would call them 0 and 1.
+    assert class_labels(["3_0.png", "7_0.png"], [str(i) for i in range(10)]) == [3, 7]
+    with pytest.raises(InputError, match="x_0.png.*class x"):
+        class_labels(["3_0.png", "x_0.png"], [str(i) for i in range(10)])
+
+
+def test_classes_by_folder():
+    paths = ["data/10/a.png", "data/9/b_0.png", "data/more/cat/c.png", "data/9/d.png"]
+    assert image_classes("data", paths, "folder") == (["10", "9", "cat", "9"], ["10", "9", "cat"])
+    with pytest.raises(InputError, match=r"data/stray_0.png: in no class's folder.*--labels folder"):
+        image_classes("data", [*paths, "data/stray_0.png"], "folder")
+
+
+def labelled(tmp_path, text, names=("b/1.png", "a.png", "c.png"), encoding="utf-8"):
+    """The classes of some images, and the class table, by a CSV file with this text."""
+    (tmp_path / "labels.csv").write_text(text, encoding=encoding)
+    return image_classes("data", [f"data/{name}" for name in names], str(tmp_path / "labels.csv"))
+
+
+def test_classes_by_csv(tmp_path):
+    expected = (["dog", "cat", "dog"], ["cat", "dog"])
+    assert labelled(tmp_path, "path,label\nb/1.png,dog\na.png,cat\nc.png,dog\n") == expected
+    assert labelled(tmp_path, "c.png, dog \r\n\r\n./a.png,cat\r\nb//1.png,dog", encoding="utf-8-sig") == expected
+    assert labelled(tmp_path, 'a.png,"cat, big"\nb/1.png,7\nc.png,7')[1] == ["7", "cat, big"]
+
+
+def test_whole_numbers_in_a_csv_are_the_labels_themselves(tmp_path):
+    # By their order as strings, 10 would come before 9; and 8 classes are not in this folder at all.
+    classes, table = labelled(tmp_path, "a.png,9\nb/1.png,10\nc.png,03\n")
+    assert table == [str(i) for i in range(11)]
+    assert classes == ["10", "9", "3"]
+    assert labelled(tmp_path, "a.png,9\nb/1.png,10\nc.png,x\n")[1] == ["10", "9", "x"]
+    assert labelled(tmp_path, "a.png,20240101\nb/1.png,9\nc.png,9\n")[1] == ["20240101", "9"]  # no table of millions
+
+
+def test_a_csv_may_tell_of_more_images_than_there_are(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logger, "warn", warnings.append)
+    # The table does not change with what is missing.
+    assert labelled(tmp_path, "a.png,x\nb/1.png,y\nc.png,z\ngone.png,w\n")[1] == ["w", "x", "y", "z"]
+    assert len(warnings) == 1 and "1 of 4 lines" in warnings[0] and "gone.png" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a.png,cat\n", ["no label for 2 of 3 images", "b/1.png"]),
+        ("", ["no label for 3 of 3 images"]),
+        ("a.png,cat\nb/1.png\n", ["line 2 is not path,label"]),
+        ("a.png,cat\nb/1.png,dog,3\n", ["line 2 is not path,label"]),
+        ("a.png,cat\nb/1.png, \n", ["line 2 is not path,label"]),
+        ("a.png,cat\nb/1.png,dog\nc.png,x\na.png,dog\n", ["line 4", "a.png", "another label"]),
+    ],
+)
+def test_a_csv_that_does_not_fit_is_refused(text, words, tmp_path):
+    with pytest.raises(InputError) as caught:
+        labelled(tmp_path, text)
+    assert all(word in str(caught.value) for word in [f"--labels {tmp_path / 'labels.csv'}", *words])
+
+
+def test_other_labels_are_refused(tmp_path):
+    make_files(tmp_path, ["a_0.png"])
+    options = dict(data_dir=str(tmp_path), batch_size=1, image_size=4, class_cond=True)
+    with pytest.raises(InputError, match="--labels colour: give name, folder, or .*CSV"):
+        load_data(**options, labels="colour")
+    with pytest.raises(InputError, match="--labels .*gone.csv: no such file"):
+        load_data(**options, labels=str(tmp_path / "gone.csv"))
+    (tmp_path / "latin.csv").write_bytes(b"a_0.png,caf\xe9\n")
+    with pytest.raises(InputError, match="--labels .*latin.csv: cannot read it as CSV in UTF-8"):
+        load_data(**options, labels=str(tmp_path / "latin.csv"))
+
+
+def test_a_stream_knows_its_classes(tmp_path):
+    make_files(tmp_path, ["dog/b_0.png", "cat/a_1.png"])
+    options = dict(data_dir=str(tmp_path), batch_size=1, image_size=4)
+    assert load_data(**options).classes is None
+    assert load_data(**options, class_cond=True).classes == ["a", "b"]
+    folders = load_data(**options, class_cond=True, labels="folder")
+    assert folders.classes == ["cat", "dog"] and folders.dataset.local_classes == [0, 1]
+    given = load_data(**options, class_cond=True, labels="folder", classes=["ant", "dog", "cat"])
+    assert given.classes == ["ant", "dog", "cat"] and given.dataset.local_classes == [2, 1]
+    with pytest.raises(InputError, match="dog/b_0.png: its class dog is none of the training data's"):
+        load_data(**options, class_cond=True, labels="folder", classes=["ant", "cat"])
