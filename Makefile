@@ -19,13 +19,14 @@ test: .venv/installed
 # Every command is printed before it runs, and can be run again by hand.
 quickstart: .venv/installed
 	rm -rf $(OUT)
-	$(BIN)/python datasets/digits.py $(OUT)/digits
+	$(BIN)/python datasets/digits.py $(OUT)/digits --held_out_dir $(OUT)/digits_held_out
 	$(RUN) scripts/image_train.py --data_dir $(OUT)/digits --log_dir $(OUT)/diffusion --seed 0 \
 	    --image_size 16 --in_channels 1 --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 \
 	    --attention_resolutions 8 --num_head_channels 32 --learn_sigma True --noise_schedule cosine \
-	    --random_flip False --batch_size 32 --lr 1e-3 --ema_rate 0.995 --lr_anneal_steps 1200 --log_interval 250
+	    --random_flip False --batch_size 32 --lr 1e-3 --ema_rate 0.995 --lr_anneal_steps 1200 --log_interval 250 \
+	    --sample_interval 400
 	$(RUN) scripts/classifier_train.py --data_dir $(OUT)/digits --log_dir $(OUT)/classifier --seed 0 \
-	    --image_size 16 --in_channels 1 --num_classes 10 --classifier_width 64 --classifier_depth 1 \
+	    --val_data_dir $(OUT)/digits_held_out --eval_interval 50 --image_size 16 --in_channels 1 --num_classes 10 --classifier_width 64 --classifier_depth 1 \
 	    --classifier_attention_resolutions 8 --noise_schedule cosine --random_flip False --random_crop False \
 	    --batch_size 64 --lr 1e-3 --anneal_lr True --weight_decay 0.05 --iterations 300 --log_interval 100
 	$(RUN) scripts/classifier_sample.py --model_path $(OUT)/diffusion/ema_0.995_001200.pt \

@@ -6,14 +6,21 @@ import os
 import numpy as np
 from PIL import Image
 
+HELD_OUT_EVERY = 5
+
 
 def main():
     args = create_argparser().parse_args()
-    os.makedirs(args.out_dir, exist_ok=True)
     images, labels = load_digit_images(args.size)
-    for i, (image, label) in enumerate(zip(images, labels)):
-        Image.fromarray(image).save(os.path.join(args.out_dir, f"{label}_{i:04d}.png"))
-    print(f"wrote {len(images)} digits of {args.size}x{args.size} pixels to {args.out_dir}")
+    numbers = {args.out_dir: range(len(images))}
+    if args.held_out_dir:
+        numbers[args.held_out_dir] = numbers[args.out_dir][::HELD_OUT_EVERY]
+        numbers[args.out_dir] = sorted(set(numbers[args.out_dir]) - set(numbers[args.held_out_dir]))
+    for folder, members in numbers.items():
+        os.makedirs(folder, exist_ok=True)
+        for i in members:
+            Image.fromarray(images[i]).save(os.path.join(folder, f"{labels[i]}_{i:04d}.png"))
+        print(f"wrote {len(members)} digits of {args.size}x{args.size} pixels to {folder}")
 
 
 def load_digit_images(size):
@@ -29,6 +36,9 @@ def load_digit_images(size):
 def create_argparser():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out_dir", help="the folder to write to")
+    parser.add_argument(
+        "--held_out_dir", default="", help=f"another folder for every {HELD_OUT_EVERY}th digit, to validate on"
+    )
     parser.add_argument("--size", type=int, default=16, help="the images' side in pixels (default: 16)")
     return parser
 

@@ -9,12 +9,13 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from itertools import islice
 
 import torch as th
 
 from . import dist_util, files, logger
-from .errors import InputError
+from .errors import InputError, RunStopped
 
 CONFIG_NAME = "config.json"
 
@@ -85,6 +86,11 @@ def beside(checkpoint, name):
     return path if files.exists(path) else None
 
 
+def is_of_this_run(checkpoint):
+    """Whether a checkpoint lies in the run's own folder."""
+    return os.path.realpath(files.dirname(checkpoint)) == os.path.realpath(get_blob_logdir())
+
+
 def find_ema_checkpoint(main_checkpoint, step, rate):
     """The moving average of this rate beside a model file, or None."""
     return beside(main_checkpoint, ema_name(rate, step)) if main_checkpoint else None
@@ -94,6 +100,47 @@ def save(obj, name):
     """Write tensors (a state_dict) to a file of the run's folder, whole or not at all."""
     with files.write_atomically(files.join(get_blob_logdir(), name)) as f:
         th.save(obj, f)
+
+
+def save_set(named, last_good=""):
+    """Write the files of a checkpoint: pairs (name, tensors), in order. Not a collective: rank 0 calls it.
+
+    :param last_good: the checkpoint that an error refers to.
+    :return: the path of the last file.
+    :raises RunStopped: when the disk is full or out of reach; then none of the files is left behind.
+    """
+    folder, written = get_blob_logdir(), []
+    try:
+        for name, obj in named:
+            written.append(files.join(folder, name))
+            with files.disk_errors(written[-1], f"the last good checkpoint is {last_good or 'none yet'}"):
+                save(obj, name)
+    except RunStopped:
+        for path in written:
+            with suppress(OSError):
+                files.remove(path)
+        raise
+    return written[-1]
+
+
+def prune(newest, keep):
+    """Remove all checkpoints of the run's folder before the last `keep` up to step `newest`; 0 keeps all.
+
+    Those of later steps, of another run perhaps, stay. Not a collective: rank 0 calls it.
+    """
+    if keep < 1:
+        return
+    folder = get_blob_logdir()
+    by_step = {}
+    for name in files.list_dir(folder):
+        if match := re.fullmatch(r"(?:model|opt|state|ema_[^_]+_)(\d+)\.pt", name):
+            by_step.setdefault(int(match.group(1)), []).append(name)
+    steps = sorted(step for step in by_step if step <= newest and model_name(step) in by_step[step])
+    for step in by_step:
+        if step < min(steps[-keep:], default=0):
+            # The model's file first: without it, the rest no longer looks like a checkpoint.
+            for name in sorted(by_step[step], key=lambda name: not name.startswith("model")):
+                files.remove(files.join(folder, name))
 
 
 def require_path(flag, path):

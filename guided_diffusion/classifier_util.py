@@ -1,11 +1,17 @@
 """Training the noisy-image classifier: hooks of the common training loop."""
 
+import numpy as np
 import torch as th
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, Subset
 
-from . import dist_util
-from .errors import InputError
-from .train_util import TrainLoop, log_loss_dict
+from . import dist_util, logger
+from .errors import check_at_least
+from .random_util import SampleNoise, SeededRandomness
+from .run_setup import common_training_flags
+from .train_util import TrainLoop
+
+VALIDATION_SEED = 1 << 40  # of validation's own random numbers: more than people give
 
 
 def classifier_training_flags():
@@ -16,13 +22,9 @@ def classifier_training_flags():
         lr=3e-4,
         weight_decay=0.0,
         anneal_lr=False,
-        batch_size=4,
-        microbatch=-1,
-        resume_checkpoint="",
-        seed=-1,
-        log_interval=10,
+        ema_rate="",
         eval_interval=5,
-        save_interval=10000,
+        **common_training_flags(batch_size=4),
     )
 
 
@@ -37,27 +39,28 @@ class ClassifierTrainLoop(TrainLoop):
     :param kwargs: TrainLoop's.
     """
 
+    ANNEAL_DELAY = 0
+
     def __init__(self, *, iterations, noised=True, anneal_lr=False, val_data=None, eval_interval=5, **kwargs):
-        for name, value in [("iterations", iterations), ("eval_interval", eval_interval)]:
-            if value < 1:
-                raise InputError(f"--{name} {value}: at least 1 is needed")
+        check_at_least(1, iterations=iterations, eval_interval=eval_interval)
         self.noised = noised
         self.val_data = val_data
+        self.val_randomness = SeededRandomness(VALIDATION_SEED, for_dropout=False)
         self.eval_interval = eval_interval
-        kwargs.setdefault("initial_lg_loss_scale", 16.0)
-        super().__init__(ema_rate="", total_steps=iterations, lr_anneal_steps=iterations if anneal_lr else 0, **kwargs)
+        kwargs = {"ema_rate": "", "initial_lg_loss_scale": 16.0, **kwargs}
+        super().__init__(total_steps=iterations, lr_anneal_steps=iterations if anneal_lr else 0, **kwargs)
 
-    def run_step(self, batch, cond):
-        self._anneal_lr()
-        super().run_step(batch, cond)
+    def _owners_of_state(self):
+        return {**super()._owners_of_state(), "val_data": self.val_data}
 
-    def prepare(self, batch, cond):
+    def prepare(self, batch, cond, randomness=None):
         """Noise the images; the timesteps go along with the labels."""
+        randomness = randomness or self.randomness
         batch = batch.to(dist_util.dev())
         t = th.zeros(len(batch), dtype=th.long, device=dist_util.dev())
         if self.noised:
-            t, _ = self.randomness.timesteps(self.schedule_sampler, len(batch), dist_util.dev())
-            batch = self.diffusion.q_sample(batch, t, noise=self.randomness.randn_like(batch))
+            t, _ = randomness.timesteps(self.schedule_sampler, len(batch), dist_util.dev())
+            batch = self.diffusion.q_sample(batch, t, noise=randomness.randn_like(batch))
         return batch, {**cond, "t": t}
 
     def compute_loss(self, micro, cond, prefix="train"):
@@ -68,7 +71,7 @@ class ClassifierTrainLoop(TrainLoop):
             f"{prefix}_acc@1": correct_in_top_k(logits, cond["y"], 1),
             f"{prefix}_acc@5": correct_in_top_k(logits, cond["y"], 5),
         }
-        log_loss_dict(self.diffusion, cond["t"], metrics)
+        self.log_losses(cond["t"], metrics)
         return loss.mean()
 
     def after_step(self):
@@ -77,10 +80,11 @@ class ClassifierTrainLoop(TrainLoop):
 
     @th.no_grad()
     def evaluate(self):
-        """Log loss and accuracy on a held-out batch."""
+        """Log loss and accuracy on a held-out batch, with noise that training knows nothing of."""
         self.model.eval()
-        self.randomness.start_step(self.steps_done, self.batch_size)
-        batch, cond = self.prepare(*next(self.val_data))
+        batch, cond = next(self.val_data)
+        self.val_randomness.start_step(self.steps_done, len(batch))
+        batch, cond = self.prepare(batch, cond, self.val_randomness)
         for start in range(0, len(batch), self.microbatch):
             part = slice(start, start + self.microbatch)
             micro_cond = {k: v[part].to(dist_util.dev()) for k, v in cond.items()}
@@ -92,3 +96,49 @@ def correct_in_top_k(logits, labels, k):
     """Whether the label is among the k largest logits: [N] float."""
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (top == labels[:, None]).any(dim=1).float()
+
+
+NOISE_LEVELS = ("clean", "q0", "q1", "q2", "q3")  # without noise, and by quartile of the timesteps
+
+
+@th.no_grad()
+def accuracy_by_noise(model, diffusion, dataset, batch_size, num_workers=0):
+    """A classifier's accuracy on every image of a data set, shared among the ranks; every rank must call it.
+
+    Image i is seen clean and once in each quartile of the timesteps, with noise that is a function of i alone.
+
+    :param dataset: an ImageDataset with labels, without random crops and flips.
+    :return: {"acc@1": {level: share}, "acc@5": {...}} with the levels of NOISE_LEVELS.
+    """
+    device, training = dist_util.dev(), model.training
+    mine = list(range(dist_util.get_rank(), len(dataset), dist_util.get_world_size()))
+    loader = DataLoader(Subset(dataset, mine), batch_size=batch_size, num_workers=num_workers)
+    correct = th.zeros(1, 2, len(NOISE_LEVELS), dtype=th.float64)
+    model.eval()
+    for number, (batch, cond) in enumerate(logger.progress_bar(iterable=loader, desc="held-out images", unit="batch")):
+        batch, y = batch.to(device), cond["y"].to(device)
+        indices = mine[number * batch_size : number * batch_size + len(batch)]
+        noise = SampleNoise(VALIDATION_SEED, indices, device)
+        for level in range(len(NOISE_LEVELS)):
+            t, x = th.zeros(len(batch), dtype=th.long, device=device), batch
+            if level > 0:
+                t = th.tensor([_timestep_in_quartile(diffusion, i, level - 1) for i in indices], device=device)
+                x = diffusion.q_sample(batch, t, noise=noise.randn_like(batch))
+            logits = model(x, timesteps=diffusion.model_timesteps(t))
+            for row, k in enumerate((1, 5)):
+                correct[0, row, level] += float(correct_in_top_k(logits, y, k).sum())
+    model.train(training)
+    shares = th.cat(dist_util.all_gather_uneven(correct)).sum(dim=0) / len(dataset)
+    return {name: dict(zip(NOISE_LEVELS, row)) for name, row in zip(("acc@1", "acc@5"), shares.tolist())}
+
+
+def _timestep_in_quartile(diffusion, index, quartile):
+    first, end = (-(-q * diffusion.num_timesteps // 4) for q in (quartile, quartile + 1))
+    return int(np.random.default_rng([VALIDATION_SEED, index, quartile]).integers(first, max(end, first + 1)))
+
+
+def accuracy_table(shares):
+    """The outcome of accuracy_by_noise as text, a row a measure."""
+    rows = [["held out", *NOISE_LEVELS]]
+    rows += [[name, *(f"{100 * share:.1f}%" for share in by_level.values())] for name, by_level in shares.items()]
+    return "\n".join("  ".join(f"{cell:>8}" for cell in row) for row in rows)

@@ -1,4 +1,4 @@
-"""What the user got wrong, said in one line."""
+"""What the user got wrong, or the machine denies, said in one line."""
 
 
 class InputError(ValueError):
@@ -9,8 +9,19 @@ class InputError(ValueError):
     """
 
 
+class RunStopped(InputError):
+    """A run that cannot go on, such as one that diverged or filled its disk. It is said as an InputError is."""
+
+
 def choose(what, name, known):
     """Return `known[name]`; an unknown `name` is refused with the list of the known ones."""
     if name not in known:
         raise InputError(f"unknown {what} {name!r}: choose one of {', '.join(map(str, known))}")
     return known[name]
+
+
+def check_at_least(least, **flags):
+    """Refuse flags whose value is less than `least`."""
+    for name, value in flags.items():
+        if not value >= least:
+            raise InputError(f"--{name} {value}: must be at least {least}")

@@ -7,6 +7,8 @@ import io
 import os
 from contextlib import contextmanager
 
+from .errors import RunStopped
+
 
 def is_url(path):
     """Whether `path` is a blob URL rather than a local path."""
@@ -76,6 +78,29 @@ def remove(path):
         _blobfile().remove(path)
     else:
         os.remove(path)
+
+
+def remove_dir(path):
+    """Remove an empty folder. At a blob URL folders go by themselves."""
+    if not is_url(path):
+        os.rmdir(path)
+
+
+@contextmanager
+def disk_errors(path, kept):
+    """Make of a write that the system refuses a message of one line.
+
+    :param path: what is written.
+    :param kept: what is safe nevertheless, for the message.
+    :raises RunStopped: instead of an OSError, or of the error of torch's that hides one.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise RunStopped(f"{path}: cannot be written ({cause.strerror or cause}): make room; {kept}") from None
 
 
 @contextmanager

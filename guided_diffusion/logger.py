@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 
+from . import files
 from .errors import InputError, choose
 
 DEBUG = 10
@@ -167,8 +168,13 @@ class TensorBoardOutputFormat(KVWriter):
             raise InputError(
                 "OPENAI_LOG_FORMAT asks for tensorboard, which is missing: pip install tensorboard"
             ) from None
-        self.writer = SummaryWriter(dir)
+        self.open = lambda **options: SummaryWriter(dir, **options)
+        self.writer = self.open()
         self.rows = 0
+
+    def rewind(self, step):
+        self.writer.close()
+        self.writer = self.open(purge_step=step)
 
     def writekvs(self, kvs):
         self.rows += 1
@@ -221,7 +227,8 @@ class Logger:
             values, write = self._average_over_ranks(), self.comm.rank == 0
         if write:
             for writer in self.output_formats:
-                writer.writekvs(values)
+                with self._disk_errors():
+                    writer.writekvs(values)
         self.name2val.clear()
         self.name2cnt.clear()
         return values
@@ -240,7 +247,11 @@ class Logger:
         if self.level <= level:
             for writer in self.output_formats:
                 if hasattr(writer, "writeseq"):
-                    writer.writeseq(args)
+                    with self._disk_errors():
+                        writer.writeseq(args)
+
+    def _disk_errors(self):
+        return files.disk_errors(self.dir or "the terminal", "what has been saved is safe")
 
     def set_level(self, level):
         self.level = level

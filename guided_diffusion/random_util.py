@@ -52,17 +52,21 @@ class SeededRandomness:
     Image j of rank r's batch has position j * (number of ranks) + r, as in ImageStream: timesteps and noise do not
     depend on how a batch is split into ranks and microbatches. Dropout draws from torch's generator, which every step
     seeds anew for each rank: it repeats with the same split.
+
+    :param for_dropout: False leaves torch's generator alone.
     """
 
-    def __init__(self, seed):
+    def __init__(self, seed, for_dropout=True):
         self.seed = seed
+        self.for_dropout = for_dropout
         self.rank, self.num_ranks = dist_util.get_rank(), dist_util.get_world_size()
 
     def start_step(self, step, batch_size):
         self.step, self.global_batch = step, batch_size * self.num_ranks
         self.drawn = None
         self.first = self.first_noise = 0
-        th.manual_seed(_mix(self.seed, 0, step, self.rank))
+        if self.for_dropout:
+            th.manual_seed(_mix(self.seed, 0, step, self.rank))
 
     def timesteps(self, sampler, count, device):
         if self.drawn is None:  # of the global batch, the same on every rank

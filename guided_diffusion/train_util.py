@@ -1,6 +1,7 @@
 """The training loop: steps, averages of the weights, logs, checkpoints and resuming."""
 
 import copy
+import math
 import os
 import signal
 import threading
@@ -18,9 +19,10 @@ from .checkpoint_util import (  # others import these from here
     get_blob_logdir,
     parse_resume_step_from_filename,
 )
-from .errors import InputError
+from .errors import InputError, RunStopped, check_at_least
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .logger import progress_bar
+from .monitor import Pace, log_loss_dict
 from .nn import update_ema
 from .random_util import generator_states, restore_generators, training_randomness
 from .resample import LossAwareSampler, UniformSampler
@@ -35,31 +37,12 @@ __all__ = [
 ]
 
 
-def training_flags():
-    """The flags of training a diffusion model that TrainLoop takes as they are, with their defaults."""
-    return dict(
-        lr=1e-4,
-        weight_decay=0.0,
-        lr_anneal_steps=0,
-        total_steps=0,
-        batch_size=1,
-        microbatch=-1,
-        ema_rate="0.9999",
-        seed=-1,
-        log_interval=10,
-        save_interval=10000,
-        resume_checkpoint="",
-        use_fp16=False,
-        use_bf16=False,
-        fp16_scale_growth=1e-3,
-    )
-
-
 class TrainLoop:
     """Trains a diffusion model; with other hooks (`prepare`, `compute_loss`, `after_step`), another network.
 
     A step's gradient is that of the mean loss over the whole batch, over all ranks, however it is split into
-    microbatches. `step` counts the steps that this process has ended, `resume_step` those before it.
+    microbatches. `step` counts the steps that this process has ended, `resume_step` those before it; both count steps
+    that were skipped for trouble.
 
     :param model: the network, on this rank's device, with the same architecture on every rank.
     :param data: an iterator of pairs (images [batch_size, C, ...], dict of model keyword arguments [batch_size, ...]).
@@ -71,11 +54,19 @@ class TrainLoop:
     :param schedule_sampler: which timesteps to train on; uniform by default.
     :param lr_anneal_steps: steps over which the learning rate falls linearly to zero, after which training ends; 0
         keeps it constant.
+    :param warmup_steps: steps over which the learning rate first rises linearly.
+    :param max_grad_norm: see MixedPrecisionTrainer.
+    :param max_bad_steps: after so many steps in a row whose loss or gradient is not finite, training ends with an
+        error; 0 never does. Each such step is skipped.
     :param total_steps: steps after which training ends; 0 leaves that to lr_anneal_steps.
+    :param keep_checkpoints: how many of the newest to keep; 0 keeps all.
+    :param preview: a monitor.Preview, to be written every `sample_interval` steps from the first moving average.
     :param seed: makes timesteps and noise functions of (seed, step, position in the global batch); a negative one
         leaves them to the global generators.
     :param use_fp16, use_bf16, fp16_scale_growth, initial_lg_loss_scale: see MixedPrecisionTrainer.
     """
+
+    ANNEAL_DELAY = 1  # the original set the rate after a step by the steps before it: the second has the whole too
 
     def __init__(
         self,
@@ -99,17 +90,18 @@ class TrainLoop:
         initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
         use_bf16=False,
         seed=-1,
+        warmup_steps=0,
+        max_grad_norm=0.0,
+        max_bad_steps=20,
+        keep_checkpoints=0,
+        preview=None,
+        sample_interval=0,
     ):
-        for name, value in [
-            ("batch_size", batch_size),
-            ("log_interval", log_interval),
-            ("save_interval", save_interval),
-        ]:
-            if value < 1:
-                raise InputError(f"--{name} {value}: at least 1 is needed")
-        for name, value in [("lr", lr), ("weight_decay", weight_decay)]:
-            if not value >= 0:
-                raise InputError(f"--{name} {value}: must not be negative")
+        check_at_least(1, batch_size=batch_size, log_interval=log_interval, save_interval=save_interval)
+        check_at_least(0, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, warmup_steps=warmup_steps)
+        check_at_least(
+            0, max_bad_steps=max_bad_steps, keep_checkpoints=keep_checkpoints, sample_interval=sample_interval
+        )
         if logger.get_dir() is None:
             logger.configure()
         self.model = model
@@ -129,6 +121,11 @@ class TrainLoop:
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.weight_decay = weight_decay
         self.lr_anneal_steps = lr_anneal_steps
+        self.warmup_steps = warmup_steps
+        self.max_bad_steps = max_bad_steps
+        self.keep_checkpoints = keep_checkpoints
+        self.preview = preview
+        self.sample_interval = sample_interval if preview is not None else 0
         self.total_steps = min((n for n in (total_steps, lr_anneal_steps) if n > 0), default=None)
 
         self.step = 0
@@ -136,6 +133,10 @@ class TrainLoop:
         self.global_batch = batch_size * dist_util.get_world_size()
 
         self.randomness = training_randomness(seed)
+        self.pace = Pace()
+        self.bad_steps = 0  # in a row
+        self.loss_terms = []  # of this step's microbatches
+        self.last_checkpoint = self.resume_checkpoint
         self._stop_signal = None
 
         self._load_weights()
@@ -145,8 +146,9 @@ class TrainLoop:
             fp16_scale_growth=fp16_scale_growth,
             initial_lg_loss_scale=initial_lg_loss_scale,
             use_bf16=use_bf16,
+            max_grad_norm=max_grad_norm,
         )
-        self.opt = AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
+        self.opt = AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, fused=True)
         self._load_optimizer()
         self.ema_params = [self._load_ema(rate) for rate in self.ema_rate]
 
@@ -174,12 +176,15 @@ class TrainLoop:
         if path is None:
             logger.warn(f"no optimiser state beside {self.resume_checkpoint}: it starts afresh")
             return
+        saved = dist_util.load_state_dict(path, map_location=dist_util.dev())
         try:
-            self.opt.load_state_dict(dist_util.load_state_dict(path, map_location=dist_util.dev()))
+            # Rates and decays are this run's flags, not the file's.
+            moments = self.mp_trainer.adapt_moments(saved["state"])
+            self.opt.load_state_dict({**self.opt.state_dict(), "state": moments})
             for p, state in self.opt.state.items():
                 if state["exp_avg"].shape != p.shape:
                     raise ValueError(f"of shape {tuple(state['exp_avg'].shape)} where a parameter has {tuple(p.shape)}")
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RuntimeError) as e:
             raise InputError(f"{path}: the optimiser's state of another run ({e})") from None
 
     def _load_ema(self, rate):
@@ -202,19 +207,23 @@ class TrainLoop:
             return
         state = dist_util.load_state_dict(path, map_location="cpu")
         self.mp_trainer.lg_loss_scale = state["lg_loss_scale"]
-        for owner, own_state in [(self.schedule_sampler, state["schedule_sampler"]), (self.data, state["data"])]:
-            if own_state and hasattr(owner, "load_state_dict"):
-                owner.load_state_dict(own_state)
+        for name, owner in self._owners_of_state().items():
+            if state.get(name) and hasattr(owner, "load_state_dict"):
+                owner.load_state_dict(state[name])
         if len(state["generators"]) == dist_util.get_world_size():
             restore_generators(state["generators"][dist_util.get_rank()])
         else:
             logger.warn(f"{path} is of a run on {len(state['generators'])} ranks: random generators start afresh")
-        if os.path.realpath(os.path.dirname(path)) == os.path.realpath(logger.get_dir()):
+        if checkpoint_util.is_of_this_run(path):
             logger.get_current().rewind(self.resume_step)
         if dist_util.get_rank() == 0:
             values, counts = state["metrics"]
             logger.get_current().name2val.update(values)
             logger.get_current().name2cnt.update(counts)
+
+    def _owners_of_state(self):
+        """What has a state of its own, by its name in the state file. Others' data and samplers may have none."""
+        return {"schedule_sampler": self.schedule_sampler, "data": self.data}
 
     def _state(self):
         """What a restart needs beside weights, averages and optimiser. Every rank must call it."""
@@ -222,9 +231,7 @@ class TrainLoop:
         values = {k: float(v) for k, v in current.name2val.items() if hasattr(v, "__float__")}
         return {
             "lg_loss_scale": self.mp_trainer.lg_loss_scale,
-            # Data and samplers of others' making may have no state to speak of.
-            "schedule_sampler": getattr(self.schedule_sampler, "state_dict", dict)(),
-            "data": getattr(self.data, "state_dict", dict)(),
+            **{name: getattr(owner, "state_dict", dict)() for name, owner in self._owners_of_state().items()},
             "generators": dist_util.gather_objects(generator_states()),
             "metrics": [values, {k: n for k, n in current.name2cnt.items() if k in values}],
         }
@@ -241,10 +248,12 @@ class TrainLoop:
             progress_bar(total=self.total_steps, initial=self.steps_done, desc="training", unit="step") as bar,
         ):
             while self.total_steps is None or self.steps_done < self.total_steps:
-                batch, cond = next(self.data)
+                with self.pace.waiting():
+                    batch, cond = next(self.data)
                 self.run_step(batch, cond)
+                self.pace.steps += 1
                 if self.steps_done % self.log_interval == 0:
-                    logger.dumpkvs()
+                    self._dump_log()
                 self.step += 1
                 bar.update()
                 if self.steps_done % self.save_interval == 0:
@@ -252,11 +261,19 @@ class TrainLoop:
                     saved = self.steps_done
                     if os.environ.get("DIFFUSION_TRAINING_TEST"):  # integration tests end after the first save
                         return
+                if self.sample_interval and self.steps_done % self.sample_interval == 0:
+                    self.write_preview()
                 if dist_util.any_rank(self._stop_signal is not None):
                     logger.log(f"stopping after step {self.steps_done}, as a signal asked")
                     break
         if saved != self.steps_done and self.step > 0:
             self.save()
+
+    def _dump_log(self):
+        left = None if self.total_steps is None else self.total_steps - self.steps_done - 1
+        logger.logkvs(self.pace.metrics(self.global_batch, left))
+        logger.logkvs(getattr(self.data, "counts", dict)())
+        logger.dumpkvs()
 
     @contextmanager
     def _heeding_signals(self):
@@ -282,17 +299,19 @@ class TrainLoop:
 
     def run_step(self, batch, cond):
         """Take one step with a batch."""
+        self._anneal_lr()
         self.forward_backward(batch, cond)
         took_step = self.mp_trainer.optimize(self.opt)
         if took_step:
             self._update_ema()
-        self._anneal_lr()
+        self._count_bad_steps(took_step)
         self.after_step()
         self.log_step()
 
     def forward_backward(self, batch, cond):
         """Compute the gradient of the mean loss over the global batch."""
         self.mp_trainer.zero_grad()
+        self.loss_terms = []
         self.randomness.start_step(self.steps_done, len(batch))
         batch, cond = self.prepare(batch, cond)
         for start in range(0, len(batch), self.microbatch):
@@ -319,7 +338,7 @@ class TrainLoop:
         losses = self.diffusion.training_losses(self.ddp_model, micro, t, model_kwargs=cond, noise=noise)
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
-        log_loss_dict(self.diffusion, t, {k: v * weights for k, v in losses.items()})
+        self.log_losses(t, {k: v * weights for k, v in losses.items()})
         return (losses["loss"] * weights).mean()
 
     def after_step(self):
@@ -332,11 +351,41 @@ class TrainLoop:
             update_ema(params, self.mp_trainer.master_params, rate=rate)
 
     def _anneal_lr(self):
-        """Set the next step's learning rate."""
+        """Set the learning rate of the step to come."""
+        lr = self.lr
         if self.lr_anneal_steps:
-            done = self.steps_done / self.lr_anneal_steps
-            for group in self.opt.param_groups:
-                group["lr"] = self.lr * (1 - done)
+            lr *= 1 - max(0, self.steps_done - self.ANNEAL_DELAY) / self.lr_anneal_steps
+        if self.steps_done < self.warmup_steps:
+            lr *= (self.steps_done + 1) / self.warmup_steps
+        for group in self.opt.param_groups:
+            group["lr"] = lr
+
+    def _count_bad_steps(self, took_step):
+        self.bad_steps = 0 if took_step else self.bad_steps + 1
+        if self.bad_steps < (self.max_bad_steps or math.inf):
+            return
+        # All ranks come here together: they have the same gradient.
+        own = [(name, float(v.mean())) for terms in self.loss_terms for name, v in terms.items()]
+        terms = [
+            f"{name} {value:.4g}" + (f" on rank {rank}" if rank else "")
+            for rank, pairs in enumerate(dist_util.gather_objects(own))
+            for name, value in pairs
+            if rank == 0 or not math.isfinite(value)
+        ]
+        culprits = self.mp_trainer.not_finite()
+        raise RunStopped(
+            f"step {self.steps_done}: the loss or gradient was not finite in {self.bad_steps} steps in a row "
+            f"(--max_bad_steps), and all of them were skipped. Loss terms: {', '.join(terms) or 'none logged'}. "
+            f"Gradients that are not finite: {len(culprits)} of {len(self.mp_trainer.model_params)}, the first "
+            f"{culprits[0] if culprits else 'none'}. Last good checkpoint: {self.last_checkpoint or 'none yet'}. "
+            f"A lower --lr, --max_grad_norm 1, or --use_bf16 in place of --use_fp16 may help"
+        )
+
+    def log_losses(self, t, terms):
+        """Log a microbatch's losses, tensors [N], and remember them for a message about trouble."""
+        terms = {k: v.detach() for k, v in terms.items()}
+        self.loss_terms.append(terms)
+        log_loss_dict(self.diffusion, t, terms)
 
     def log_step(self):
         """Log how far the run is."""
@@ -345,18 +394,48 @@ class TrainLoop:
 
     def save(self):
         """Write the checkpoint files from rank 0, each whole or not at all, the model's last. Every rank must call."""
-        state = self._state()
-        if dist_util.get_rank() == 0:
-            start = time.time()
-            checkpoint_util.save(self.opt.state_dict(), checkpoint_util.opt_name(self.steps_done))
+        start, state = time.time(), self._state()
+        self.last_checkpoint = dist_util.from_rank_0(lambda: self._write_checkpoint(state))
+        logger.log(f"saved step {self.steps_done} to {get_blob_logdir()} in {time.time() - start:.1f} s")
+
+    def _write_checkpoint(self, state):
+        def averages():
             for rate, params in zip(self.ema_rate, self.ema_params):
                 state_dict = self.mp_trainer.master_params_to_state_dict(params)
-                checkpoint_util.save(state_dict, checkpoint_util.ema_name(rate, self.steps_done))
-            checkpoint_util.save(state, checkpoint_util.state_name(self.steps_done))
-            state_dict = self.mp_trainer.master_params_to_state_dict(self.mp_trainer.master_params)
-            checkpoint_util.save(state_dict, checkpoint_util.model_name(self.steps_done))
-            logger.log(f"saved step {self.steps_done} to {get_blob_logdir()} in {time.time() - start:.1f} s")
-        dist_util.barrier()
+                yield checkpoint_util.ema_name(rate, self.steps_done), state_dict
+
+        trained = self.mp_trainer.master_params_to_state_dict(self.mp_trainer.master_params)
+        files = [
+            (checkpoint_util.opt_name(self.steps_done), self.opt.state_dict()),
+            *averages(),
+            (checkpoint_util.state_name(self.steps_done), state),
+            (checkpoint_util.model_name(self.steps_done), trained),
+        ]
+        path = checkpoint_util.save_set(files, last_good=self.last_checkpoint)
+        checkpoint_util.prune(self.steps_done, self.keep_checkpoints)
+        return path
+
+    # Watching
+
+    @contextmanager
+    def averaged_weights(self):
+        """The model with the first moving average (without any, its own weights) in evaluation mode, for a block."""
+        params = dict(self.model.named_parameters())
+        own = {name: p.detach().clone() for name, p in params.items()}
+        if self.ema_params:
+            average = self.mp_trainer.master_params_to_state_dict(self.ema_params[0])
+            th._foreach_copy_([p.detach() for p in params.values()], [average[name] for name in params])
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            th._foreach_copy_([p.detach() for p in params.values()], list(own.values()))
+            self.model.train()
+
+    def write_preview(self):
+        """Write a picture of what the model makes of always the same noise. Every rank must call it."""
+        with self.averaged_weights() as model:
+            self.preview.write(model, self.steps_done)
 
 
 def _parse_rates(ema_rate):
@@ -369,17 +448,3 @@ def _parse_rates(ema_rate):
         raise InputError(
             f"--ema_rate {ema_rate}: give a number from 0 to 1 such as 0.9999, or several with commas"
         ) from None
-
-
-def log_loss_dict(diffusion, ts, losses):
-    """Log the mean of each loss, and its mean by quartile of the timesteps (NAME_q0 has the least noise).
-
-    :param ts: timesteps [N].
-    :param losses: a dict of tensors [N].
-    """
-    quartiles = [int(4 * t / diffusion.num_timesteps) for t in ts.tolist()]
-    for key, values in losses.items():
-        values = values.detach().tolist()
-        for quartile, value in zip(quartiles, values):
-            logger.logkv_mean(key, value)
-            logger.logkv_mean(f"{key}_q{quartile}", value)

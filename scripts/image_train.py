@@ -1,50 +1,37 @@
 """Train a diffusion model on a folder of images."""
 
-from guided_diffusion import checkpoint_util, dist_util, logger
-from guided_diffusion.image_datasets import class_names, load_data
-from guided_diffusion.random_util import seed_everything
+from guided_diffusion import dist_util, logger
+from guided_diffusion.image_datasets import data_flags, load_data
+from guided_diffusion.monitor import Preview
 from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.run_setup import diffusion_training_flags, record_run, set_up_training
 from guided_diffusion.script_util import (
     FlagParser,
     add_dict_to_argparser,
     args_to_dict,
     create_model_and_diffusion,
-    given_flags,
-    identity_flags,
     model_and_diffusion_defaults,
 )
-from guided_diffusion.train_util import TrainLoop, training_flags
+from guided_diffusion.train_util import TrainLoop
 
 
 def main():
-    parser = create_argparser()
-    args = parser.parse_args()
-
-    dist_util.setup_dist()
-    logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
-    seed_everything(args.seed)
-    args.resume_checkpoint = checkpoint_util.resolve_resume_checkpoint(args.resume_checkpoint)
-    if args.resume_checkpoint:
-        names = identity_flags(model_and_diffusion_defaults())
-        checkpoint_util.adopt_config(args, given_flags(parser), "resume_checkpoint", names)
+    args, record = set_up_training(create_argparser(), model_and_diffusion_defaults())
 
     logger.log("creating model and diffusion...")
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
     model.to(dist_util.dev())
 
     logger.log("creating data loader...")
-    classes = class_names(args.data_dir) if args.class_cond else None
     data = load_data(
-        data_dir=args.data_dir,
         batch_size=args.batch_size,
         image_size=args.image_size,
         class_cond=args.class_cond,
-        classes=classes,
-        random_flip=args.random_flip,
+        classes=record["classes"],
         num_classes=args.num_classes,
         channels=args.in_channels,
-        num_workers=args.num_workers,
-        seed=args.seed if args.seed >= 0 else None,
+        seed=args.seed,
+        **args_to_dict(args, data_flags()),
     )
 
     loop = TrainLoop(
@@ -52,18 +39,23 @@ def main():
         diffusion=diffusion,
         data=data,
         schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion),
-        **args_to_dict(args, training_flags()),
+        preview=Preview(
+            diffusion,
+            (args.in_channels, args.image_size, args.image_size),
+            num_classes=args.num_classes if args.class_cond else None,
+        ),
+        **args_to_dict(args, diffusion_training_flags()),
     )
-    checkpoint_util.write_config(vars(args), kind="diffusion", classes=classes)
+    record_run(record, "diffusion", data.classes)
 
     logger.log("training...")
     loop.run_loop()
 
 
 def create_argparser():
-    flags = dict(data_dir="", schedule_sampler="uniform", log_dir="", num_workers=1, random_flip=True)
+    flags = dict(schedule_sampler="uniform", log_dir="", **data_flags())
     parser = FlagParser(description=__doc__)
-    add_dict_to_argparser(parser, {**flags, **training_flags(), **model_and_diffusion_defaults()})
+    add_dict_to_argparser(parser, {**flags, **diffusion_training_flags(), **model_and_diffusion_defaults()})
     return parser
 
 

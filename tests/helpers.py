@@ -12,6 +12,7 @@ import pytest
 import torch as th
 import torch.nn.functional as F
 
+from guided_diffusion import dist_util
 from guided_diffusion import gaussian_diffusion as gd
 from guided_diffusion.classifier_util import ClassifierTrainLoop
 from guided_diffusion.errors import InputError
@@ -260,6 +261,12 @@ def new_loop(model, diffusion, kind=TrainLoop, **options):
     if kind is not ClassifierTrainLoop:
         options.setdefault("ema_rate", "0.9")
     return kind(model=model, diffusion=diffusion, **options)
+
+
+def as_rank(monkeypatch, rank, num_ranks):
+    """Pretend to be one of several ranks."""
+    monkeypatch.setattr(dist_util, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist_util, "get_world_size", lambda: num_ranks)
 
 
 def copies(params):

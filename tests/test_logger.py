@@ -161,6 +161,26 @@ def test_tensorboard(tmp_path):
     assert "text" not in events.Tags()["scalars"]
 
 
+def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def write(rows):
+        for step, loss in rows:
+            logger.logkvs({"step": step, "loss": loss})
+            logger.dumpkvs()
+
+    logger.configure(str(tmp_path), format_strs=["tensorboard"])
+    write([(10, 0.5), (20, 0.25), (30, 7.0)])
+    logger.reset()
+    logger.configure(str(tmp_path), format_strs=["tensorboard"])
+    logger.get_current().rewind(20)  # the checkpoint was of step 20: its row comes again
+    write([(20, 0.3), (30, 0.2)])
+    logger.reset()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, round(e.value, 3)) for e in events.Scalars("loss")] == [(10, 0.5), (20, 0.3), (30, 0.2)]
+
+
 def test_a_run_that_goes_on_appends(tmp_path):
     for part in (1, 2):
         logger.configure(str(tmp_path), format_strs=["log", "csv", "json"])

@@ -1,10 +1,12 @@
 """Training in half precision: float32 masters, the loss scale, and steps that are skipped."""
 
+import numpy as np
 import pytest
 import torch as th
-from helpers import batch_of, copies, new_loop, new_model
+from helpers import batch_of, copies, new_loop, new_model, quick_half_convolutions
 
 from guided_diffusion import logger
+from guided_diffusion.errors import InputError
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
@@ -154,3 +156,117 @@ def test_skipped_steps_leave_the_average_alone(kind):
     loop.run_step(x, {})
     assert all((a == b).all() for a, b in zip(before, loop.ema_params[0]))
     assert all((a == b).all() for a, b in zip(before, loop.mp_trainer.master_params))
+
+
+# From one precision to another
+
+
+def trained(precision, folder, steps=3):
+    """A run of some steps in `folder`, saved."""
+    logger.configure(folder, format_strs=[])
+    loop = new_loop(*new_model(), **precision)
+    for step in range(steps):
+        loop.run_step(batch_of(6, seed=step), {})
+        loop.step += 1
+    loop.save()
+    return loop
+
+
+def moments_by_name(loop):
+    """Adam's moments of each of the model's parameters, whatever form the optimiser holds them in."""
+    state, named = loop.opt.state_dict()["state"], list(loop.model.named_parameters())
+    if not loop.mp_trainer.flat:
+        return {name: (state[i]["exp_avg"], state[i]["exp_avg_sq"]) for i, (name, _) in enumerate(named)}
+    found = {}
+    for i, wanted in enumerate((lambda p: p.ndim <= 1, lambda p: p.ndim > 1)):
+        start = 0
+        for name, p in named:
+            if wanted(p):
+                flat = [state[i][key].reshape(-1)[start : start + p.numel()] for key in ("exp_avg", "exp_avg_sq")]
+                found[name] = tuple(v.view_as(p) for v in flat)
+                start += p.numel()
+    return found
+
+
+@pytest.mark.parametrize("before, after", [("use_fp16", None), (None, "use_fp16"), ("use_bf16", None)])
+def test_the_optimizer_goes_on_in_another_precision(before, after, tmp_path, monkeypatch):
+    def precision(kind):
+        return {kind: True, "initial_lg_loss_scale": 4.0} if kind else {}
+
+    with quick_half_convolutions(monkeypatch):
+        loop = trained(precision(before), str(tmp_path))
+        path = str(tmp_path / "model000003.pt")
+        resumed = new_loop(*new_model(), **precision(after), resume_checkpoint=path)
+        want, got = moments_by_name(loop), moments_by_name(resumed)
+        assert list(resumed.opt.state_dict()["state"]) == list(range(len(resumed.mp_trainer.master_params)))
+        for name, p in resumed.model.named_parameters():
+            assert all(th.equal(a, b) and a.any() for a, b in zip(want[name], got[name], strict=True)), name
+            assert got[name][0].shape == p.shape and got[name][0].dtype == th.float32
+        assert {float(s["step"]) for s in resumed.opt.state.values()} == {3}
+        # And back again: nothing is lost on the way.
+        logger.configure(str(tmp_path / "again"), format_strs=[])
+        resumed.save()
+        again = new_loop(*new_model(), **precision(before), resume_checkpoint=str(tmp_path / "again/model000003.pt"))
+        for i, state in loop.opt.state_dict()["state"].items():
+            assert all(th.equal(v, again.opt.state_dict()["state"][i][k]) for k, v in state.items())
+        again.run_step(batch_of(6, seed=9), {})
+        loop.run_step(batch_of(6, seed=9), {})
+
+
+@pytest.mark.parametrize("kind", [None, "use_fp16"])
+def test_the_original_s_optimizer_files_load(kind, tmp_path, monkeypatch):
+    """Written by hand as the original's old torch wrote them: steps are plain numbers, groups know few options."""
+    model, diffusion = new_model()
+    numel = [sum(p.numel() for p in model.parameters() if (p.ndim > 1) == matrix) for matrix in (False, True)]
+    shapes = [(numel[0],), (1, numel[1])]
+    moments = {i: {"exp_avg": th.randn(s), "exp_avg_sq": th.rand(s), "step": 500} for i, s in enumerate(shapes)}
+    group = {"lr": 7.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.3, "amsgrad": False, "params": [0, 1]}
+    th.save({"state": moments, "param_groups": [group]}, tmp_path / "opt000500.pt")
+    th.save(model.state_dict(), tmp_path / "model000500.pt")
+    options = {kind: True, "initial_lg_loss_scale": 4.0} if kind else {}
+    with quick_half_convolutions(monkeypatch):
+        loop = new_loop(model, diffusion, resume_checkpoint=str(tmp_path / "model000500.pt"), **options)
+        got = moments_by_name(loop)
+        start = [0, 0]
+        for name, p in model.named_parameters():
+            i, n = int(p.ndim > 1), p.numel()
+            flat = moments[i]["exp_avg"].reshape(-1)[start[i] : start[i] + n]
+            assert th.equal(got[name][0].reshape(-1), flat), name
+            start[i] += n
+        # The rates are this run's own.
+        assert [(g["lr"], g["weight_decay"]) for g in loop.opt.param_groups] == [(1e-3, 0.0)]
+        loop.run_step(batch_of(6), {})
+        assert {float(s["step"]) for s in loop.opt.state.values()} == {501}
+
+
+def test_an_optimizer_of_another_network_is_refused(tmp_path):
+    trained({}, str(tmp_path))
+    state = th.load(tmp_path / "opt000003.pt")
+    del state["state"][0]
+    state["state"] = {i - 1: s for i, s in state["state"].items()}
+    th.save(state, tmp_path / "opt000003.pt")
+    with pytest.raises(InputError, match="opt000003.pt: the optimiser's state of another run"):
+        new_loop(*new_model(), resume_checkpoint=str(tmp_path / "model000003.pt"))
+    with pytest.raises(InputError, match="opt000003.pt"):
+        new_loop(*new_model(), use_bf16=True, resume_checkpoint=str(tmp_path / "model000003.pt"))
+
+
+def test_float16_learns_as_float32_does(monkeypatch):
+    """The same data, noise and timesteps; the first steps overflow while the scale finds its place."""
+
+    def learn(**precision):
+        th.manual_seed(0)
+        np.random.seed(0)
+        loop = new_loop(*new_model(), lr=3e-3, batch_size=16, seed=1, **precision)
+        losses = []
+        for step in range(150):
+            loop.run_step(batch_of(16, seed=step % 4), {})
+            loop.step += 1
+            losses.append(logger.dumpkvs()["loss"])
+        return loop, sum(losses[-30:]) / 30
+
+    single, want = learn()
+    with quick_half_convolutions(monkeypatch):
+        half, got = learn(use_fp16=True, initial_lg_loss_scale=24.0)
+    assert half.mp_trainer.lg_loss_scale < 24  # it did overflow
+    assert want < 0.6 and abs(got - want) < 0.02 * want

@@ -1,0 +1,47 @@
+"""Training the upsampler: hooks of the common training loop."""
+
+import torch as th
+import torch.nn.functional as F
+
+from . import dist_util
+from .errors import InputError
+from .train_util import TrainLoop
+
+
+class UpsamplerTrainLoop(TrainLoop):
+    """Trains a diffusion model of large images given small ones, which it makes from the large ones on the device.
+
+    :param small_size: the side of the small images.
+    :param kwargs: TrainLoop's; its data are large images.
+    """
+
+    def __init__(self, *, small_size, **kwargs):
+        self.small_size = small_size
+        super().__init__(**kwargs)
+
+    def prepare(self, batch, cond):
+        batch = batch.to(dist_util.dev())
+        return batch, {**cond, "low_res": shrink(batch, self.small_size)}
+
+
+def shrink(images, size):
+    """Images [N, C, H, W] at [N, C, size, size]: each new pixel is the mean of the area it covers."""
+    return F.interpolate(images, (size, size), mode="area")
+
+
+def check_sizes(large_size, small_size):
+    """Refuse sizes between which there is nothing to upsample."""
+    if not 0 < small_size <= large_size:
+        raise InputError(f"--small_size {small_size} must be from 1 to --large_size {large_size}")
+
+
+def fixed_conditions(dataset, small_size, count, class_cond=False):
+    """What to show previews of an upsampler: `count` images spread over a data set, shrunk, and their labels.
+
+    :param dataset: an ImageDataset without random crops.
+    """
+    items = [dataset[i * len(dataset) // count] for i in range(count)]
+    conditions = {"low_res": shrink(th.stack([th.as_tensor(image) for image, _ in items]), small_size)}
+    if class_cond:
+        conditions["y"] = th.tensor([int(labels["y"]) for _, labels in items])
+    return conditions

@@ -1,0 +1,169 @@
+"""Training classifiers: validation that leaves training alone, and accuracy by noise."""
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import as_rank, batch_of, copies, new_loop, randomize
+
+from guided_diffusion import classifier_util, dist_util, logger
+from guided_diffusion.classifier_util import ClassifierTrainLoop, accuracy_by_noise, accuracy_table
+from guided_diffusion.script_util import (
+    classifier_and_diffusion_defaults,
+    create_classifier_and_diffusion,
+    create_gaussian_diffusion,
+)
+
+pytestmark = pytest.mark.usefixtures("quiet", "cpu")
+
+
+def new_classifier_loop(**options):
+    flags = dict(image_size=8, num_classes=3, classifier_width=64, classifier_depth=1,
+                 classifier_attention_resolutions="4")  # fmt: skip
+    model, diffusion = create_classifier_and_diffusion(**{**classifier_and_diffusion_defaults(), **flags})
+    randomize(model)
+    return new_loop(model, diffusion, kind=ClassifierTrainLoop, **{"iterations": 4, **options})
+
+
+def labelled(seed=0):
+    while True:
+        seed += 1
+        yield batch_of(6, seed=seed), {"y": th.tensor([0, 1, 2, 0, 1, 2])}
+
+
+# Validation
+
+
+@pytest.mark.parametrize("seed", [-1, 4])
+def test_validation_does_not_touch_training(seed):
+    ends = []
+    for val_data in (None, labelled(100)):
+        th.manual_seed(0)
+        np.random.seed(0)
+        loop = new_classifier_loop(data=labelled(), val_data=val_data, eval_interval=1, seed=seed)
+        loop.run_loop()
+        assert loop.model.training and all(p.grad is not None for p in loop.model.parameters())
+        ends.append(copies(loop.model.parameters()) + [th.rand(3)])
+    assert all(th.equal(a, b) for a, b in zip(*ends))
+
+
+def test_validation_keeps_no_graph_and_logs_by_quartile():
+    loop = new_classifier_loop(data=labelled(), val_data=labelled(100), eval_interval=1)
+    grads = []
+    compute = loop.compute_loss
+    loop.compute_loss = lambda *a, **k: grads.append(th.is_grad_enabled()) or compute(*a, **k)
+    loop.evaluate()
+    assert grads == [False]
+    names = logger.getkvs().keys()
+    assert {"val_loss", "val_acc@1", "val_acc@5"} <= names
+    assert any(name.startswith("val_acc@1_q") for name in names) and not any(n.startswith("train") for n in names)
+
+
+def test_the_same_step_validates_with_the_same_noise():
+    logged = []
+    for _ in range(2):
+        loop = new_classifier_loop(data=labelled(), val_data=labelled(100))
+        th.rand(len(logged) + 1)
+        loop.evaluate()
+        logged.append(logger.dumpkvs()["val_loss"])
+    assert logged[0] == logged[1]
+
+
+def test_a_classifier_may_have_an_average(quiet):
+    loop = new_classifier_loop(data=labelled(), ema_rate="0.5")
+    loop.run_loop()
+    model, average = (th.load(f"{quiet}/{name}_000004.pt".replace("model_", "model")) for name in ("model", "ema_0.5"))
+    assert model.keys() == average.keys() and any(not th.equal(model[k], average[k]) for k in model)
+
+
+def test_the_place_in_the_held_out_images_is_saved():
+    class Numbered:
+        step = 0
+
+        def __next__(self):
+            self.step += 1
+            return next(labelled(self.step))
+
+        def state_dict(self):
+            return {"step": self.step}
+
+        def load_state_dict(self, state):
+            self.step = state["step"]
+
+    loop = new_classifier_loop(data=labelled(), val_data=Numbered(), eval_interval=2)
+    loop.run_loop()  # evaluates at steps 0 and 2
+    resumed = new_classifier_loop(data=labelled(), val_data=Numbered(), resume_checkpoint=loop.last_checkpoint)
+    assert resumed.val_data.step == 2
+
+
+# Accuracy by noise
+
+SIGNS = th.tensor([-1.0, -0.4, 0.4, 1.0])  # the grey value of each class
+
+
+class Greys(th.utils.data.Dataset):
+    """Flat images whose class is their grey value."""
+
+    def __init__(self, count):
+        self.labels = [i % 4 for i in range(count)]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return np.full((1, 2, 2), SIGNS[self.labels[i]], np.float32), {"y": np.array(self.labels[i])}
+
+
+class Bayes(th.nn.Module):
+    """The best classifier of noised Greys: the class whose grey, scaled as the image is, is nearest to its mean."""
+
+    def __init__(self, diffusion):
+        super().__init__()
+        self.signal = th.from_numpy(diffusion.sqrt_alphas_cumprod).float()
+
+    def forward(self, x, timesteps):
+        mean = x.mean(dim=(1, 2, 3))
+        return -(mean[:, None] - self.signal[timesteps][:, None] * SIGNS).abs()
+
+
+def bayes_accuracy(diffusion, quartile):
+    """Its accuracy, from the normal distribution: the mean of 4 pixels has a quarter of the noise's variance."""
+    ts = np.arange(quartile * diffusion.num_timesteps // 4, (quartile + 1) * diffusion.num_timesteps // 4)
+    signal, noise = diffusion.sqrt_alphas_cumprod[ts], diffusion.sqrt_one_minus_alphas_cumprod[ts] / 2
+    # Edges lie at -0.7, 0 and 0.7: an outer class errs on one side at 0.3, an inner one at 0.3 and at 0.4.
+    beyond = [0.5 * th.erfc(th.from_numpy(d * signal / noise) / 2**0.5).mean() for d in (0.3, 0.4)]
+    return 1 - float(0.5 * beyond[0] + 0.5 * (beyond[0] + beyond[1]))
+
+
+@pytest.fixture
+def diffusion():
+    return create_gaussian_diffusion(steps=100, noise_schedule="cosine")
+
+
+def test_accuracy_by_noise_is_that_of_theory(diffusion):
+    count = 4000
+    shares = accuracy_by_noise(Bayes(diffusion), diffusion, Greys(count), batch_size=500)
+    assert shares["acc@1"]["clean"] == 1.0
+    for quartile in range(4):
+        want = bayes_accuracy(diffusion, quartile)
+        # Five standard errors of a share
+        assert abs(shares["acc@1"][f"q{quartile}"] - want) < 5 * (max(want * (1 - want), 1e-3) / count) ** 0.5
+    assert set(shares["acc@5"].values()) == {1.0}  # only four classes
+
+
+def test_ranks_share_the_held_out_images(diffusion, monkeypatch):
+    """Counted on three ranks one after the other, with a last one that has fewer, it adds up to the same."""
+    want = accuracy_by_noise(Bayes(diffusion), diffusion, Greys(50), batch_size=7)
+    sums = []
+    for rank in range(3):
+        as_rank(monkeypatch, rank, 3)
+        monkeypatch.setattr(dist_util, "all_gather_uneven", lambda t: sums.append(t) or [t])
+        accuracy_by_noise(Bayes(diffusion), diffusion, Greys(50), batch_size=4)
+    total = th.cat(sums).sum(dim=0) / 50
+    assert total.tolist() == [list(row.values()) for row in want.values()]
+
+
+def test_accuracy_table_is_readable():
+    shares = {"acc@1": dict(zip(classifier_util.NOISE_LEVELS, [1, 0.5, 0.25, 0.125, 0.1])), "acc@5": {"clean": 1.0}}
+    lines = accuracy_table(shares).splitlines()
+    assert lines[0].split() == ["held", "out", "clean", "q0", "q1", "q2", "q3"]
+    assert lines[1].split() == ["acc@1", "100.0%", "50.0%", "25.0%", "12.5%", "10.0%"]

@@ -1,0 +1,211 @@
+"""Runs in trouble: losses and gradients that are not finite, and disks that fill."""
+
+import math
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch as th
+from helpers import batch_of, copies, new_loop, new_model, quick_half_convolutions
+from launch import TINY, clean_environment, flags, run, script
+
+from guided_diffusion import logger
+from guided_diffusion.errors import RunStopped
+from guided_diffusion.fp16_util import MixedPrecisionTrainer
+
+pytestmark = pytest.mark.usefixtures("quiet", "cpu")
+PRECISIONS = [{}, {"use_bf16": True}, {"use_fp16": True, "initial_lg_loss_scale": 4.0}]
+
+
+def bad_batch():
+    x = batch_of(6)
+    x[3, 0, 0, 0] = math.nan
+    return x
+
+
+def endless(batches):
+    while True:
+        for batch in batches:
+            yield batch, {}
+
+
+# Steps without a number
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_a_bad_step_is_skipped_and_the_next_goes_on(precision, monkeypatch):
+    with quick_half_convolutions(monkeypatch):
+        loop = new_loop(*new_model(), **precision)
+        loop.run_step(batch_of(6), {})
+        watched = [*loop.mp_trainer.master_params, *loop.ema_params[0], *loop.model.parameters()]
+        watched += [v for state in loop.opt.state.values() for v in state.values()]
+        before = copies(watched)
+        loop.run_step(bad_batch(), {})
+        assert all(th.equal(a, b) for a, b in zip(before, watched))
+        assert loop.bad_steps == 1
+        loop.run_step(batch_of(6), {})
+        assert loop.bad_steps == 0
+        assert any(not th.equal(a, b) for a, b in zip(before, watched)) and all(v.isfinite().all() for v in watched)
+
+
+def test_a_loss_without_a_number_is_bad_even_where_its_gradient_has_one():
+    model = th.nn.Linear(1, 1)
+    trainer = MixedPrecisionTrainer(model=model)
+    opt = th.optim.SGD(trainer.master_params, lr=0.1)
+    for constant, taken in [(math.inf, False), (math.nan, False), (1e30, True)]:
+        trainer.zero_grad()
+        trainer.backward(model(th.ones(1, 1)).sum() + constant)
+        assert trainer.optimize(opt) is taken
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_a_run_that_stays_bad_stops_and_says_why(precision, quiet, monkeypatch):
+    batches = [batch_of(6)] * 2 + [bad_batch()] * 8
+    with quick_half_convolutions(monkeypatch):
+        loop = new_loop(*new_model(), data=endless(batches), save_interval=2, max_bad_steps=5, **precision)
+        with pytest.raises(RunStopped) as caught:
+            loop.run_loop()
+    message = str(caught.value)
+    assert "\n" not in message
+    # Steps 2 to 6 were bad, counted from 0.
+    for words in ("step 6:", "5 steps in a row", "--max_bad_steps", "loss nan", "mse nan"):
+        assert words in message, message
+    # Saves at steps 4 and 6 came before the end; all bad steps left the weights alone.
+    assert os.path.join(quiet, "model000006.pt") in message
+    names = [name for name, _ in loop.model.named_parameters()]
+    assert f"{len(names)} of {len(names)}, the first {names[0]}" in message
+    saved = [th.load(os.path.join(quiet, f"model00000{step}.pt")) for step in (2, 6)]
+    assert all(th.equal(saved[0][k], saved[1][k]) for k in saved[0])
+
+
+def test_good_steps_between_bad_ones_keep_a_run_going():
+    loop = new_loop(
+        *new_model(), data=endless([bad_batch(), bad_batch(), batch_of(6)]), total_steps=12, max_bad_steps=3
+    )
+    loop.run_loop()
+    assert loop.steps_done == 12
+
+
+def test_trouble_may_be_ignored_for_good():
+    loop = new_loop(*new_model(), data=endless([bad_batch()]), total_steps=30, max_bad_steps=0)
+    loop.run_loop()
+    assert loop.steps_done == 30 and loop.bad_steps == 30
+
+
+# Gradients that are too long, rates that warm up
+
+
+def test_long_gradients_are_shrunk_and_short_ones_are_not():
+    model = th.nn.Linear(2, 1, bias=False)
+    trainer = MixedPrecisionTrainer(model=model, max_grad_norm=1.0)
+    opt = th.optim.SGD(trainer.master_params, lr=1.0)
+    for slope, step in [((3.0, 4.0), (0.6, 0.8)), ((0.3, 0.4), (0.3, 0.4))]:
+        before = model.weight.detach().clone()
+        trainer.zero_grad()
+        trainer.backward((model.weight * th.tensor(slope)).sum())
+        trainer.optimize(opt)
+        assert th.allclose(before - model.weight, th.tensor([step]), atol=1e-6)
+    assert logger.getkvs()["grad_norm"] == pytest.approx((5 + 0.5) / 2)  # as it was
+
+
+def test_warm_up_then_annealing():
+    loop = new_loop(*new_model(), lr=0.8, lr_anneal_steps=8, warmup_steps=4)
+    rates = []
+    for _ in range(8):
+        loop._anneal_lr()
+        rates.append(loop.opt.param_groups[0]["lr"])
+        loop.step += 1
+    falling = [0.8, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
+    assert rates == pytest.approx([r * w for r, w in zip(falling, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1])])
+
+
+# On several ranks
+
+PLANTED = """
+import sys
+import torch as th
+import helpers
+from guided_diffusion import dist_util, logger
+dist_util.setup_dist()
+rank = dist_util.get_rank()
+logger.configure(sys.argv[1], format_strs=[])
+planted = [int(step) for step in sys.argv[3].split(",")]
+
+def batches():
+    for step in range(100):
+        x = helpers.batch_of(4, seed=10 * step + rank)
+        if rank == 1 and step in planted:
+            x[0, 0, 0, 0] = float("nan")
+        yield x, {}
+
+model, diffusion = helpers.new_model()
+loop = helpers.new_loop(
+    model, diffusion, batch_size=4, data=batches(), total_steps=10, max_bad_steps=3,
+    **{"fp32": {}, "bf16": {"use_bf16": True}, "fp16": {"use_fp16": True, "initial_lg_loss_scale": 4.0}}[sys.argv[2]],
+)
+skipped = []
+optimize = loop.mp_trainer.optimize
+def noting(opt):
+    took = optimize(opt)
+    if not took:
+        skipped.append(loop.steps_done)
+    return took
+loop.mp_trainer.optimize = noting
+loop.run_loop()
+digest = float(sum(p.double().abs().sum() for p in loop.mp_trainer.master_params))
+print(f"rank {rank} skipped {skipped} and ended with {digest!r}", flush=True)
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_trouble_on_one_rank_skips_the_step_on_all(precision, tmp_path):
+    env = {"PYTHONPATH": os.path.dirname(__file__) + os.pathsep + clean_environment()["PYTHONPATH"]}
+    done = run(["-c", PLANTED, str(tmp_path), precision, "2,5,6"], ranks=2, env=env).check()
+    ends = sorted(line for line in done.output.splitlines() if line.startswith("rank"))
+    assert len(ends) == 2 and all("skipped [2, 5, 6]" in end for end in ends), done.output
+    assert ends[0].split("ended with")[1] == ends[1].split("ended with")[1]
+
+
+def test_trouble_on_one_rank_ends_all_with_one_message(tmp_path):
+    env = {"PYTHONPATH": os.path.dirname(__file__) + os.pathsep + clean_environment()["PYTHONPATH"]}
+    done = run(["-c", PLANTED, str(tmp_path), "fp32", "4,5,6"], ranks=2, env=env)
+    assert done.returncode != 0 and "Traceback" not in done.output
+    lines = [line for line in done.output.splitlines() if "error:" in line]
+    assert len(lines) == 1 and "step 6:" in lines[0] and "loss nan on rank 1" in lines[0], done.output
+
+
+# Disks that fill
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    """A limit on the size of files stands in for the disk: it refuses writes in the midst of a file."""
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(images / f"{i}.png")
+    folder = tmp_path / "run"
+    options = dict(TINY, data_dir=images, log_dir=folder, batch_size=2, num_workers=0, save_interval=2, log_interval=1)
+    run([script("image_train"), *flags(**options, total_steps=2)]).check()
+    before = {p.name: p.read_bytes() for p in folder.glob("*.pt")}
+
+    # The optimiser's file holds two numbers for each of the model's one: it fits no more, the model's would.
+    limit = os.path.getsize(folder / "model000002.pt") * 3 // 2
+    done = subprocess.run(
+        [sys.executable, script("image_train"), *flags(**options, total_steps=6, resume_checkpoint="auto")],
+        env=clean_environment(), capture_output=True, text=True, timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and "opt000004.pt: cannot be written (File too large)" in error[0], done.stderr
+    assert str(folder / "model000002.pt") in error[0]
+    assert {p.name: p.read_bytes() for p in folder.glob("*.pt")} == before
+    assert not list(folder.glob("*.tmp"))
+
+    # With room again, the same command goes on.
+    run([script("image_train"), *flags(**options, total_steps=6, resume_checkpoint="auto")]).check()
+    assert (folder / "model000006.pt").exists()

@@ -1,0 +1,70 @@
+"""Training upsamplers: small images made from large ones, and the script from end to end."""
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import randn
+from launch import flags, run, script
+from PIL import Image
+
+from guided_diffusion.script_util import sr_create_model_and_diffusion, sr_model_and_diffusion_defaults
+from guided_diffusion.upsampler_util import fixed_conditions, shrink
+
+TINY_UPSAMPLER = dict(num_channels=32, num_res_blocks=1, num_heads=2, attention_resolutions="8", learn_sigma=True)
+
+
+def mean_over_areas(image, size):
+    """Each new pixel is the mean over the old pixels it touches: what torch's "area" means, written as loops."""
+    old = image.shape[-1]
+    spans = [(i * old // size, -(-(i + 1) * old // size)) for i in range(size)]
+    rows = [[image[:, a:b, c:d].mean(dim=(1, 2)) for c, d in spans] for a, b in spans]
+    return th.stack([th.stack(row, dim=1) for row in rows], dim=1)
+
+
+@pytest.mark.parametrize("large, small", [(64, 16), (256, 64), (12, 8), (10, 3), (8, 8)])
+def test_shrinking_averages_areas(large, small):
+    x = randn(0, 2, 3, large, large)
+    got = shrink(x, small)
+    assert got.shape == (2, 3, small, small)
+    want = th.stack([mean_over_areas(image, small) for image in x])
+    assert th.allclose(got, want, atol=1e-5)
+
+
+def test_previews_see_images_from_all_over_the_data():
+    items = [(np.full((3, 8, 8), i, np.float32), {"y": np.array(i)}) for i in range(40)]
+    conditions = fixed_conditions(items, 4, count=4, class_cond=True)
+    assert conditions["low_res"].shape == (4, 3, 4, 4)
+    assert conditions["low_res"][:, 0, 0, 0].tolist() == [0, 10, 20, 30] == conditions["y"].tolist()
+    assert list(fixed_conditions(items, 4, count=4)) == ["low_res"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i % 3}_{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("large, small, ranks", [(16, 8, 2), (24, 16, None)])
+def test_the_script_trains_resumes_and_shows(images, tmp_path, large, small, ranks):
+    options = dict(TINY_UPSAMPLER, data_dir=images, log_dir=tmp_path / "run", large_size=large, small_size=small,
+                   class_cond=True, num_classes=3, batch_size=2, num_workers=0, log_interval=1, seed=0,
+                   save_interval=2, sample_interval=2)  # fmt: skip
+    run([script("super_res_train"), *flags(**options, total_steps=2)], ranks=ranks).check()
+    again = run([script("super_res_train"), *flags(**options, total_steps=4, resume_checkpoint="auto")], ranks=ranks)
+    again.check()
+    saved = sorted(path.name for path in (tmp_path / "run").glob("*.pt"))
+    assert saved == sorted(f"{k}{s:06d}.pt" for k in ("ema_0.9999_", "model", "opt", "state") for s in (2, 4))
+    assert sorted(path.name for path in (tmp_path / "run/preview").iterdir()) == ["000002.png", "000004.png"]
+    built = {**sr_model_and_diffusion_defaults(), **TINY_UPSAMPLER, "large_size": large, "small_size": small}
+    model, _ = sr_create_model_and_diffusion(**{**built, "class_cond": True, "num_classes": 3})
+    model.load_state_dict(th.load(tmp_path / "run/model000004.pt"), strict=True)
+
+
+def test_sizes_that_make_no_upsampler(images, tmp_path):
+    options = dict(TINY_UPSAMPLER, data_dir=images, log_dir=tmp_path, large_size=16, small_size=32)
+    done = run([script("super_res_train"), *flags(**options)])
+    assert done.returncode == 1 and "Traceback" not in done.output
+    assert "error: --small_size 32 must be from 1 to --large_size 16" in done.output
