@@ -153,7 +153,9 @@ class ImageStream:
         if self._batches is None:
             loader = DataLoader(
                 _RunItems(self.dataset, self.seed, self.skip_bad_images),
-                batch_sampler=self._schedule(self.step),
+                batch_sampler=_schedule(
+                    self.step, len(self.dataset), self.batch_size, self.rank, self.num_ranks, self.shuffle, self.seed
+                ),
                 num_workers=self.num_workers,
                 collate_fn=_collate,
                 pin_memory=th.cuda.is_available(),
@@ -178,21 +180,6 @@ class ImageStream:
         """
         return dict(+self._counts)
 
-    def _schedule(self, step):
-        """For each step, which images this rank takes: a list of (index, number in the whole run)."""
-        global_batch = self.batch_size * self.num_ranks
-        steps_per_epoch = len(self.dataset) // global_batch
-        while True:
-            epoch, start = divmod(step, steps_per_epoch)
-            order = np.arange(len(self.dataset))
-            if self.shuffle:
-                np.random.default_rng([self.seed, epoch]).shuffle(order)
-            for i in range(start, steps_per_epoch):
-                mine = range(i * global_batch + self.rank, (i + 1) * global_batch, self.num_ranks)
-                offset = (step - i) * global_batch
-                yield [(int(order[n]), offset + n) for n in mine]
-                step += 1
-
     def state_dict(self):
         """Where the stream is, the same on every rank."""
         return {"seed": self.seed, "step": self.step, "global_batch": self.batch_size * self.num_ranks}
@@ -214,6 +201,25 @@ class ImageStream:
     def close(self):
         """End the worker processes."""
         self._batches = None
+
+
+def _schedule(step, length, batch_size, rank, num_ranks, shuffle, seed):
+    """From a step on, which images a rank takes at each: a list of (index, number in the whole run).
+
+    It knows nothing of the stream: in a cycle of references, workers would outlive their stream, and end late.
+    """
+    global_batch = batch_size * num_ranks
+    steps_per_epoch = length // global_batch
+    while True:
+        epoch, start = divmod(step, steps_per_epoch)
+        order = np.arange(length)
+        if shuffle:
+            np.random.default_rng([seed, epoch]).shuffle(order)
+        for i in range(start, steps_per_epoch):
+            mine = range(i * global_batch + rank, (i + 1) * global_batch, num_ranks)
+            offset = (step - i) * global_batch
+            yield [(int(order[n]), offset + n) for n in mine]
+            step += 1
 
 
 class _RunItems(Dataset):

@@ -1,8 +1,10 @@
 """From a folder of images to batches."""
 
 import itertools
+import multiprocessing
 import os
 import random
+import time
 from collections import Counter
 
 import numpy as np
@@ -272,6 +274,18 @@ def test_workers_deliver_what_one_process_does(tmp_path):
     here, there = (take(load(tmp_path, 4, class_cond=True, deterministic=True, num_workers=n), 4) for n in (0, 2))
     for (x, cond), (other_x, other_cond) in zip(here, there):
         assert (x == other_x).all() and (cond["y"] == other_cond["y"]).all()
+
+
+def test_workers_end_with_their_stream(tmp_path):
+    write_numbered(tmp_path, 8)
+    before = len(multiprocessing.active_children())
+    data = load(tmp_path, 4, num_workers=2)
+    next(data)
+    assert len(multiprocessing.active_children()) == before + 2
+    start = time.monotonic()
+    del data  # without waiting for the garbage collector, or for workers that it has cut off
+    assert len(multiprocessing.active_children()) == before
+    assert time.monotonic() - start < 4
 
 
 def error_of(data):
