@@ -11,6 +11,8 @@ setup(
     extras_require={
         "mpi": ["mpich>=4.2"],  # an MPI library, where the machine has none of its own
         "tensorboard": ["tensorboard>=2.15"],
-        "test": ["pytest>=8", "scikit-learn>=1.5", "tensorboard>=2.15"],
+        "plots": ["matplotlib>=3.8"],
+        "datasets": ["lmdb>=1.4", "scipy>=1.11", "scikit-learn>=1.5"],
+        "test": ["pytest>=8", "scikit-learn>=1.5", "scipy>=1.11", "lmdb>=1.4", "tensorboard>=2.15", "matplotlib>=3.8"],
     },
 )

@@ -4,11 +4,13 @@ A run's folder holds modelNNNNNN.pt, ema_RATE_NNNNNN.pt and optNNNNNN.pt, where 
 and config.json, which says what the model is.
 """
 
+import hashlib
 import json
 import os
 import platform
 import re
 import subprocess
+import zipfile
 from contextlib import suppress
 from itertools import islice
 
@@ -198,7 +200,36 @@ def read_config(checkpoint):
         raise InputError(f"{path}: not the config.json of a training run; restore it or remove it") from None
 
 
-def adopt_config(args, settled, flag, names):
+def fingerprint(path):
+    """A short text that tells a file's content from another's. Of zip archives, as torch writes, it reads the index."""
+    digest = hashlib.sha256()
+    with files.open_file(path) as f:
+        if zipfile.is_zipfile(f):
+            with zipfile.ZipFile(f) as archive:
+                digest.update(
+                    repr([(i.filename.split("/")[-1], i.CRC, i.file_size) for i in archive.infolist()]).encode()
+                )
+        else:
+            f.seek(0)
+            while block := f.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def settle(args, settled, name, value, source):
+    """Set a flag to what a preset or a config says.
+
+    :param settled: see adopt_config.
+    :raises InputError: for a flag that is settled with another value: it names both sources.
+    """
+    if name in settled and not _same_value(settled[name][0], value):
+        other, where = settled[name]
+        raise InputError(f"--{name} {other} {where} contradicts {source}, which says {name} {value}")
+    settled.setdefault(name, (value, f"in {source}"))
+    setattr(args, name, value)
+
+
+def adopt_config(args, settled, flag, names, prefix=""):
     """Take a model's flags from the config.json beside its checkpoint, if there is one.
 
     :param args: the parsed flags, changed in place.
@@ -206,6 +237,7 @@ def adopt_config(args, settled, flag, names):
         (script_util.given_flags). What is taken is added.
     :param flag: the name of the flag with the checkpoint's path.
     :param names: the flags to take, where they are recorded.
+    :param prefix: what their names in `args` begin with, beyond those recorded.
     :raises InputError: for a flag that is settled and recorded with different values: it names both.
     """
     path = getattr(args, flag)
@@ -218,14 +250,8 @@ def adopt_config(args, settled, flag, names):
     if recorded.get("class_cond") is False:
         recorded.pop("num_classes", None)  # of no meaning for such a model; a classifier beside it has its own
     for name in names:
-        if name not in recorded:
-            continue
-        value = recorded[name]
-        if name in settled and not _same_value(settled[name][0], value):
-            other, where = settled[name]
-            raise InputError(f"--{name} {other} {where} contradicts {source}, which says {name} {value}")
-        settled.setdefault(name, (value, f"in {source}"))
-        setattr(args, name, value)
+        if name in recorded:
+            settle(args, settled, prefix + name, recorded[name], source)
 
 
 def _same_value(a, b):

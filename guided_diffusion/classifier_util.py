@@ -3,10 +3,10 @@
 import numpy as np
 import torch as th
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset
 
 from . import dist_util, logger
 from .errors import check_at_least
+from .image_datasets import each_once
 from .random_util import SampleNoise, SeededRandomness
 from .run_setup import common_training_flags
 from .train_util import TrainLoop
@@ -111,13 +111,11 @@ def accuracy_by_noise(model, diffusion, dataset, batch_size, num_workers=0):
     :return: {"acc@1": {level: share}, "acc@5": {...}} with the levels of NOISE_LEVELS.
     """
     device, training = dist_util.dev(), model.training
-    mine = list(range(dist_util.get_rank(), len(dataset), dist_util.get_world_size()))
-    loader = DataLoader(Subset(dataset, mine), batch_size=batch_size, num_workers=num_workers)
     correct = th.zeros(1, 2, len(NOISE_LEVELS), dtype=th.float64)
     model.eval()
-    for number, (batch, cond) in enumerate(logger.progress_bar(iterable=loader, desc="held-out images", unit="batch")):
+    batches = each_once(dataset, batch_size, num_workers)
+    for indices, batch, cond in logger.progress_bar(iterable=batches, desc="held-out images", unit="batch"):
         batch, y = batch.to(device), cond["y"].to(device)
-        indices = mine[number * batch_size : number * batch_size + len(batch)]
         noise = SampleNoise(VALIDATION_SEED, indices, device)
         for level in range(len(NOISE_LEVELS)):
             t, x = th.zeros(len(batch), dtype=th.long, device=device), batch

@@ -104,11 +104,13 @@ def disk_errors(path, kept):
 
 
 @contextmanager
-def write_atomically(path):
+def write_atomically(path, sync=True):
     """Yield a binary file that becomes `path` when the block ends without an exception, and vanishes otherwise.
 
     A local file is written beside its destination under a temporary name, flushed to the disk and renamed. At a blob
     URL an object appears once its upload has ended.
+
+    :param sync: wait until the disk has it: what survives a power cut is whole then, at the price of some time.
     """
     if is_url(path):
         buffer = io.BytesIO()
@@ -120,14 +122,16 @@ def write_atomically(path):
     try:
         with open(temporary, "wb") as f:
             yield f
-            f.flush()
-            os.fsync(f.fileno())
+            if sync:
+                f.flush()
+                os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
-    _sync_dir(os.path.dirname(path) or ".")
+    if sync:
+        _sync_dir(os.path.dirname(path) or ".")
 
 
 def _sync_dir(path):

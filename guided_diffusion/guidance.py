@@ -30,6 +30,22 @@ def classifier_cond_fn(classifier, scale=1.0):
     return cond_fn
 
 
+def limit_guidance(cond_fn, first, last, num_timesteps):
+    """Guide in a part of the process only (Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024).
+
+    :param first, last: the part, as shares of the process's time: 0 is where images are clean, 1 where all is noise.
+    :param num_timesteps: of the process that the model was trained on; 1000 if it shows rescaled timesteps.
+    :return: a cond_fn that is zero, and costs nothing, where t / num_timesteps lies outside.
+    """
+
+    def limited(x, t, **kwargs):
+        if first <= float(t[0]) / num_timesteps <= last:  # all of a batch have the same t
+            return cond_fn(x, t, **kwargs)
+        return th.zeros_like(x)
+
+    return limited
+
+
 def route_labels(model, class_cond):
     """Adapt `model` to labels that are meant for the classifier too: they reach the model only with `class_cond`.
 

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from . import dist_util, files, logger
-from .errors import InputError, choose
+from .errors import InputError, check_at_least, choose
 from .image_listing import (  # noqa: F401  others import them from here
     EXTENSIONS,
     _list_image_files_recursively,
@@ -81,40 +81,73 @@ def load_data(
         dict that holds, with class_cond, the labels "y" [batch_size] int64.
     :raises InputError: for a folder that is missing, has no images or too few for a batch, or labels that don't fit.
     """
-    check_labels(labels)
-    if batch_size < 1:
-        raise InputError(f"--batch_size {batch_size}: at least 1 is needed")
-    if num_workers < 0 or image_size < 1:
-        raise InputError(f"--num_workers {num_workers} must be at least 0, and the image size {image_size} at least 1")
-    paths = list_images(data_dir)
-    numbers = None
-    if class_cond:
-        names, own_classes = image_classes(data_dir, paths, labels)
-        classes = classes or own_classes
-        numbers = number_classes(paths, names, classes, num_classes)
-    num_ranks = dist_util.get_world_size()
-    if len(paths) < batch_size * num_ranks:
-        raise InputError(
-            f"--data_dir {data_dir}: {len(paths)} images over {num_ranks} ranks leave {len(paths) // num_ranks} for a "
-            f"rank, fewer than a batch: lower --batch_size {batch_size} or give more images"
-        )
-    dataset = ImageDataset(
+    check_at_least(1, batch_size=batch_size)
+    check_at_least(0, num_workers=num_workers)
+    dataset, classes = image_dataset(
+        data_dir,
         image_size,
-        paths,
-        classes=numbers,
+        class_cond=class_cond,
         random_crop=random_crop and not deterministic,
         random_flip=random_flip and not deterministic,
+        num_classes=num_classes,
+        classes=classes,
         channels=channels,
+        labels=labels,
     )
+    num_ranks = dist_util.get_world_size()
+    if len(dataset) < batch_size * num_ranks:
+        raise InputError(
+            f"--data_dir {data_dir}: {len(dataset)} images on {num_ranks} ranks leave {len(dataset) // num_ranks} for "
+            f"a rank, fewer than a batch: lower --batch_size {batch_size} or give more images"
+        )
     return ImageStream(
         dataset,
         batch_size,
         shuffle=not deterministic,
         num_workers=num_workers,
         seed=seed if seed is not None and seed >= 0 else None,
-        classes=classes if class_cond else None,
+        classes=classes,
         skip_bad_images=skip_bad_images,
     )
+
+
+def image_dataset(data_dir, image_size, *, class_cond=False, random_crop=False, random_flip=False, num_classes=None,
+                  classes=None, channels=3, labels="name"):  # fmt: skip
+    """All images of a folder, and the names of their classes or None. Every rank must call it. See load_data."""
+    check_labels(labels)
+    if image_size < 1:
+        raise InputError(f"the image size {image_size} must be at least 1")
+    paths, numbers = list_images(data_dir), None
+    if class_cond:
+        names, own_classes = image_classes(data_dir, paths, labels)
+        classes = classes or own_classes
+        numbers = number_classes(paths, names, classes, num_classes)
+    dataset = ImageDataset(
+        image_size, paths, classes=numbers, random_crop=random_crop, random_flip=random_flip, channels=channels
+    )
+    return dataset, classes if class_cond else None
+
+
+def each_once(dataset, batch_size, num_workers=0, count=None):
+    """Go once through the images of a dataset that fall to this rank, which are every so manieth.
+
+    :param count: of all images, take the first so many.
+    :return: an iterator of (their indices, images [n, ...], dict of labels [n]).
+    """
+    ranks = dist_util.get_world_size()
+    mine = range(dist_util.get_rank(), min(len(dataset), count or len(dataset)), ranks)
+    parts = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    loader = DataLoader(
+        _RunItems(dataset, 0, skip_bad=False),
+        batch_sampler=[[(i, i) for i in part] for part in parts],
+        num_workers=num_workers,
+        collate_fn=_collate,
+        generator=th.Generator(),
+    )
+    for part, (batch, _, _) in zip(parts, loader):
+        if isinstance(batch, InputError):
+            raise InputError(str(batch))
+        yield part, *batch
 
 
 class ImageStream:

@@ -61,6 +61,16 @@ def get_preset(name):
     return choose("preset", name, PRESETS)
 
 
+def presets_for(name):
+    """What --preset NAME stands for: a dict of presets by kind.
+
+    :param name: a released checkpoint's name, or one of MODELS, which go together.
+    """
+    known = {**MODELS, **{name: (name,) for name in PRESETS}}
+    found = [PRESETS[checkpoint] for checkpoint in choose("--preset", name, known)]
+    return {preset.kind: preset for preset in found}
+
+
 # What all diffusion models and upsamplers have in common (ADM, section 3 and appendix I).
 _ADM = dict(
     diffusion_steps=1000,
@@ -157,3 +167,14 @@ PRESETS = {
     "256x256_classifier": _classifier(256, 1.0, ddim_scale=2.5, iterations=500_000),
     "512x512_classifier": _classifier(512, 4.0, ddim_scale=9.0, iterations=500_000),
 }  # fmt: skip
+
+# What belongs together, to sample with: a diffusion model, the classifier that guides it, and an upsampler after them.
+MODELS = {
+    "imagenet64": ("64x64_diffusion", "64x64_classifier"),
+    "imagenet128": ("128x128_diffusion", "128x128_classifier"),
+    "imagenet256": ("256x256_diffusion", "256x256_classifier"),
+    "imagenet256_uncond": ("256x256_diffusion_uncond", "256x256_classifier"),
+    "imagenet512": ("512x512_diffusion", "512x512_classifier"),
+    "imagenet64_256": ("64x64_diffusion", "64x64_classifier", "64_256_upsampler"),
+    "imagenet128_512": ("128x128_diffusion", "128x128_classifier", "128_512_upsampler"),
+}

@@ -15,12 +15,14 @@ class SampleNoise:
     :param seed: the run's seed.
     :param indices: the samples' indices in the run.
     :param device: where noise is drawn; other kinds of device give other numbers.
+    :param stream: another number gives other noise to the same samples, such as an upsampler's.
     """
 
-    def __init__(self, seed, indices, device="cpu"):
+    def __init__(self, seed, indices, device="cpu", stream=0):
         check_seed(seed)
         self.device = th.device(device)
-        self.generators = [th.Generator(self.device).manual_seed(_mix(seed, i)) for i in indices]
+        key = (stream,) if stream else ()
+        self.generators = [th.Generator(self.device).manual_seed(_mix(seed, i, *key)) for i in indices]
 
     def randn(self, *shape):
         """Standard normal noise [len(indices), *shape]."""

@@ -1,9 +1,27 @@
-"""From a training script's command line to a run that is ready to be built: ranks, folder, seed, what to resume."""
+"""From a script's command line to a run that is ready to be built: ranks, folder, seed, and what networks it is of."""
 
-from . import checkpoint_util, dist_util, logger
+import csv
+import io
+import os
+from argparse import Namespace
+from dataclasses import dataclass, replace
+
+import torch as th
+
+from . import checkpoint_util, dist_util, files, logger
 from .errors import InputError
+from .presets import presets_for
 from .random_util import seed_everything
-from .script_util import given_flags, identity_flags
+from .script_util import (
+    DIFFUSION_FLAGS,
+    classifier_defaults,
+    given_flags,
+    identity_flags,
+    model_and_diffusion_defaults,
+    sr_model_and_diffusion_defaults,
+)
+
+# Training
 
 
 def common_training_flags(batch_size):
@@ -93,3 +111,128 @@ def record_run(record, kind, classes):
     if classes:
         named = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:10]))
         logger.log(f"{len(classes)} classes: {named}{', ...' if len(classes) > 10 else ''}")
+
+
+# Sampling
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that a script samples with.
+
+    :param kind: "diffusion", "classifier" or "upsampler": a preset's.
+    :param path_flag: the flag with its checkpoint's path.
+    :param flags: the flags that it is built from, a dict with their defaults.
+    :param prefix: what the names of these flags begin with on the command line.
+    """
+
+    kind: str
+    path_flag: str
+    flags: dict
+    prefix: str = ""
+
+
+# What the classifier must have been trained on is the diffusion model's.
+NOISE_FLAGS = ("noise_schedule", "diffusion_steps", "rescale_timesteps")
+DIFFUSION = Network("diffusion", "model_path", model_and_diffusion_defaults())
+CLASSIFIER = Network(
+    "classifier", "classifier_path", {**classifier_defaults(), **{k: DIFFUSION_FLAGS[k] for k in NOISE_FLAGS}}
+)
+UPSAMPLER = Network("upsampler", "model_path", sr_model_and_diffusion_defaults())
+PIPELINE_UPSAMPLER = replace(UPSAMPLER, path_flag="upsampler_path", prefix="upsampler_")
+
+# Flags that leave the images as they are, but for rounding.
+NOT_OF_THE_JOB = {
+    "num_samples", "batch_size", "log_dir", "save_images", "progress_grid", "preset", "models_dir", "class_table",
+    "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
+}  # fmt: skip
+
+
+def set_up_sampling(parser, *networks):
+    """Parse the command line, join the other ranks, open the run's folder, and settle what the networks are.
+
+    They are what --preset says, and the config.json beside each checkpoint; what contradicts them is refused.
+
+    :param parser: the script's, with sample_util's sampling_flags.
+    :param networks: what the script samples with.
+    :return: the parsed flags, complete.
+    """
+    args = parser.parse_args()
+    dist_util.setup_dist()
+    logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
+    given = given_flags(parser)
+    settled = dict(given)
+    if args.preset:
+        _apply_preset(args, given, settled, networks)
+    for network in networks:
+        names = identity_flags(network.flags)
+        checkpoint_util.adopt_config(args, settled, network.path_flag, names, network.prefix)
+    return args
+
+
+def _apply_preset(args, given, settled, networks):
+    presets = presets_for(args.preset)
+    of_this_script = [(network, presets[network.kind]) for network in networks if network.kind in presets]
+    if not of_this_script:
+        raise InputError(f"--preset {args.preset} is a model of another script's: this one samples with "
+                         f"{' and '.join(network.kind for network in networks)}")  # fmt: skip
+    for network, preset in of_this_script:
+        flags, names = preset.all_flags(), identity_flags(network.flags)
+        for name in names:
+            checkpoint_util.settle(args, settled, network.prefix + name, flags[name], f"--preset {args.preset}")
+        fast = given.get(f"{network.prefix}use_ddim", (False,))[0] and preset.ddim_sampling
+        advice = {**preset.sampling, **(preset.ddim_sampling if fast else {})}
+        if th.cuda.is_available():  # half precision is slow on most CPUs
+            advice.update((name, flags[name]) for name in network.flags if name.endswith("use_fp16"))
+        advice[network.path_flag] = os.path.join(args.models_dir, preset.file_name)
+        for name, value in advice.items():
+            name = name if name == network.path_flag else network.prefix + name
+            if hasattr(args, name) and name not in given:
+                setattr(args, name, value)
+        path = getattr(args, network.path_flag)
+        if network.path_flag not in given and not files.exists(path):
+            raise InputError(
+                f"--preset {args.preset} needs {path}, which is not there: put the released file in --models_dir, "
+                f"or give --{network.path_flag}"
+            )
+
+
+def job_of(args, *networks, **more):
+    """What decides the images of a sampling run, for sample_util.sample_job: a dict of flags and of files' content.
+
+    :param more: further files by the flags that name them.
+    """
+    paths = {network.path_flag: getattr(args, network.path_flag) for network in networks}
+    no_part = {*NOT_OF_THE_JOB, *paths, *more, *(net.prefix + name for net in networks for name in NOT_OF_THE_JOB)}
+    job = {name: value for name, value in vars(args).items() if name not in no_part}
+    return {**job, **{flag: dist_util.from_rank_0(lambda p=path: checkpoint_util.fingerprint(p))
+                      for flag, path in {**paths, **more}.items()}}  # fmt: skip
+
+
+def without_prefix(args, network):
+    """The flags of one network of several, under their plain names."""
+    length = len(network.prefix)
+    return Namespace(**{k[length:]: v for k, v in vars(args).items() if k.startswith(network.prefix)})
+
+
+def class_names_of(args, *path_flags):
+    """The names of the classes, from --class_table or the config.json beside one of the checkpoints; or None."""
+    if args.class_table:
+        return dist_util.from_rank_0(lambda: _read_class_table(args.class_table))
+    configs = [checkpoint_util.read_config(getattr(args, flag)) or {} for flag in path_flags]
+    return next((config["classes"] for config in configs if config.get("classes")), None)
+
+
+def _read_class_table(path):
+    try:
+        with files.open_file(path) as f:
+            rows = list(csv.DictReader(io.TextIOWrapper(f, "utf-8")))
+        table = {int(row["label"]): ",".join(filter(None, [row.get("wnid"), row["name"]])) for row in rows}
+        return [table[i] for i in range(len(table))]
+    except OSError as e:
+        raise InputError(f"--class_table {path}: cannot be read ({e.strerror})") from None
+    except (KeyError, ValueError, TypeError):
+        raise InputError(
+            f"--class_table {path}: a CSV file with the columns label and name is expected, with labels from 0 on, "
+            f"such as the classes.csv that datasets/imagenet.py writes"
+        ) from None

@@ -1,14 +1,22 @@
-"""Sample from a diffusion model guided by a noisy-image classifier: an .npz of images with labels, and a picture."""
+"""Sample from a diffusion model guided by a noisy-image classifier: an .npz of images with labels, and a picture.
 
-from guided_diffusion import checkpoint_util, dist_util, logger
-from guided_diffusion.guidance import classifier_cond_fn, route_labels
+Run it again after a kill, and it goes on.
+"""
+
+from guided_diffusion import logger
+from guided_diffusion.guidance import route_labels
+from guided_diffusion.run_setup import CLASSIFIER, DIFFUSION, class_names_of, job_of, set_up_sampling
 from guided_diffusion.sample_util import (
+    BatchSampler,
+    by_index,
     choose_labels,
-    generate,
+    class_flags,
+    guidance_flags,
+    guide,
     half_name,
     prepare_network,
+    sample_job,
     sampling_flags,
-    save_samples,
 )
 from guided_diffusion.script_util import (
     FlagParser,
@@ -17,22 +25,12 @@ from guided_diffusion.script_util import (
     classifier_defaults,
     create_classifier,
     create_model_and_diffusion,
-    given_flags,
-    identity_flags,
     model_and_diffusion_defaults,
 )
 
 
 def main():
-    parser = create_argparser()
-    args = parser.parse_args()
-
-    dist_util.setup_dist()
-    logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
-    settled = given_flags(parser)
-    checkpoint_util.adopt_config(args, settled, "model_path", identity_flags(model_and_diffusion_defaults()))
-    noise = ["noise_schedule", "diffusion_steps", "rescale_timesteps"]  # what the classifier must have been trained on
-    checkpoint_util.adopt_config(args, settled, "classifier_path", identity_flags(classifier_defaults()) + noise)
+    args = set_up_sampling(create_argparser(), DIFFUSION, CLASSIFIER)
 
     logger.log("creating model and diffusion...")
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
@@ -41,26 +39,34 @@ def main():
     logger.log("creating classifier...")
     classifier = create_classifier(**args_to_dict(args, classifier_defaults()))
     prepare_network(classifier, args.classifier_path, half_name(args.classifier_use_fp16, args.classifier_use_bf16))
-    labels = choose_labels(args.classes, args.num_samples, args.num_classes, args.seed)
+    names = class_names_of(args, "classifier_path", "model_path")
+    labels = choose_labels(args.classes, args.num_samples, args.num_classes, args.seed, names)
 
     logger.log("sampling...")
-    images = generate(
+    sampler = BatchSampler(
         diffusion,
         route_labels(model, args.class_cond),
         (args.in_channels, args.image_size, args.image_size),
-        labels=labels,
-        cond_fn=classifier_cond_fn(classifier, args.classifier_scale) if args.classifier_scale else None,
-        **args_to_dict(args, ["num_samples", "batch_size", "seed", "use_ddim", "clip_denoised"]),
+        conditions=by_index(labels),
+        cond_fn=guide(classifier, diffusion, **args_to_dict(args, guidance_flags())),
+        **args_to_dict(args, ["seed", "use_ddim", "clip_denoised"]),
     )
-    save_samples(images, labels)
+    sample_job(
+        sampler,
+        job_of(args, DIFFUSION, CLASSIFIER),
+        labels=labels,
+        rows_by_class=bool(args.classes),
+        **args_to_dict(args, ["num_samples", "batch_size", "save_images", "progress_grid"]),
+    )
     logger.log("sampling complete")
 
 
 def create_argparser():
-    flags = dict(classifier_path="", classifier_scale=1.0)
+    flags = dict(classifier_path="", **guidance_flags())
     parser = FlagParser(description=__doc__)
     add_dict_to_argparser(
-        parser, {**sampling_flags(), **flags, **model_and_diffusion_defaults(), **classifier_defaults()}
+        parser,
+        {**sampling_flags(), **class_flags(), **flags, **model_and_diffusion_defaults(), **classifier_defaults()},
     )
     return parser
 

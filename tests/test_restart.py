@@ -216,3 +216,40 @@ def test_half_written_checkpoints_are_passed_over(digits, tmp_path):
     done = run(train_command(digits, folder, batch_size=4, total_steps=3, resume_checkpoint="auto")).check()
     assert "ignoring the half-written checkpoint of step 8" in done.output
     assert "model000003.pt" in os.listdir(folder) and "model000009.pt.123.tmp" not in os.listdir(folder)
+
+
+# Runs that go on on other ranks
+
+
+def test_a_run_goes_on_on_other_ranks_with_its_global_batch(digits, tmp_path):
+    """The same command, on what ranks there are: the weights are those of a run that had two throughout."""
+    options = dict(seed=5, batch_size=GLOBAL_BATCH // 2, save_interval=2, resume_checkpoint="auto")
+    reference, folder = str(tmp_path / "reference"), str(tmp_path / "moved")
+    run(train_command(digits, reference, **options, total_steps=6), ranks=2).check()
+    for ranks, end in [(2, 2), (3, 4), (1, 6)]:
+        done = run(train_command(digits, folder, **options, total_steps=end), ranks=ranks).check()
+        if ranks != 2:
+            assert f"{GLOBAL_BATCH // ranks} images a step on each of {ranks} ranks keep the global" in done.output
+    got, want = weights(folder, 6), weights(reference, 6)
+    assert max(float((got[k] - want[k]).abs().max()) for k in want) < 1e-5
+
+    options["resume_checkpoint"] = os.path.join(folder, "model000006.pt")
+    refused = run(train_command(digits, folder, **options, total_steps=8), ranks=5)
+    assert refused.returncode != 0 and "Traceback" not in refused.output
+    assert "5 ranks cannot share evenly" in refused.output and "--batch_size" in refused.output
+    options["batch_size"] = 2  # another one is meant
+    changed = run(train_command(digits, folder, **options, total_steps=8), ranks=5).check()
+    assert "the global batch is 10 images now; it was 12" in changed.output
+
+
+def test_a_stream_goes_on_in_its_epoch_with_another_global_batch(monkeypatch):
+    stream = streams(monkeypatch, 1, length=50)
+    steps = [
+        global_batch(stream) for _ in range(4 + 2)
+    ]  # an epoch of four steps, two images left over; half of the next
+    other = ImageStream(Numbers(50), 5, num_workers=0, seed=3)
+    other.load_state_dict(stream[0].state_dict())
+    # 24 images were seen: a fifth batch of five had begun, the next is the sixth of ten.
+    assert other.step == 10 + 5
+    epoch = [i for step in steps[4:] for i, _ in step] + [i for _ in range(5) for i, _ in global_batch([other])]
+    assert len(set(epoch)) == len(epoch) == 24 + 25

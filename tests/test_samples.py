@@ -1,7 +1,5 @@
 """Samples: their noise and labels from seed and index, pixels, grids and files."""
 
-import os
-
 import numpy as np
 import pytest
 import torch as th
@@ -10,7 +8,7 @@ from PIL import Image
 from guided_diffusion import dist_util
 from guided_diffusion.errors import InputError
 from guided_diffusion.random_util import SampleNoise, random_labels, seed_everything
-from guided_diffusion.sample_util import choose_labels, save_grid, save_samples, to_uint8
+from guided_diffusion.sample_util import choose_labels, save_grid, to_uint8
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
@@ -144,16 +142,3 @@ def test_small_images_are_enlarged(tmp_path):
         arr = np.asarray(picture)
     assert arr.shape == (4 * 33, 4 * 33, 3)
     assert (arr[:64, :64] == images[0].repeat(4, 0).repeat(4, 1)).all()
-
-
-def test_save_samples(quiet):
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-    save_samples(images, th.tensor([2, 0, 1]))
-    assert sorted(os.listdir(quiet)) == ["samples_3x8x8x3.npz", "samples_3x8x8x3.png"]
-    with np.load(os.path.join(quiet, "samples_3x8x8x3.npz")) as f:
-        assert sorted(f) == ["arr_0", "arr_1"]
-        assert (f["arr_0"] == images).all() and f["arr_1"].tolist() == [2, 0, 1]
-    save_samples(images)
-    with np.load(os.path.join(quiet, "samples_3x8x8x3.npz")) as f:
-        assert sorted(f) == ["arr_0"]

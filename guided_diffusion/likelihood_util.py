@@ -1,0 +1,83 @@
+"""The variational bound on a model's likelihood of a set of images, in bits a dimension, over all ranks."""
+
+import math
+
+import numpy as np
+import torch as th
+
+from . import dist_util, files, logger
+from .errors import check_at_least
+from .image_datasets import each_once
+from .logger import progress_bar
+from .random_util import SampleNoise
+
+TERMS = ("vb", "xstart_mse", "mse")  # by timestep, from the last to the first
+
+
+@th.no_grad()
+def bits_per_dim(diffusion, model, dataset, batch_size, count=None, seed=0, clip_denoised=True, num_workers=0):
+    """Bound the negative log-likelihood of images; every rank must call it, and gets the whole.
+
+    Each image counts once; its noise is a function of (seed, its index), whatever the ranks and batches.
+
+    :param model: called as model(x, t, **labels).
+    :param dataset: an ImageDataset without random crops and flips, or the like.
+    :param count: take the first so many images; by default all.
+    :return: a dict of float64 arrays: "total_bpd" and "prior_bpd" [number of images] in the order of the images, and
+        the terms of GaussianDiffusion.calc_bpd_loop, each the mean over images [num_timesteps].
+    """
+    check_at_least(1, batch_size=batch_size, num_samples=1 if count is None else count)
+    check_at_least(0, num_workers=num_workers)
+    device, total = dist_util.dev(), min(len(dataset), count or len(dataset))
+    found = th.zeros(0, 3, dtype=th.float64)  # an image's index, total and prior
+    sums = th.zeros(1, len(TERMS), diffusion.num_timesteps, dtype=th.float64)
+    with progress_bar(total=total, desc="likelihood", unit="image") as bar:
+        for indices, batch, cond in each_once(dataset, batch_size, num_workers, count):
+            noise = SampleNoise(seed, indices, device)
+            terms = diffusion.calc_bpd_loop(
+                model,
+                batch.to(device),
+                clip_denoised=clip_denoised,
+                model_kwargs={k: v.to(device) for k, v in cond.items()},
+                randn_like=noise.randn_like,
+            )
+            rows = [th.tensor(list(indices)), terms["total_bpd"].cpu(), terms["prior_bpd"].cpu()]
+            found = th.cat([found, th.stack([row.double() for row in rows], dim=1)])
+            sums[0] += th.stack([terms[name].double().sum(dim=0).cpu() for name in TERMS])
+            bar.update(min(len(indices) * dist_util.get_world_size(), total - bar.n))
+    found = th.cat(dist_util.all_gather_uneven(found))
+    found = found[found[:, 0].argsort()].numpy()
+    means = th.cat(dist_util.all_gather_uneven(sums)).sum(dim=0).numpy() / len(found)
+    return {"total_bpd": found[:, 1], "prior_bpd": found[:, 2], **dict(zip(TERMS, means))}
+
+
+def mean_and_error(values):
+    """The mean of independent values [N] and its standard error; nan for a single one."""
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
+
+
+def save_likelihood(result):
+    """Write what bits_per_dim found to the run's folder. Not a collective: rank 0 calls it.
+
+    bpd.npz holds all of it by name; vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz, as the original wrote them,
+    hold a term by timestep as arr_0; terms.png shows the terms.
+    """
+    for name, arrays in [("bpd", result), *((f"{name}_terms", {"arr_0": result[name]}) for name in TERMS)]:
+        with files.write_atomically(files.join(logger.get_dir(), f"{name}.npz")) as f:
+            np.savez(f, **arrays)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warn("no plot of the terms: pip install matplotlib")
+        return
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    labels = ("variational bound, bits/dim", "error of x_start", "error of eps")
+    for axes, name, label in zip(figure.subplots(1, len(TERMS)), TERMS, labels):
+        values = result[name][::-1]
+        axes.plot(np.arange(len(values)), values)
+        axes.set(xlabel="timestep, from clean to noise", title=label)
+        if (values > 0).all():
+            axes.set_yscale("log")
+    with files.write_atomically(files.join(logger.get_dir(), "terms.png")) as f:
+        figure.savefig(f, format="png", dpi=100)

@@ -1,0 +1,60 @@
+"""Bound a diffusion model's likelihood of images: bits a dimension, with its terms by timestep."""
+
+from guided_diffusion import dist_util, logger
+from guided_diffusion.guidance import route_labels
+from guided_diffusion.image_datasets import image_dataset
+from guided_diffusion.likelihood_util import bits_per_dim, mean_and_error, save_likelihood
+from guided_diffusion.run_setup import DIFFUSION, class_names_of, set_up_sampling
+from guided_diffusion.sample_util import half_name, prepare_network
+from guided_diffusion.script_util import (
+    FlagParser,
+    add_dict_to_argparser,
+    args_to_dict,
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+)
+
+
+def main():
+    args = set_up_sampling(create_argparser(), DIFFUSION)
+
+    logger.log("creating model and diffusion...")
+    model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
+    prepare_network(model, args.model_path, half_name(args.use_fp16, args.use_bf16))
+
+    logger.log("creating data loader...")
+    dataset, _ = image_dataset(
+        args.data_dir,
+        args.image_size,
+        class_cond=args.class_cond,
+        num_classes=args.num_classes,
+        classes=class_names_of(args, "model_path"),
+        channels=args.in_channels,
+        labels=args.labels,
+    )
+
+    logger.log("evaluating...")
+    result = bits_per_dim(
+        diffusion,
+        route_labels(model, args.class_cond),
+        dataset,
+        count=args.num_samples,
+        **args_to_dict(args, ["batch_size", "seed", "clip_denoised", "num_workers"]),
+    )
+    if dist_util.get_rank() == 0:
+        save_likelihood(result)
+    mean, error = mean_and_error(result["total_bpd"])
+    logger.log(f"{len(result['total_bpd'])} images: {mean:.4f} +- {error:.4f} bits/dim (one standard error)")
+    dist_util.barrier()
+
+
+def create_argparser():
+    flags = dict(data_dir="", clip_denoised=True, num_samples=1000, batch_size=1, model_path="", log_dir="")
+    flags.update(labels="name", num_workers=1, seed=0, preset="", models_dir="models", class_table="")
+    parser = FlagParser(description=__doc__)
+    add_dict_to_argparser(parser, {**flags, **model_and_diffusion_defaults()})
+    return parser
+
+
+if __name__ == "__main__":
+    main()
