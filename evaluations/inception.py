@@ -1,0 +1,285 @@
+"""The Inception network of 2015 that FID is defined by, from its frozen TensorFlow graph, in PyTorch.
+
+The graph is read by the names of its nodes. Nothing of TensorFlow is needed but the definitions of its file format,
+which the tensorboard package carries.
+"""
+
+import os
+import urllib.error
+import urllib.request
+
+import numpy as np
+import torch as th
+import torch.nn.functional as F
+
+from .errors import EvaluationError
+
+FILE_NAME = "classify_image_graph_def.pb"
+ADDRESS = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{FILE_NAME}"
+POOL_DIM, SPATIAL_CHANNELS, SPATIAL_SIZE, NUM_CLASSES, INPUT_SIZE = 2048, 7, 17, 1008, 299
+SPATIAL_DIM = SPATIAL_SIZE**2 * SPATIAL_CHANNELS
+BATCH_NORM_EPSILON = 1e-3
+
+
+def _mixed(name, channels, branches):
+    """Prefix a block's layers: (name, in, out, (height, width), stride)."""
+    return [(f"{name}/{layer}", channels if cin is None else cin, *rest) for layer, cin, *rest in branches]
+
+
+def _layers():
+    """All convolutions: (name, channels in, channels out, kernel, stride). A stride of 2 has no padding."""
+    layers = [
+        ("conv", 3, 32, (3, 3), 2), ("conv_1", 32, 32, (3, 3), 1), ("conv_2", 32, 64, (3, 3), 1),
+        ("conv_3", 64, 80, (1, 1), 1), ("conv_4", 80, 192, (3, 3), 1),
+    ]  # fmt: skip
+    for name, channels, pooled in (("mixed", 192, 32), ("mixed_1", 256, 64), ("mixed_2", 288, 64)):
+        layers += _mixed(name, channels, [
+            ("conv", None, 64, (1, 1), 1),
+            ("tower/conv", None, 48, (1, 1), 1), ("tower/conv_1", 48, 64, (5, 5), 1),
+            ("tower_1/conv", None, 64, (1, 1), 1), ("tower_1/conv_1", 64, 96, (3, 3), 1),
+            ("tower_1/conv_2", 96, 96, (3, 3), 1),
+            ("tower_2/conv", None, pooled, (1, 1), 1),
+        ])  # fmt: skip
+    layers += _mixed("mixed_3", 288, [
+        ("conv", None, 384, (3, 3), 2),
+        ("tower/conv", None, 64, (1, 1), 1), ("tower/conv_1", 64, 96, (3, 3), 1), ("tower/conv_2", 96, 96, (3, 3), 2),
+    ])  # fmt: skip
+    for name, c in (("mixed_4", 128), ("mixed_5", 160), ("mixed_6", 160), ("mixed_7", 192)):
+        layers += _mixed(name, 768, [
+            ("conv", None, 192, (1, 1), 1),
+            ("tower/conv", None, c, (1, 1), 1), ("tower/conv_1", c, c, (1, 7), 1), ("tower/conv_2", c, 192, (7, 1), 1),
+            ("tower_1/conv", None, c, (1, 1), 1), ("tower_1/conv_1", c, c, (7, 1), 1),
+            ("tower_1/conv_2", c, c, (1, 7), 1), ("tower_1/conv_3", c, c, (7, 1), 1),
+            ("tower_1/conv_4", c, 192, (1, 7), 1),
+            ("tower_2/conv", None, 192, (1, 1), 1),
+        ])  # fmt: skip
+    layers += _mixed("mixed_8", 768, [
+        ("tower/conv", None, 192, (1, 1), 1), ("tower/conv_1", 192, 320, (3, 3), 2),
+        ("tower_1/conv", None, 192, (1, 1), 1), ("tower_1/conv_1", 192, 192, (1, 7), 1),
+        ("tower_1/conv_2", 192, 192, (7, 1), 1), ("tower_1/conv_3", 192, 192, (3, 3), 2),
+    ])  # fmt: skip
+    for name, channels in (("mixed_9", 1280), ("mixed_10", 2048)):
+        layers += _mixed(name, channels, [
+            ("conv", None, 320, (1, 1), 1),
+            ("tower/conv", None, 384, (1, 1), 1),
+            ("tower/mixed/conv", 384, 384, (1, 3), 1), ("tower/mixed/conv_1", 384, 384, (3, 1), 1),
+            ("tower_1/conv", None, 448, (1, 1), 1), ("tower_1/conv_1", 448, 384, (3, 3), 1),
+            ("tower_1/mixed/conv", 384, 384, (1, 3), 1), ("tower_1/mixed/conv_1", 384, 384, (3, 1), 1),
+            ("tower_2/conv", None, 192, (1, 1), 1),
+        ])  # fmt: skip
+    return layers
+
+
+LAYERS = _layers()
+UNPADDED = {"conv", "conv_1", "conv_3", "conv_4"}  # beside those of stride 2
+
+
+class InceptionV3(th.nn.Module):
+    """Features of images.
+
+    :param constants: the graph's constants by the name of their node: a dict of float32 arrays.
+    :param dtype: of the convolutions.
+    """
+
+    def __init__(self, constants, dtype=th.float32):
+        super().__init__()
+        self.dtype = dtype
+        self.convolutions = {}
+        for name, cin, cout, kernel, stride in LAYERS:
+            weight, bias = _folded(constants, name)
+            padding = (0, 0) if stride == 2 or name in UNPADDED else (kernel[0] // 2, kernel[1] // 2)
+            key = name.replace("/", "_")
+            self.register_buffer(f"{key}_weight", weight.to(dtype, memory_format=th.channels_last))
+            self.register_buffer(f"{key}_bias", bias.to(dtype))
+            self.convolutions[name] = (key, stride, padding)
+        self.register_buffer("softmax_weights", th.from_numpy(constants["softmax/weights"].copy()))
+
+    @th.inference_mode()
+    def forward(self, images):
+        """Features of uint8 images [N, H, W, 3].
+
+        :return: pool features [N, 2048] and spatial features [N, 2023], float32.
+        """
+        x = legacy_resize(images.permute(0, 3, 1, 2).float(), INPUT_SIZE)
+        x = ((x - 128) * (1 / 128)).to(self.dtype, memory_format=th.channels_last)
+        for name in ("conv", "conv_1", "conv_2"):
+            x = self._conv(name, x)
+        x = self._conv("conv_4", self._conv("conv_3", F.max_pool2d(x, 3, 2)))
+        x = F.max_pool2d(x, 3, 2)
+        for name in ("mixed", "mixed_1", "mixed_2"):
+            x = th.cat([
+                self._conv(f"{name}/conv", x),
+                self._chain(f"{name}/tower", x, 2),
+                self._chain(f"{name}/tower_1", x, 3),
+                self._conv(f"{name}/tower_2/conv", _average(x)),
+            ], dim=1)  # fmt: skip
+        x = th.cat([self._conv("mixed_3/conv", x), self._chain("mixed_3/tower", x, 3), F.max_pool2d(x, 3, 2)], dim=1)
+        for name in ("mixed_4", "mixed_5", "mixed_6", "mixed_7"):
+            first = self._conv(f"{name}/conv", x)
+            if name == "mixed_6":
+                spatial = first[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).reshape(len(x), -1).float()
+            x = th.cat([
+                first,
+                self._chain(f"{name}/tower", x, 3),
+                self._chain(f"{name}/tower_1", x, 5),
+                self._conv(f"{name}/tower_2/conv", _average(x)),
+            ], dim=1)  # fmt: skip
+        x = th.cat([self._chain("mixed_8/tower", x, 2), self._chain("mixed_8/tower_1", x, 4), F.max_pool2d(x, 3, 2)], 1)
+        x = self._widest("mixed_9", x, _average(x))
+        x = self._widest("mixed_10", x, F.max_pool2d(x, 3, 1, padding=1))
+        return x.float().mean(dim=(2, 3)), spatial
+
+    def logits(self, pool):
+        """What the Inception Score takes for the logits of classes [N, 1008]: without the layer's bias."""
+        return pool @ self.softmax_weights
+
+    def _conv(self, name, x):
+        key, stride, padding = self.convolutions[name]
+        weight, bias = (getattr(self, f"{key}_{kind}") for kind in ("weight", "bias"))
+        return F.relu_(F.conv2d(x, weight, bias, stride, padding))
+
+    def _chain(self, scope, x, count):
+        """The convolutions conv, conv_1, ... of a scope, one after the other."""
+        for i in range(count):
+            x = self._conv(f"{scope}/conv_{i}" if i else f"{scope}/conv", x)
+        return x
+
+    def _widest(self, name, x, pooled):
+        """The last two blocks, whose towers fork."""
+        tower, tower_1 = self._conv(f"{name}/tower/conv", x), self._chain(f"{name}/tower_1", x, 2)
+        forks = [
+            self._conv(f"{name}/{scope}/mixed/{conv}", y)
+            for scope, y in (("tower", tower), ("tower_1", tower_1))
+            for conv in ("conv", "conv_1")
+        ]
+        return th.cat([self._conv(f"{name}/conv", x), *forks, self._conv(f"{name}/tower_2/conv", pooled)], dim=1)
+
+
+def _average(x):
+    return F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False)
+
+
+def _folded(constants, name):
+    """A convolution's weight [out, in, h, w] and bias with the batch norm after it, whose scale is 1, in float64."""
+    weight = constants[f"{name}/conv2d_params"].astype(np.float64).transpose(3, 2, 0, 1)
+    beta, mean, variance = (
+        constants[f"{name}/batchnorm/{part}"].astype(np.float64) for part in ("beta", "moving_mean", "moving_variance")
+    )
+    scale = 1 / np.sqrt(variance + BATCH_NORM_EPSILON)
+    return th.from_numpy((weight * scale[:, None, None, None])).float(), th.from_numpy(beta - mean * scale).float()
+
+
+def legacy_resize(x, size):
+    """TensorFlow's bilinear resize of 2015, which aligns top left corners: [N, C, H, W] to [N, C, size, size]."""
+
+    def neighbours(length):
+        position = np.arange(size, dtype=np.float32) * np.float32(length / size)
+        lower = np.floor(position).astype(np.int64)
+        upper = np.minimum(lower + 1, length - 1)
+        return (th.from_numpy(a).to(x.device) for a in (lower, upper, position - lower.astype(np.float32)))
+
+    left, right, share = neighbours(x.shape[3])
+    x_left = x[..., left]
+    x = x_left + (x[..., right] - x_left) * share
+    top, bottom, share = neighbours(x.shape[2])
+    x_top = x[:, :, top]
+    return x_top + (x[:, :, bottom] - x_top) * share[:, None]
+
+
+# The file
+
+
+def expected_shapes():
+    """The constants that the network needs, by name, with their shapes."""
+    shapes = {}
+    for name, cin, cout, kernel, _ in LAYERS:
+        shapes[f"{name}/conv2d_params"] = (*kernel, cin, cout)
+        shapes.update({f"{name}/batchnorm/{part}": (cout,) for part in ("beta", "moving_mean", "moving_variance")})
+    return {**shapes, "softmax/weights": (POOL_DIM, NUM_CLASSES)}
+
+
+def read_graph(path):
+    """The constants of a frozen graph: a dict of float32 arrays.
+
+    :raises EvaluationError: for a file that is not the graph: it names the first node that is missing.
+    """
+    try:
+        from tensorboard.compat.proto.graph_pb2 import GraphDef
+    except ImportError:
+        raise EvaluationError(
+            "reading the Inception graph needs the tensorboard package: pip install tensorboard"
+        ) from None
+    from google.protobuf.message import DecodeError
+
+    graph = GraphDef()
+    try:
+        with open(path, "rb") as f:
+            graph.ParseFromString(f.read())
+    except DecodeError:
+        raise EvaluationError(
+            f"{path}: not a TensorFlow graph, or cut short: remove it and get {FILE_NAME} again"
+        ) from None
+    except OSError as e:
+        raise EvaluationError(f"{path}: cannot be read ({e.strerror})") from None
+    nodes, constants = {node.name: node for node in graph.node}, {}
+    for name, shape in expected_shapes().items():
+        if name not in nodes:
+            raise EvaluationError(f"{path}: not the Inception graph of 2015 ({FILE_NAME}): it has no node {name}")
+        constants[name] = _tensor(nodes[name].attr["value"].tensor)
+        if constants[name].shape != shape:
+            raise EvaluationError(
+                f"{path}: not the Inception graph of 2015: {name} is {constants[name].shape}, not {shape}"
+            )
+    return constants
+
+
+def _tensor(proto):
+    """A float32 constant, stored as raw content, as its values, or as one value that repeats."""
+    shape = [d.size for d in proto.tensor_shape.dim]
+    if proto.tensor_content:
+        return np.frombuffer(proto.tensor_content, dtype="<f4").reshape(shape)
+    values = np.array(proto.float_val, dtype=np.float32)
+    return np.full(shape, values[0], np.float32) if values.size == 1 else values.reshape(shape)
+
+
+def cache_folder():
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "guided_diffusion")
+
+
+def find_graph(path=""):
+    """The path of the Inception graph: `path`, or what lies here or in the cache folder, else a download."""
+    if path:
+        if not os.path.exists(path):
+            raise EvaluationError(f"--inception_path {path}: no such file: it is {FILE_NAME}, from {ADDRESS}")
+        return path
+    places = [FILE_NAME, os.path.join(os.path.dirname(os.path.abspath(__file__)), FILE_NAME)]
+    places.append(os.path.join(cache_folder(), FILE_NAME))
+    found = next((place for place in places if os.path.exists(place)), None)
+    return found or download(ADDRESS, places[-1])
+
+
+def download(address, path):
+    """Download the graph to `path`, which it gets only once it is complete."""
+    from tqdm import tqdm
+
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with urllib.request.urlopen(address, timeout=30) as response, open(temporary, "wb") as f:
+            total = int(response.headers.get("Content-Length") or 0) or None
+            with tqdm(total=total, desc=f"downloading {FILE_NAME}", unit="B", unit_scale=True) as bar:
+                while block := response.read(2**18):
+                    f.write(block)
+                    bar.update(len(block))
+        read_graph(temporary)
+        os.replace(temporary, path)
+    except (urllib.error.URLError, OSError) as e:
+        reason = getattr(e, "reason", e)
+        raise EvaluationError(
+            f"{FILE_NAME} is neither here nor can it be downloaded ({reason}): get it from {ADDRESS} and put it at "
+            f"{path}, or say where it is with --inception_path"
+        ) from None
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return path

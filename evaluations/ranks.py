@@ -1,0 +1,37 @@
+"""Several processes under mpiexec that share the images of an evaluation. One process needs no MPI."""
+
+import os
+import sys
+
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+class Ranks:
+    """This process among its like.
+
+    :ivar rank, size: its number, and how many there are.
+    """
+
+    def __init__(self):
+        self.comm, self.rank, self.size, self.local_rank = None, 0, 1, 0
+        if max(int(os.environ.get(name, 1)) for name in SIZE_VARIABLES) > 1:
+            from mpi4py import MPI
+
+            self.comm = MPI.COMM_WORLD
+            self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
+            self.local_rank = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
+
+    def share(self, count):
+        """This rank's part of `count` things: a range."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def gather(self, value):
+        """Every rank's value, in the order of ranks, on every rank."""
+        return self.comm.allgather(value) if self.comm is not None else [value]
+
+    def end(self, status):
+        """End all ranks with an error."""
+        sys.stderr.flush()
+        if self.comm is not None and self.size > 1:
+            self.comm.Abort(status)
+        sys.exit(status)
