@@ -32,20 +32,22 @@ FEWEST, ADVISED = 4, 10_000
 def main():
     args = create_argparser().parse_args()
     ranks = Ranks()
-    try:
-        figures = evaluate(args, ranks)
-    except EvaluationError as e:
-        message = f"error: {e}" if ranks.size == 1 else f"error: {e} (rank {ranks.rank})"
-        print(message, file=sys.stderr)
-        ranks.end(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        ranks.end(130)
+    figures = run_evaluation(lambda: evaluate(args, ranks), ranks)
     if ranks.rank == 0:
         for name, value in figures.items():
             print(f"{METRICS[name]}: {value}")
         if args.json:
             write_json(args, figures)
+
+
+def run_evaluation(work, ranks):
+    """Do the work; a mistake of the user's ends all ranks with one line."""
+    try:
+        return work()
+    except EvaluationError as e:
+        ranks.fail(f"error: {e}", 1)
+    except KeyboardInterrupt:
+        ranks.fail("interrupted", 130)
 
 
 def evaluate(args, ranks):

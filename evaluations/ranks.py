@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
@@ -29,9 +30,13 @@ class Ranks:
         """Every rank's value, in the order of ranks, on every rank."""
         return self.comm.allgather(value) if self.comm is not None else [value]
 
-    def end(self, status):
-        """End all ranks with an error."""
-        sys.stderr.flush()
-        if self.comm is not None and self.size > 1:
-            self.comm.Abort(status)
-        sys.exit(status)
+    def fail(self, message, status):
+        """End all ranks with an error. The first rank to come here says why; most mistakes show on all of them."""
+        if self.comm is None:
+            print(message, file=sys.stderr)
+            sys.exit(status)
+        if self.rank > 0:
+            time.sleep(1)  # for rank 0 to say the same, and end this one
+        print(message, file=sys.stderr, flush=True)
+        time.sleep(0.3)  # for the launcher to pass it on
+        self.comm.Abort(status)
