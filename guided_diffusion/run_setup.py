@@ -180,8 +180,9 @@ def _apply_preset(args, given, settled, networks):
         flags, names = preset.all_flags(), identity_flags(network.flags)
         for name in names:
             checkpoint_util.settle(args, settled, network.prefix + name, flags[name], f"--preset {args.preset}")
+        samples = hasattr(args, f"{network.prefix}use_ddim")  # image_nll.py doesn't: its bound is of all timesteps
         fast = given.get(f"{network.prefix}use_ddim", (False,))[0] and preset.ddim_sampling
-        advice = {**preset.sampling, **(preset.ddim_sampling if fast else {})}
+        advice = {**preset.sampling, **(preset.ddim_sampling if fast else {})} if samples else {}
         if th.cuda.is_available():  # half precision is slow on most CPUs
             advice.update((name, flags[name]) for name in network.flags if name.endswith("use_fp16"))
         advice[network.path_flag] = os.path.join(args.models_dir, preset.file_name)
@@ -205,8 +206,9 @@ def job_of(args, *networks, **more):
     paths = {network.path_flag: getattr(args, network.path_flag) for network in networks}
     no_part = {*NOT_OF_THE_JOB, *paths, *more, *(net.prefix + name for net in networks for name in NOT_OF_THE_JOB)}
     job = {name: value for name, value in vars(args).items() if name not in no_part}
-    return {**job, **{flag: dist_util.from_rank_0(lambda p=path: checkpoint_util.fingerprint(p))
-                      for flag, path in {**paths, **more}.items()}}  # fmt: skip
+    for flag, path in {**paths, **more}.items():
+        job[flag] = f"with content {dist_util.from_rank_0(lambda p=path: checkpoint_util.fingerprint(p))}"
+    return job
 
 
 def without_prefix(args, network):

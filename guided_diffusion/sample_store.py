@@ -11,6 +11,7 @@ Nothing here knows of ranks: rank 0 alone reads and writes.
 """
 
 import json
+import math
 import re
 import zipfile
 import zlib
@@ -22,6 +23,8 @@ from . import files, logger
 from .errors import InputError
 
 SHARDS, JOB = "shards", "job.json"
+# What reading a damaged .npz may raise
+DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class SampleStore:
@@ -39,8 +42,10 @@ class SampleStore:
         self.job = json.loads(json.dumps(job))
         self.labels = labels
         self.shards = files.join(folder, SHARDS)
-        self.stem = files.join(folder, f"samples_{'x'.join(map(str, self.shape))}")
+        self.name = f"samples_{'x'.join(map(str, self.shape))}"
+        self.stem = files.join(folder, self.name)
         self.finished = {}  # the shards' paths, by (start, stop)
+        self.count = 0  # how many samples there are
 
     def open(self):
         """Take stock of what is there already.
@@ -48,28 +53,54 @@ class SampleStore:
         :return: the samples that are missing: a sorted list of (start, stop).
         :raises InputError: when the folder holds another job's samples.
         """
+        job_path = files.join(self.shards, JOB)
         if files.exists(f"{self.stem}.npz"):
             self._check_job(f"{self.stem}.json")
-            self.remove_shards()
+            self._check_labels(f"{self.stem}.npz", (0, self.shape[0]))
+            self._remove_leftovers(self.folder, self.name)
+            if not self._list_shards() or self._read_job(job_path) == self.job:
+                self.remove_shards()
+            self.count = self.shape[0]
             return []
-        files.make_dirs(self.shards)
-        job_path = files.join(self.shards, JOB)
-        self._check_job(job_path)
-        if not files.exists(job_path):
+        with self.explained(job_path):
+            files.make_dirs(self.shards)
+        shards = self._list_shards()
+        if shards:
+            self._check_job(job_path)
+        else:
             self._write_job(job_path)
-        for name in files.list_dir(self.shards):
-            path = files.join(self.shards, name)
-            if name.endswith(".tmp"):  # of a process that was killed while it wrote
+        self._remove_leftovers(self.folder, self.name)
+        self._remove_leftovers(self.shards)
+        for span, path in shards:
+            if self._is_whole(path, span):
+                self.finished[span] = path
+            else:
+                logger.warn(f"{path} is damaged: these samples are made again")
                 files.remove(path)
-            elif match := re.fullmatch(r"(\d{9})-(\d{9})\.npz", name):
-                span = tuple(map(int, match.groups()))
-                try:
-                    self._read(path, span)
-                    self.finished[span] = path
-                except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-                    logger.warn(f"{path} is damaged: these samples are made again")
-                    files.remove(path)
-        return self.missing()
+        missing = self.missing()
+        self.count = self.shape[0] - sum(stop - start for start, stop in missing)
+        return missing
+
+    def _list_shards(self):
+        names = files.list_dir(self.shards) if files.is_dir(self.shards) else []
+        found = [re.fullmatch(r"(\d{9,})-(\d{9,})\.npz", name) for name in names]
+        return [(tuple(map(int, match.groups())), files.join(self.shards, match[0])) for match in found if match]
+
+    def _is_whole(self, path, span):
+        try:
+            self._read(path, span)
+            self._check_labels(path, span)
+        except InputError:
+            raise
+        except DAMAGED:
+            return False
+        return True
+
+    def _remove_leftovers(self, folder, beginning=""):
+        """Remove the temporary files of a process that was killed while it wrote: they may be large."""
+        for name in files.list_dir(folder):
+            if name.startswith(beginning) and name.endswith(".tmp"):
+                files.remove(files.join(folder, name))
 
     def missing(self):
         """The samples that no shard holds: a sorted list of (start, stop)."""
@@ -85,9 +116,10 @@ class SampleStore:
         span = (start, start + len(images))
         path = files.join(self.shards, f"{span[0]:09d}-{span[1]:09d}.npz")
         arrays = [images] if self.labels is None else [images, np.asarray(self.labels[slice(*span)])]
-        with self._explained(path), files.write_atomically(path) as f:
+        with self.explained(path), files.write_atomically(path) as f:
             np.savez(f, *arrays)
         self.finished[span] = path
+        self.count += len(images)
 
     def assemble(self):
         """Stream all shards into one .npz, of which no more than a shard is in memory; return its path.
@@ -99,14 +131,14 @@ class SampleStore:
             return path
         self._write_job(f"{self.stem}.json")  # first: what has the .npz must also have what it is of
         with (
-            self._explained(path),
+            self.explained(path),
             files.write_atomically(path) as f,
             zipfile.ZipFile(f, "w", zipfile.ZIP_STORED) as archive,
         ):
             with archive.open("arr_0.npy", "w", force_zip64=True) as out:
                 _write_header(out, np.dtype(np.uint8), self.shape)
-                for part in self.parts():
-                    out.write(part.tobytes())
+                for _, read in self.parts():
+                    out.write(read().tobytes())
             if self.labels is not None:
                 with archive.open("arr_1.npy", "w", force_zip64=True) as out:
                     labels = np.asarray(self.labels, dtype=np.int64)
@@ -115,16 +147,20 @@ class SampleStore:
         return path
 
     def parts(self):
-        """All images in order, a part at a time: of the shards, or where those have gone of the .npz."""
-        if not self.finished:
+        """All images in order, a part at a time: of the shards, or where those have gone of the .npz.
+
+        :return: yields pairs of the first image's index and a function that reads the part: uint8 [n, H, W, C].
+        """
+        if not self.finished and files.exists(f"{self.stem}.npz"):
             images = NpzArray(f"{self.stem}.npz", "arr_0")
             for start in range(0, self.shape[0], 64):
-                yield images[start : start + 64]
+                yield start, lambda start=start: images[start : start + 64]
         position = 0
         for span in sorted(self.finished):
             start, stop = max(span[0], position), min(span[1], self.shape[0])
             if start < stop:
-                yield self._read(self.finished[span], span)[start - span[0] : stop - span[0]]
+                inside = slice(start - span[0], stop - span[0])
+                yield start, lambda span=span, inside=inside: self._read(self.finished[span], span)[inside]
                 position = stop
 
     def images(self, indices):
@@ -138,38 +174,46 @@ class SampleStore:
         return out
 
     def remove_shards(self):
-        """Remove the shards, once the .npz holds what they do."""
-        if not files.is_dir(self.shards):
-            return
-        for name in files.list_dir(self.shards):
-            if name != JOB:
-                files.remove(files.join(self.shards, name))
-        with suppress(OSError):
-            files.remove(files.join(self.shards, JOB))
-            files.remove_dir(self.shards)
+        """Remove the shards whose samples the .npz holds. Those beyond, of a longer run, stay."""
+        for span, path in self._list_shards():
+            if span[1] <= self.shape[0]:
+                files.remove(path)
+        if not self._list_shards():
+            with suppress(OSError):  # it may have gone already: the last to be removed is the folder
+                files.remove(files.join(self.shards, JOB))
+            with suppress(OSError):
+                files.remove_dir(self.shards)
+
+    def explained(self, path):
+        """A context in which a write to `path` that the system refuses ends the run with a message of one line."""
+        return files.disk_errors(path, f"{self.count} of {self.shape[0]} samples are kept in {self.folder}")
 
     def _read(self, path, span):
         """A shard's images. The archive's checksums are compared as it is read."""
         with files.open_file(path) as f, np.load(f) as arrays:
             images = arrays["arr_0"]
-            if self.labels is not None and not np.array_equal(arrays["arr_1"], self.labels[slice(*span)]):
-                raise ValueError("other labels")
         if images.dtype != np.uint8 or images.shape != (span[1] - span[0], *self.shape[1:]):
             raise ValueError("other images")
         return images
 
     def _write_job(self, path):
-        with files.write_atomically(path) as f:
+        with self.explained(path), files.write_atomically(path) as f:
             f.write((json.dumps(self.job, indent=1) + "\n").encode())
+
+    def _read_job(self, path):
+        try:
+            with files.open_file(path) as f:
+                return dict(json.loads(f.read()))
+        except (OSError, ValueError, TypeError):
+            return None
 
     def _check_job(self, path):
         """Refuse to mix samples with those of another job."""
-        if not files.exists(path):
-            if path.endswith(f"{SHARDS}/{JOB}"):
-                return
-            raise InputError(f"{self.stem}.npz is in the way, and nothing says what it is of: give another --log_dir")
-        with files.open_file(path) as f:
-            job = json.loads(f.read())
+        job = self._read_job(path)
+        if job is None:
+            raise InputError(
+                f"{self.folder} holds samples, and no readable {path} says what they are of: give another --log_dir"
+            )
         for name in {**job, **self.job}:
             if job.get(name) != self.job.get(name):
                 raise InputError(
@@ -177,55 +221,94 @@ class SampleStore:
                     f"give another --log_dir, or the flag they were made with"
                 )
 
-    def _explained(self, path):
-        return files.disk_errors(path, f"{self.count()} of {self.shape[0]} samples are kept in {self.shards}")
-
-    def count(self):
-        """How many samples there are."""
-        return self.shape[0] - sum(stop - start for start, stop in self.missing())
+    def _check_labels(self, path, span):
+        """Refuse samples of the same flags with other labels, as a changed file of classes gives."""
+        if self.labels is None:
+            return
+        wanted = self.labels[slice(*span)]  # of a job for fewer samples, this may be a part of the shard's
+        same = np.array_equal(NpzArray(path, "arr_1")[: len(wanted)], wanted)
+        if not same:
+            raise InputError(
+                f"{path}: these samples have other labels than those asked for: the file, or the names of the "
+                f"classes, that they come from has changed: give another --log_dir"
+            )
 
 
 class NpzArray:
-    """An array in an .npz file, of which only what is asked for is read, as long as the file is not compressed.
+    """An array in an .npz file, of which only what is asked for is in memory. Its checksum is compared at once.
 
-    :param path: a local path or a URL; what is compressed or remote is read whole.
+    :param path: a local path; or a URL, where the array is read whole. So is one in Fortran's order, whose rows lie
+        scattered.
     :param name: the array's, without .npy.
-    :raises KeyError: when there is no such array.
+    :raises KeyError: when there is no such array; any of DAMAGED for what cannot be read.
     """
 
     def __init__(self, path, name):
-        self.array = None if files.is_url(path) else _map(path, f"{name}.npy")
-        if self.array is None:
+        if files.is_url(path):
             with files.open_file(path) as f, np.load(f, allow_pickle=False) as arrays:
                 self.array = arrays[name]
+        else:
+            self.array = _open_member(path, f"{name}.npy")
         self.shape, self.dtype = self.array.shape, self.array.dtype
 
     def __len__(self):
         return self.shape[0]
 
     def __getitem__(self, index):
-        return np.array(self.array[index])
+        return self.array[index]
 
 
-def _map(path, member):
-    """Map a member of an uncompressed .npz into memory; None where that cannot be done."""
-    with open(path, "rb") as f, zipfile.ZipFile(f) as archive:
-        info = archive.getinfo(member)
-        if info.compress_type != zipfile.ZIP_STORED:
-            return None
-        with archive.open(info) as header:  # its position counts from the member's first byte
-            version = np.lib.format.read_magic(header)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            if version not in read:
-                return None
-            shape, fortran, dtype = read[version](header)
-            in_member = header.tell()
-        f.seek(info.header_offset)
-        local = f.read(30)
-        start = info.header_offset + 30 + sum(int.from_bytes(local[i : i + 2], "little") for i in (26, 28)) + in_member
-    if dtype.hasobject or 0 in shape:
-        return None
-    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape, order="F" if fortran else "C")
+class _Rows:
+    """An array in a file, read row by row. In a compressed one reading goes forward; going back starts anew.
+
+    :param file: of bytes, with seek and read.
+    :param start: where in the file the first row begins.
+    """
+
+    def __init__(self, file, start, shape, dtype):
+        self.file, self.start, self.shape, self.dtype = file, start, shape, dtype
+
+    def __getitem__(self, index):
+        rows = np.arange(self.shape[0])[index]
+        out = np.empty((rows.size, *self.shape[1:]), self.dtype)
+        size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        for place, row in enumerate(rows.flat):
+            self.file.seek(self.start + int(row) * size)
+            out[place] = np.frombuffer(self.file.read(size), self.dtype).reshape(self.shape[1:])
+        return out.reshape(*rows.shape, *self.shape[1:])
+
+
+def _open_member(path, member):
+    """Something to index that reads an array in an archive: see NpzArray."""
+    archive = zipfile.ZipFile(path)
+    info = archive.getinfo(member)
+    with archive.open(info) as content:  # positions count from the member's first byte
+        shape, fortran, dtype = _read_header(content)
+        start = content.tell()
+        while content.read(2**20):  # to its end, where the checksum is
+            pass
+    if fortran or 0 in shape or not shape:
+        return np.lib.format.read_array(archive.open(info), allow_pickle=False)
+    if info.compress_type != zipfile.ZIP_STORED:
+        return _Rows(archive.open(info), start, shape, dtype)
+    file = open(path, "rb")
+    file.seek(info.header_offset)
+    local = file.read(30)
+    start += info.header_offset + len(local) + sum(int.from_bytes(local[i : i + 2], "little") for i in (26, 28))
+    return _Rows(file, start, shape, dtype)
+
+
+def _read_header(f):
+    """The shape, Fortran order and dtype of an array in numpy's format, of any version."""
+    version = np.lib.format.read_magic(f)
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError(f"version {version} of numpy's format")
+    # Version 3 is 2 with names of fields in UTF-8: of plain numbers they read the same.
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(f)
+    if dtype.hasobject or dtype.names:
+        raise ValueError("not an array of plain numbers")
+    return shape, fortran, dtype
 
 
 def _write_header(out, dtype, shape):

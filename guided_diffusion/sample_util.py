@@ -4,8 +4,7 @@ Sample i's label and noise are a function of (seed, i) alone, whatever rank and 
 """
 
 import math
-import zipfile
-import zlib
+from itertools import islice
 
 import numpy as np
 import torch as th
@@ -16,7 +15,7 @@ from .errors import InputError, check_at_least
 from .guidance import classifier_cond_fn, limit_guidance
 from .logger import progress_bar
 from .random_util import SampleNoise, random_labels
-from .sample_store import NpzArray, SampleStore
+from .sample_store import DAMAGED, NpzArray, SampleStore
 from .script_util import parse_numbers
 
 GRID = 64  # how many samples the picture shows
@@ -55,12 +54,12 @@ def guide(classifier, diffusion, classifier_scale, guidance_interval=""):
 
     :param guidance_interval: "a,b" guides only from a to b of the process, where 0 is its clean end, 1 its noisy one.
     """
-    cond_fn = classifier_cond_fn(classifier, classifier_scale) if classifier_scale else None
-    if not guidance_interval or cond_fn is None:
-        return cond_fn
     ends = parse_numbers("guidance_interval", guidance_interval, float)
-    if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1:
+    if ends and (len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1):
         raise InputError(f"--guidance_interval {guidance_interval}: give two numbers from 0 to 1, such as 0.2,0.8")
+    cond_fn = classifier_cond_fn(classifier, classifier_scale) if classifier_scale else None
+    if not ends or cond_fn is None:
+        return cond_fn
     return limit_guidance(cond_fn, *ends, 1000 if diffusion.rescale_timesteps else diffusion.original_num_steps)
 
 
@@ -137,7 +136,7 @@ def _read_classes(path):
         return chosen.tolist()
     except OSError as e:
         raise InputError(f"--classes {path}: cannot be read ({e.strerror})") from None
-    except ValueError:
+    except (ValueError, EOFError):
         raise InputError(f"--classes {path}: a list of class numbers is expected, one a line") from None
 
 
@@ -220,15 +219,18 @@ def _open_samples(path):
         images = NpzArray(path, "arr_0")
         if len(images.shape) != 4:
             raise ValueError
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except DAMAGED:
         raise InputError(f"--base_samples {path}: not an .npz with images [N, H, W, C] as arr_0") from None
     try:
-        labels = NpzArray(path, "arr_1")[:].astype(np.int64)
+        labels = NpzArray(path, "arr_1")[:]
     except KeyError:
         return images, None
-    if labels.shape != (len(images),):
-        raise InputError(f"--base_samples {path}: arr_1 of shape {labels.shape} is not a label for each image")
-    return images, labels
+    except DAMAGED:
+        raise InputError(f"--base_samples {path}: its labels (arr_1) cannot be read") from None
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        found = f"{labels.dtype} of shape {labels.shape}"
+        raise InputError(f"--base_samples {path}: arr_1, {found}, is not a label for each image")
+    return images, labels.astype(np.int64)
 
 
 def sample_job(sampler, job, num_samples, batch_size, labels=None, rows_by_class=False, save_images="",
@@ -249,24 +251,43 @@ def sample_job(sampler, job, num_samples, batch_size, labels=None, rows_by_class
     check_at_least(1, num_samples=num_samples, batch_size=batch_size)
     size = (num_samples, *sampler.shape[1:], sampler.shape[0])
     store = SampleStore(folder or logger.get_dir(), size, job, None if labels is None else labels.numpy())
-    batches = _in_batches(dist_util.from_rank_0(store.open), batch_size)
-    missing = sum(map(len, batches))
-    if missing < num_samples:
-        logger.log(f"{num_samples - missing} of {num_samples} samples are there already")
+    gaps, store.finished = dist_util.from_rank_0(lambda: (store.open(), store.finished))
+    batches = _in_batches(gaps, batch_size)
+    done = num_samples - sum(map(len, batches))
+    if done:
+        logger.log(f"{done} of {num_samples} samples are there already")
+    if save_images:
+        save_each(save_images, store)
+    if progress_grid and not (batches and batches[0].start == 0):
+        logger.log("no new progress grid, as the first samples are there already")
+
+    def make(indices, advance):
+        strip = Strip(f"{store.stem}_progress.png") if progress_grid and indices.start == 0 else None
+        images = _make(sampler, indices, strip, advance)
+        if save_images:
+            save_pngs(save_images, images.cpu().numpy(), indices.start, store.labels)
+        return images
+
     rank, world_size = dist_util.get_rank(), dist_util.get_world_size()
-    with _progress(num_samples, num_samples - missing) as bar:
+    with _progress(num_samples, done) as bar:
         for first in range(0, len(batches), world_size):
             round_of = batches[first : first + world_size]
-            batch = th.zeros(0, *size[1:], dtype=th.uint8, device=dist_util.dev())
-            if rank < len(round_of):
-                strip = Strip(f"{store.stem}_progress.png") if progress_grid and round_of[rank].start == 0 else None
-                share = sum(map(len, round_of)) / sampler.num_steps
-                batch = _make(sampler, round_of[rank], strip, lambda step, share=share: _advance(bar, share, step))
+            share = sum(map(len, round_of)) / sampler.num_steps
+            batch, mistake = th.zeros(0, *size[1:], dtype=th.uint8, device=dist_util.dev()), None
+            try:
+                if rank < len(round_of):
+                    batch = make(round_of[rank], lambda step, share=share: _advance(bar, share, step))
+            except InputError as e:  # all ranks end, but first what the others have made is kept
+                mistake = str(e)
             for indices, images in zip(round_of, dist_util.all_gather_uneven(batch)):
-                dist_util.from_rank_0(lambda i=indices, x=images: store.write(i.start, x.cpu().numpy()))
-            bar.n = sum(map(len, batches[: first + world_size])) + num_samples - missing  # whole samples again
+                if len(images):
+                    dist_util.from_rank_0(lambda i=indices, x=images: store.write(i.start, x.cpu().numpy()))
+                    done += len(images)
+            if mistakes := list(filter(None, dist_util.gather_objects(mistake))):
+                raise InputError(mistakes[0])
+            bar.n = done  # whole samples again
             bar.refresh()
-    return dist_util.from_rank_0(lambda: _finish(store, rows_by_class, save_images))
+    return dist_util.from_rank_0(lambda: _finish(store, rows_by_class))
 
 
 def _in_batches(gaps, batch_size):
@@ -299,33 +320,40 @@ def _advance(bar, share, step):
     bar.update(min(share, bar.total - bar.n))
 
 
-def _finish(store, rows_by_class, save_images):
-    """Rank 0: the pictures and the .npz; then the shards may go."""
+def _finish(store, rows_by_class):
+    """Rank 0: the picture and the .npz; then the shards may go."""
+    path, picture = f"{store.stem}.npz", f"{store.stem}.png"
     if not store.finished:
-        logger.log(f"{store.stem}.npz is complete")
-        if save_images:
-            save_each(save_images, store)
-        return f"{store.stem}.npz"
+        logger.log(f"{path} is complete")
+        return path
     chosen = grid_indices(store.shape[0], store.labels if rows_by_class else None)
-    save_grid(f"{store.stem}.png", store.images(chosen), None if not rows_by_class else store.labels[chosen])
-    if save_images:
-        save_each(save_images, store)
-    path = store.assemble()
+    with store.explained(picture):
+        save_grid(picture, store.images(chosen), store.labels[chosen] if rows_by_class else None)
+    store.assemble()
     store.remove_shards()
     logger.log(f"wrote {path} and .png")
     return path
 
 
 def save_each(folder, store):
-    """Write samples as PNGs: INDEX.png, or LABEL_INDEX.png, which is also a folder to train on."""
-    files.make_dirs(folder)
-    index = 0
-    for part in store.parts():
-        for image in part:
-            prefix = "" if store.labels is None else f"{store.labels[index]}_"
+    """Write the samples that are there already, dealt to the ranks, as save_pngs does. All ranks call it."""
+    for start, read in islice(store.parts(), dist_util.get_rank(), None, dist_util.get_world_size()):
+        save_pngs(folder, read(), start, store.labels)
+    dist_util.barrier()  # rank 0 may be about to remove what another still reads
+
+
+def save_pngs(folder, images, start, labels=None):
+    """Write samples start, start + 1, ... as INDEX.png, or as LABEL_INDEX.png, which makes a folder to train on.
+
+    :param images: uint8 [n, H, W, C].
+    :param labels: those of all samples, if any.
+    """
+    with files.disk_errors(folder, "the samples that are done are kept"):
+        files.make_dirs(folder)
+        for index, image in enumerate(images, start):
+            prefix = "" if labels is None else f"{labels[index]}_"
             with files.write_atomically(files.join(folder, f"{prefix}{index:06d}.png"), sync=False) as f:
                 _picture(image).save(f, format="PNG")
-            index += 1
 
 
 def to_uint8(sample, start=0):
@@ -359,7 +387,8 @@ class Strip:
             self.seen.append(to_uint8(pred_xstart[: self.rows].float().nan_to_num()).cpu().numpy())
         if step == num_steps:
             rows = np.stack(self.seen, axis=1)
-            save_grid(self.path, rows.reshape(-1, *rows.shape[2:]), columns=len(self.seen), rows=self.rows)
+            with files.disk_errors(self.path, "the samples that are done are kept"):
+                save_grid(self.path, rows.reshape(-1, *rows.shape[2:]), columns=len(self.seen), rows=self.rows)
 
 
 def grid_indices(num_samples, labels=None, columns=10):

@@ -4,7 +4,10 @@ The upsampler's flags are those of super_res_sample.py, with `upsampler_` before
 the folder `base` of --log_dir.
 """
 
-from guided_diffusion import files, logger
+import torch as th
+
+from guided_diffusion import checkpoint_util, files, logger
+from guided_diffusion.errors import InputError, check_at_least
 from guided_diffusion.guidance import route_labels
 from guided_diffusion.run_setup import (
     CLASSIFIER,
@@ -41,13 +44,31 @@ from guided_diffusion.script_util import (
     sr_model_and_diffusion_defaults,
 )
 
+# What the upsampler's flags must agree with
+BASE = {"small_size": "image_size", "in_channels": "in_channels", "num_classes": "num_classes"}
+
 
 def main():
     args = set_up_sampling(create_argparser(), DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER)
+    check_upsampler(args, without_prefix(args, PIPELINE_UPSAMPLER))
     job = job_of(args, DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER)
     base_samples = sample_base(args, {k: v for k, v in job.items() if not k.startswith(PIPELINE_UPSAMPLER.prefix)})
     upsample(args, job, base_samples)
     logger.log("sampling complete")
+
+
+def check_upsampler(args, flags):
+    """Refuse an upsampler that cannot follow, before hours go into small images."""
+    check_at_least(1, upsampler_batch_size=flags.batch_size)
+    misfits = [name for name in ("small_size", "in_channels") if getattr(flags, name) != getattr(args, BASE[name])]
+    if flags.class_cond and flags.num_classes < args.num_classes:
+        misfits.append("num_classes")
+    for name in misfits:
+        mine, theirs = getattr(flags, name), getattr(args, BASE[name])
+        raise InputError(f"--upsampler_{name} {mine} does not fit the small images' --{BASE[name]} {theirs}")
+    with th.device("meta"):  # names and shapes alone
+        model, _ = sr_create_model_and_diffusion(**args_to_dict(flags, sr_model_and_diffusion_defaults()))
+    checkpoint_util.read_weights(model, flags.path)
 
 
 def sample_base(args, job):

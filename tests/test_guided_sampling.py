@@ -1,0 +1,178 @@
+"""Guidance as the scripts apply it: when the classifier runs, in what precision, and what distribution it leads to."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import (
+    FIXED_LARGE,
+    GaussianData,
+    Tables,
+    assert_moments,
+    exact_model,
+    process,
+    quick_half_convolutions,
+    refused,
+)
+from sampling import guided_networks, read_npz, run_here, save_network
+from test_analytic_truth import MIXTURE
+
+from guided_diffusion.respace import space_timesteps
+from guided_diffusion.sample_util import BatchSampler, by_index, guide
+from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.unet import EncoderUNetModel
+
+pytestmark = pytest.mark.usefixtures("quiet", "cpu")
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    return guided_networks(tmp_path_factory.mktemp("networks"))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The timesteps at which the classifier was run, one for each batch and step."""
+    times, forward = [], EncoderUNetModel.forward
+
+    def noting(self, x, timesteps):
+        assert len(set(timesteps.tolist())) == 1
+        times.append(float(timesteps[0]))
+        return forward(self, x, timesteps)
+
+    monkeypatch.setattr(EncoderUNetModel, "forward", noting)
+    return times
+
+
+def sample(monkeypatch, folder, script="classifier_sample", **options):
+    run_here(monkeypatch, script, **{"num_samples": 4, "batch_size": 4, **options}, log_dir=folder)
+    return read_npz(folder)
+
+
+@pytest.mark.parametrize("use_ddim", [False, True])
+def test_the_classifier_runs_at_every_step_and_at_scale_zero_not_at_all(
+    use_ddim, networks, seen, monkeypatch, tmp_path
+):
+    options = dict(networks, timestep_respacing=5, use_ddim=use_ddim, classes="balanced")
+    guided = sample(monkeypatch, tmp_path / "guided", **options)
+    assert seen == sorted(space_timesteps(1000, "5"), reverse=True)
+    del seen[:]
+    none = sample(monkeypatch, tmp_path / "none", **{**options, "classifier_scale": 0})
+    assert seen == []
+    alone = {k: v for k, v in options.items() if not k.startswith("classifier")}
+    unguided = sample(monkeypatch, tmp_path / "unguided", "image_sample", **alone)
+    assert (none["arr_0"] == unguided["arr_0"]).all() and (guided["arr_0"] != unguided["arr_0"]).mean() > 0.1
+    assert all(arrays["arr_1"].tolist() == [0, 1, 2, 3] for arrays in (guided, none, unguided))
+
+
+@pytest.mark.parametrize("use_ddim", [False, True])
+def test_guidance_may_be_limited_to_an_interval(use_ddim, networks, seen, monkeypatch, tmp_path):
+    options = dict(networks, timestep_respacing=10, use_ddim=use_ddim)
+    steps = sorted(space_timesteps(1000, "10"), reverse=True)  # 999, 888, ... 0
+    images = {}
+    for interval in ("", "0,1", "0.2,0.8", "0.888,0.9", "0.95,0.96"):
+        del seen[:]
+        images[interval] = sample(monkeypatch, tmp_path / f"i{interval}", **options, guidance_interval=interval)[
+            "arr_0"
+        ]
+        a, b = map(float, interval.split(",")) if interval else (0, 1)
+        assert seen == [t for t in steps if a <= t / 1000 <= b], interval
+    assert (images["0,1"] == images[""]).all()
+    unguided = sample(monkeypatch, tmp_path / "none", **{**options, "classifier_scale": 0})["arr_0"]
+    assert np.abs(images["0.95,0.96"].astype(int) - unguided).max() <= 1  # no step lies within
+    assert (images["0.2,0.8"] != images[""]).any() and (images["0.2,0.8"] != unguided).any()
+
+
+def test_the_interval_counts_in_the_process_s_own_time(seen, monkeypatch):
+    """Timesteps may be shown rescaled, and the process may have another number of them than 1000."""
+    for steps, rescaled in [(500, False), (500, True), (4000, True)]:
+        diffusion = create_gaussian_diffusion(steps=steps, timestep_respacing="8", rescale_timesteps=rescaled)
+        shown = []
+
+        def classifier(x, t):
+            shown.append(float(t[0]))
+            return x.flatten(1)[:, :2]
+
+        cond_fn = guide(classifier, diffusion, 1.0, "0.3,0.6")
+        for t in range(8):
+            cond_fn(th.zeros(2, 3, 1, 1), diffusion.model_timesteps(th.full((2,), t)), y=th.tensor([0, 1]))
+        share = [t / steps for t in sorted(space_timesteps(steps, "8"))]
+        want = [s for s in share if 0.3 <= s <= 0.6]
+        assert 0 < len(want) < 8 and shown == pytest.approx([s * (1000 if rescaled else steps) for s in want])
+
+
+@pytest.mark.parametrize("interval", ["0.2", "0.8,0.2", "-0.1,0.5", "0.5,1.5", "a,b", "0,0.2,0.4", ","])
+def test_intervals_that_cannot_be(interval):
+    diffusion = create_gaussian_diffusion(timestep_respacing="5")
+    for scale in (1.0, 0.0):
+        refused(lambda s=scale: guide(lambda x, t: x, diffusion, s, interval), "--guidance_interval")
+
+
+HALVES = [(None, None), ("fp16", None), (None, "fp16"), ("fp16", "bf16"), ("bf16", None), (None, "bf16")]
+
+
+@pytest.mark.parametrize("use_ddim, class_cond", itertools.product([False, True], [False, True]))
+def test_either_network_in_half_precision(use_ddim, class_cond, networks, monkeypatch, tmp_path):
+    options = dict(networks, timestep_respacing=4, use_ddim=use_ddim, classes="3,0", classifier_scale=100.0)
+    if not class_cond:
+        model = {k: v for k, v in networks.items() if "classifier" not in k and not k.endswith("path")}
+        options.update(
+            class_cond=False, model_path=save_network(str(tmp_path / "model.pt"), {**model, "class_cond": False})
+        )
+    unguided = sample(monkeypatch, tmp_path / "unguided", **{**options, "classifier_scale": 0})["arr_0"].astype(int)
+    found = {}
+    with quick_half_convolutions(monkeypatch):
+        for halves in HALVES:
+            chosen = {f"{p}use_{h}": True for p, h in zip(("", "classifier_"), halves) if h}
+            arrays = sample(monkeypatch, tmp_path / str(halves), **options, **chosen)
+            assert arrays["arr_1"].tolist() == [3, 0, 3, 0]
+            found[halves] = arrays["arr_0"].astype(int)
+    full = found[None, None]
+    guidance = np.abs(full - unguided).mean()
+    assert guidance > 1
+    for halves, images in found.items():
+        rounding = np.abs(images - full).mean()
+        most = 0.2 if "bf16" in halves else 0.05  # of what guidance changes; bf16 has three bits fewer
+        assert rounding == 0 if halves == (None, None) else 0 < rounding < most * guidance, halves
+
+
+# What distribution it leads to, with exact models in the networks' place: the biases of a hundred steps are those of
+# test_analytic_truth.
+
+
+def sample_exactly(data, shape, cond_fn=None, labels=None, use_ddim=False, count=600, batch=200):
+    """Samples with the exact model of some data, in batches, as sample_job makes them: [count, *shape]."""
+    diffusion = process(100, var=FIXED_LARGE)
+    exact = exact_model(data, diffusion)
+    sampler = BatchSampler(
+        diffusion, lambda x, t, y=None: exact(x, t), shape, 0, by_index(labels), cond_fn and cond_fn(diffusion),
+        use_ddim, clip_denoised=False,
+    )  # fmt: skip
+    return th.cat([list(sampler.steps(range(i, i + batch)))[-1]["sample"] for i in range(0, count, batch)])
+
+
+@pytest.mark.parametrize("use_ddim", [False, True])
+def test_samples_have_the_data_s_moments(use_ddim):
+    data = GaussianData([0.5, -0.3], [0.5, 0.8])
+    samples = sample_exactly(data, (2, 4, 4), use_ddim=use_ddim)
+    for channel in range(2):
+        mean, variance = float(data.mean[0, channel]), float(data.variance[0, channel])
+        assert_moments(samples[:, channel], mean, variance, bias=0.01, relative_bias=0.1)
+    correlation = np.corrcoef(samples.flatten(1).numpy().T)[np.triu_indices(32, 1)]
+    assert np.abs(correlation).max() < 5 / np.sqrt(600)  # pixels are independent of each other
+
+
+@pytest.mark.parametrize("use_ddim", [False, True])
+def test_each_sample_is_guided_to_its_own_label(use_ddim):
+    # At scale 1, by the classifier p(y | x_t) of a mixture's components, samples are the component's.
+    labels = (th.arange(600) % 3 == 0).long()
+
+    def cond_fn(diffusion):
+        return guide(lambda x, t: MIXTURE.log_joint(x, Tables(diffusion.betas, t, x)), diffusion, 1.0)
+
+    samples = sample_exactly(MIXTURE, (1, 1, 1), cond_fn, labels, use_ddim).flatten()
+    assert ((samples > 0) == (labels == 1)).all()
+    for label, (mean, std) in enumerate(zip(MIXTURE.means, MIXTURE.stds)):
+        chosen = samples[labels == label]
+        assert_moments(chosen, float(mean), float(std) ** 2, bias=5 / 100, relative_bias=20 / 100)
