@@ -1,6 +1,7 @@
 """The variational bound on a model's likelihood of a set of images, in bits a dimension, over all ranks."""
 
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import torch as th
@@ -64,7 +65,7 @@ def save_likelihood(result):
     hold a term by timestep as arr_0; terms.png shows the terms.
     """
     for name, arrays in [("bpd", result), *((f"{name}_terms", {"arr_0": result[name]}) for name in TERMS)]:
-        with files.write_atomically(files.join(logger.get_dir(), f"{name}.npz")) as f:
+        with _writing(f"{name}.npz") as f:
             np.savez(f, **arrays)
     try:
         from matplotlib.figure import Figure
@@ -79,5 +80,12 @@ def save_likelihood(result):
         axes.set(xlabel="timestep, from clean to noise", title=label)
         if (values > 0).all():
             axes.set_yscale("log")
-    with files.write_atomically(files.join(logger.get_dir(), "terms.png")) as f:
+    with _writing("terms.png") as f:
         figure.savefig(f, format="png", dpi=100)
+
+
+@contextmanager
+def _writing(name):
+    path = files.join(logger.get_dir(), name)
+    with files.disk_errors(path, "the result is the last line before this"), files.write_atomically(path) as f:
+        yield f

@@ -41,11 +41,9 @@ def main():
         count=args.num_samples,
         **args_to_dict(args, ["batch_size", "seed", "clip_denoised", "num_workers"]),
     )
-    if dist_util.get_rank() == 0:
-        save_likelihood(result)
     mean, error = mean_and_error(result["total_bpd"])
     logger.log(f"{len(result['total_bpd'])} images: {mean:.4f} +- {error:.4f} bits/dim (one standard error)")
-    dist_util.barrier()
+    dist_util.from_rank_0(lambda: save_likelihood(result))
 
 
 def create_argparser():

@@ -4,9 +4,7 @@ The upsampler's flags are those of super_res_sample.py, with `upsampler_` before
 the folder `base` of --log_dir.
 """
 
-import torch as th
-
-from guided_diffusion import checkpoint_util, files, logger
+from guided_diffusion import files, logger
 from guided_diffusion.errors import InputError, check_at_least
 from guided_diffusion.guidance import route_labels
 from guided_diffusion.run_setup import (
@@ -50,15 +48,15 @@ BASE = {"small_size": "image_size", "in_channels": "in_channels", "num_classes":
 
 def main():
     args = set_up_sampling(create_argparser(), DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER)
-    check_upsampler(args, without_prefix(args, PIPELINE_UPSAMPLER))
+    upsampler = create_upsampler(args, without_prefix(args, PIPELINE_UPSAMPLER))
     job = job_of(args, DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER)
     base_samples = sample_base(args, {k: v for k, v in job.items() if not k.startswith(PIPELINE_UPSAMPLER.prefix)})
-    upsample(args, job, base_samples)
+    upsample(args, job, base_samples, *upsampler)
     logger.log("sampling complete")
 
 
-def check_upsampler(args, flags):
-    """Refuse an upsampler that cannot follow, before hours go into small images."""
+def create_upsampler(args, flags):
+    """The second stage's network and process. They come first: a mistake shows before hours go into small images."""
     check_at_least(1, upsampler_batch_size=flags.batch_size)
     misfits = [name for name in ("small_size", "in_channels") if getattr(flags, name) != getattr(args, BASE[name])]
     if flags.class_cond and flags.num_classes < args.num_classes:
@@ -66,9 +64,9 @@ def check_upsampler(args, flags):
     for name in misfits:
         mine, theirs = getattr(flags, name), getattr(args, BASE[name])
         raise InputError(f"--upsampler_{name} {mine} does not fit the small images' --{BASE[name]} {theirs}")
-    with th.device("meta"):  # names and shapes alone
-        model, _ = sr_create_model_and_diffusion(**args_to_dict(flags, sr_model_and_diffusion_defaults()))
-    checkpoint_util.read_weights(model, flags.path)
+    logger.log("creating upsampler...")
+    model, diffusion = sr_create_model_and_diffusion(**args_to_dict(flags, sr_model_and_diffusion_defaults()))
+    return prepare_network(model, flags.path, half_name(flags.use_fp16, flags.use_bf16)), diffusion
 
 
 def sample_base(args, job):
@@ -100,14 +98,10 @@ def sample_base(args, job):
     )
 
 
-def upsample(args, job, base_samples):
+def upsample(args, job, base_samples, model, diffusion):
     """The second stage, as super_res_sample.py."""
     flags = without_prefix(args, PIPELINE_UPSAMPLER)
     base = BaseSamples(base_samples, flags.small_size, flags.in_channels, flags.num_classes, flags.class_cond)
-    logger.log("creating upsampler...")
-    model, diffusion = sr_create_model_and_diffusion(**args_to_dict(flags, sr_model_and_diffusion_defaults()))
-    prepare_network(model, flags.path, half_name(flags.use_fp16, flags.use_bf16))
-
     logger.log("upsampling...")
     sampler = BatchSampler(
         diffusion,

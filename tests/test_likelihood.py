@@ -1,0 +1,241 @@
+"""The likelihood script: right where the entropy is a formula, each image once, on any ranks; its files and plot."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import LEARNED, GaussianData, as_rank, exact_model, process, quick_half_convolutions, refused
+from launch import flags, script
+from PIL import Image
+from sampling import MODEL, run_here, run_ranks, save_network
+from test_analytic_truth import gaussian_bpd
+
+from guided_diffusion import dist_util, likelihood_util, logger, sample_util, script_util
+from guided_diffusion.errors import InputError
+from guided_diffusion.likelihood_util import TERMS, bits_per_dim, mean_and_error
+
+pytestmark = pytest.mark.usefixtures("quiet", "cpu")
+DATA = GaussianData([0.0, 0.1, -0.1], [0.2, 0.15, 0.25])  # four standard deviations or more within the grey levels
+STEPS = 250
+
+
+def write_images(folder, count, size=8, data=DATA, seed=0):
+    """Images whose pixels are independent draws from the data, rounded to grey levels."""
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    mean, std = (v.flatten().numpy() for v in (data.mean, data.variance.sqrt()))
+    for i in range(count):
+        x = rng.normal(mean, std, (size, size, 3))
+        levels = np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
+        Image.fromarray(levels).save(folder / f"{i % 4}_{i:04d}.png")
+    return str(folder)
+
+
+def exactly(monkeypatch):
+    """Let scripts have the exact model of DATA, over STEPS timesteps, for whatever network their flags describe."""
+    diffusion = process(STEPS, var=LEARNED)
+    monkeypatch.setattr(
+        script_util, "create_model_and_diffusion", lambda **_: (exact_model(DATA, diffusion), diffusion)
+    )
+    monkeypatch.setattr(sample_util, "prepare_network", lambda model, *_: model)
+
+
+def read_result(folder):
+    with np.load(folder / "bpd.npz") as arrays:
+        result = dict(arrays)
+    log = (folder / "log.txt").read_text()
+    said = re.search(r"(\d+) images: ([\d.nan-]+) \+- ([\d.nan]+) bits/dim", log)
+    return result, int(said[1]), float(said[2]), float(said[3])
+
+
+def test_the_script_finds_the_entropy_to_within_its_standard_error(monkeypatch, tmp_path):
+    exactly(monkeypatch)
+    data_dir = write_images(tmp_path / "images", 120)
+    (tmp_path / "model.pt").write_bytes(b"")
+    run_here(monkeypatch, "image_nll", data_dir=data_dir, model_path=tmp_path / "model.pt", image_size=8, num_workers=0,
+             batch_size=50, num_samples=1000, clip_denoised=False, log_dir=tmp_path / "out")  # fmt: skip
+    result, count, mean, error = read_result(tmp_path / "out")
+    assert count == 120 == len(result["total_bpd"])
+    assert mean == pytest.approx(result["total_bpd"].mean(), abs=1e-4)
+    # The standard error of independent images, each of them the mean over 192 independent pixels
+    assert error == pytest.approx(result["total_bpd"].std(ddof=1) / math.sqrt(120), abs=1e-4)
+    # A pixel's -log2 p has a standard deviation of sqrt(1 / 2) nats; the noise of 250 timesteps adds to that.
+    assert math.sqrt(0.5) / math.log(2) / math.sqrt(120 * 192) < error < 0.02
+    # What is not Monte Carlo's is under half a hundredth: see test_analytic_truth.
+    assert abs(mean - gaussian_bpd(DATA)) < 4 * error + 0.005
+
+
+def test_the_terms_add_up_and_are_written(monkeypatch, tmp_path):
+    exactly(monkeypatch)
+    data_dir = write_images(tmp_path / "images", 5)
+    (tmp_path / "model.pt").write_bytes(b"")
+    run_here(monkeypatch, "image_nll", data_dir=data_dir, model_path=tmp_path / "model.pt", image_size=8, num_workers=0,
+             batch_size=2, clip_denoised=False, log_dir=tmp_path / "out")  # fmt: skip
+    result, *_ = read_result(tmp_path / "out")
+    assert result.keys() == {"total_bpd", "prior_bpd", *TERMS}
+    assert all(result[name].shape == (STEPS,) for name in TERMS)
+    total = result["vb"].sum() + result["prior_bpd"].mean()
+    assert total == pytest.approx(result["total_bpd"].mean(), rel=1e-6)
+    for name in TERMS:  # as the original wrote them
+        with np.load(tmp_path / "out" / f"{name}_terms.npz") as arrays:
+            assert (arrays["arr_0"] == result[name]).all()
+    # From the last timestep to the first: x_start is harder to tell from noise, eps is harder to tell from the data.
+    assert result["xstart_mse"][0] > 100 * result["xstart_mse"][-1] and result["mse"][-1] > 100 * result["mse"][0]
+    with Image.open(tmp_path / "out/terms.png") as plot:
+        plot.load()
+        assert plot.format == "PNG" and plot.width > 800
+        assert len(np.unique(np.asarray(plot.convert("L")))) > 20  # something is drawn
+
+
+# Each image once, whatever ranks and batches
+
+
+class Numbered:
+    """A dataset of images that are all of one level each."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def get(self, index, rng):
+        return np.full((3, 2, 2), index / 100, np.float32), {"y": np.array(index, np.int64)}
+
+
+class Tracing:
+    """In the place of a process: its terms are the images' numbers, and their noise."""
+
+    num_timesteps = 2
+
+    def calc_bpd_loop(self, model, x, clip_denoised, model_kwargs, randn_like):
+        number = x[:, 0, 0, 0] * 100
+        assert (model_kwargs["y"] == number.round().long()).all()
+        noise = randn_like(x).flatten(1)[:, 0]
+        terms = th.stack([number, noise], dim=1)
+        return {"total_bpd": number, "prior_bpd": noise, **{name: terms for name in TERMS}}
+
+
+def gather(monkeypatch, ranks, batch_size, count=None, seed=0, total=11):
+    """bits_per_dim on several ranks, one after the other, where what they exchange is put together afterwards."""
+    parts = []
+    for rank in range(ranks):
+        with monkeypatch.context() as patch:
+            as_rank(patch, rank, ranks)
+            patch.setattr(dist_util, "all_gather_uneven", lambda x: parts.append(x) or [x])
+            bits_per_dim(Tracing(), None, Numbered(total), batch_size, count=count, seed=seed) if rank < total else None
+    with monkeypatch.context() as patch:
+        as_rank(patch, 0, 1)
+        exchanged = iter([parts[0::2], parts[1::2]])
+        patch.setattr(dist_util, "all_gather_uneven", lambda x: next(exchanged))
+        return bits_per_dim(Tracing(), None, Numbered(total), batch_size, count=count, seed=seed)
+
+
+@pytest.mark.parametrize("ranks, batch_size", [(1, 3), (2, 1), (2, 4), (3, 8), (5, 2)])
+def test_each_image_counts_once(ranks, batch_size, monkeypatch):
+    one = bits_per_dim(Tracing(), None, Numbered(11), 11)
+    result = gather(monkeypatch, ranks, batch_size)
+    assert result["total_bpd"] == pytest.approx(np.arange(11), abs=1e-4)  # in the order of the images
+    assert (result["prior_bpd"] == one["prior_bpd"]).all()  # each with its own noise
+    assert result["mse"] == pytest.approx([5, one["prior_bpd"].mean()], abs=1e-5)
+
+
+def test_the_first_so_many_images(monkeypatch):
+    assert len(gather(monkeypatch, 3, 2, count=7)["total_bpd"]) == 7
+    assert len(gather(monkeypatch, 3, 2, count=99)["total_bpd"]) == 11
+    refused(lambda: bits_per_dim(Tracing(), None, Numbered(3), 1, count=0), "--num_samples 0")
+    refused(lambda: bits_per_dim(Tracing(), None, Numbered(3), 0), "--batch_size 0")
+
+
+def test_another_seed_is_other_noise():
+    first, second = (bits_per_dim(Tracing(), None, Numbered(11), 4, seed=seed) for seed in (0, 1))
+    assert (first["prior_bpd"] != second["prior_bpd"]).all()
+    assert (first["prior_bpd"] == bits_per_dim(Tracing(), None, Numbered(11), 3)["prior_bpd"]).all()
+
+
+def test_mean_and_error():
+    assert mean_and_error(np.array([1.0, 2, 3, 6])) == pytest.approx((3, math.sqrt(14 / 3 / 4)))
+    mean, error = mean_and_error(np.array([2.5]))
+    assert mean == 2.5 and math.isnan(error)
+
+
+# The script with a network
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    stage = tmp_path_factory.mktemp("nll")
+    images = write_images(stage / "images", 7)
+    path = save_network(str(stage / "model/model.pt"), MODEL, config={"classes": list("0123")})
+    return dict(data_dir=images, model_path=path, timestep_respacing=3, num_workers=0)
+
+
+def test_ranks_agree(stage, tmp_path):
+    found = []
+    for ranks, batch_size in ((1, 7), (2, 2), (3, 1)):
+        folder = tmp_path / str(ranks)
+        argv = [script("image_nll"), *flags(**stage, batch_size=batch_size, log_dir=folder)]
+        outcome = run_ranks(ranks, argv)[0].check()
+        assert outcome.output.count("bits/dim") == 1
+        found.append(read_result(folder))
+    for result, *said in found:
+        assert said == pytest.approx(found[0][1:], rel=1e-4) and said[0] == 7
+        for name in result:
+            assert result[name] == pytest.approx(found[0][0][name], rel=1e-4)
+
+
+def test_half_precision_is_converted(stage, monkeypatch, tmp_path):
+    totals = {}
+    with quick_half_convolutions(monkeypatch):
+        for half in ("", "fp16", "bf16"):
+            extra = {f"use_{half}": True} if half else {}
+            run_here(monkeypatch, "image_nll", **stage, **extra, batch_size=7, log_dir=tmp_path / f"h{half}")
+            totals[half] = read_result(tmp_path / f"h{half}")[0]["total_bpd"]
+    for half, most in (("fp16", 0.01), ("bf16", 0.1)):
+        difference = np.abs(totals[half] / totals[""] - 1)
+        assert 0 < difference.max() < most
+
+
+def test_images_are_neither_flipped_nor_cropped_at_random(stage, monkeypatch, tmp_path):
+    seen, wanted = [], []
+    bits = likelihood_util.bits_per_dim
+
+    def noting(diffusion, model, dataset, **options):
+        import random
+
+        seen.extend(dataset.get(i, random.Random(j))[0] for i in range(len(dataset)) for j in range(3))
+        return bits(diffusion, model, dataset, **options)
+
+    monkeypatch.setattr(likelihood_util, "bits_per_dim", noting)
+    run_here(monkeypatch, "image_nll", **stage, batch_size=7, log_dir=tmp_path)
+    for i in range(7):
+        with Image.open(f"{stage['data_dir']}/{i % 4}_{i:04d}.png") as image:
+            wanted.append(np.asarray(image).transpose(2, 0, 1) / 127.5 - 1)
+    order = sorted(range(7), key=lambda i: f"{i % 4}_{i:04d}")
+    assert all(np.allclose(x, wanted[order[k // 3]], atol=1e-6) for k, x in enumerate(seen)) and len(seen) == 21
+
+
+def test_bad_input(stage, monkeypatch, tmp_path):
+    for changes, words in [
+        (dict(data_dir=""), ["--data_dir is missing"]),
+        (dict(batch_size=0), ["--batch_size 0"]),
+        (dict(num_samples=0), ["--num_samples 0"]),
+        (dict(seed=-1), ["--seed -1"]),
+        (dict(num_heads=4), ["--num_heads 4", "config.json"]),
+        (dict(num_workers=-1), ["--num_workers -1"]),
+    ]:
+        refused(lambda c=changes: run_here(monkeypatch, "image_nll", **{**stage, **c}, log_dir=tmp_path), *words)
+
+
+def test_no_room_for_the_figures(tmp_path, monkeypatch):
+    logger.configure(str(tmp_path / "run"), format_strs=[])
+    result = {name: np.ones(3) for name in ("total_bpd", "prior_bpd", *TERMS)}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(InputError, match="No space left"):
+        likelihood_util.save_likelihood(result)
