@@ -15,10 +15,14 @@ from guided_diffusion.script_util import (
     create_classifier,
     create_model_and_diffusion,
     model_and_diffusion_defaults,
+    sr_create_model_and_diffusion,
+    sr_model_and_diffusion_defaults,
 )
 
 TRAIN = dict(batch_size=2, num_workers=0, total_steps=2)
 CONDITIONAL = dict(TINY, class_cond=True, num_classes=4)
+TINY_UPSAMPLER = dict(large_size=16, small_size=8, num_channels=32, num_res_blocks=1, num_heads=2,
+                      attention_resolutions="8", class_cond=True, num_classes=4)  # fmt: skip
 
 
 class Payload:
@@ -88,10 +92,30 @@ def stage(tmp_path_factory):
     (stage / "foreign_opt").mkdir()
     th.save(model.state_dict(), stage / "foreign_opt" / "model000001.pt")
     th.save(new_optimizer(new_model(**{**TINY, "num_channels": 64})), stage / "foreign_opt" / "opt000001.pt")
+    stage_sampling(stage, model)
     (stage / "foreign_ema").mkdir()
     th.save(model.state_dict(), stage / "foreign_ema" / "model000001.pt")
     th.save(new_model(**{**TINY, "num_channels": 64}).state_dict(), stage / "foreign_ema" / "ema_0.9999_000001.pt")
     return stage
+
+
+def stage_sampling(stage, model):
+    """Add what sampling takes beyond a model: small images, class tables, a folder in use, weights that are broken."""
+    upsampler = sr_create_model_and_diffusion(**{**sr_model_and_diffusion_defaults(), **TINY_UPSAMPLER})[0]
+    th.save(upsampler.state_dict(), stage / "upsampler.pt")
+    images, labels = np.zeros((3, 8, 8, 3), np.uint8), np.arange(3)
+    np.savez(stage / "small.npz", images, labels)
+    np.savez(stage / "unlabelled.npz", images)
+    np.savez(stage / "floats.npz", images / 255, labels)
+    np.savez(stage / "large.npz", np.zeros((3, 16, 16, 3), np.uint8), labels)
+    np.savez(stage / "outside.npz", images, labels + 2)
+    (stage / "table.csv").write_text("label,name\n0,ant\n1,bee\n2,cow\n3,dog\n")
+    (stage / "list.csv").write_text("ant\nbee\n")
+    (stage / "others" / "shards").mkdir(parents=True)
+    (stage / "others" / "shards" / "job.json").write_text(json.dumps({"seed": 7}))
+    (stage / "others" / "shards" / "000000000-000000002.npz").write_bytes(b"")
+    broken = {name: value * np.nan if name == "out.2.bias" else value for name, value in model.state_dict().items()}
+    th.save(broken, stage / "broken.pt")
 
 
 def train(data="{stage}/good", model=TINY, **extra):
@@ -112,6 +136,17 @@ def sample_guided(path="{stage}/conditional.pt", classifier="{stage}/classifier.
     options = {**CONDITIONAL, "num_classes": 10, "num_samples": 2, "batch_size": 2, "timestep_respacing": "2"}
     options.update({name: value for name, value in TINY_CLASSIFIER.items() if name not in options}, **extra)
     return [script("classifier_sample"), *flags(model_path=path, classifier_path=classifier, **options)]
+
+
+def upsample(base="{stage}/small.npz", **extra):
+    options = dict(TINY_UPSAMPLER, model_path="{stage}/upsampler.pt", num_samples=2, timestep_respacing=2, **extra)
+    return [script("super_res_sample"), *flags(base_samples=base, **options)]
+
+
+def pipeline(**extra):
+    upsampler = {f"upsampler_{name}": value for name, value in TINY_UPSAMPLER.items()}
+    options = {**upsampler, "upsampler_small_size": 16, "upsampler_path": "{stage}/upsampler.pt", **extra}
+    return [script("pipeline_sample"), *sample_guided(num_classes=4)[1:], *flags(**options)]
 
 
 # What is wrong: (the command, what its last line has to hold). {stage} stands for the stage's folder.
@@ -238,6 +273,60 @@ CASES = {
         train(resume_checkpoint="{stage}/foreign_ema/model000001.pt"),
         ["{stage}/foreign_ema/ema_0.9999_000001.pt"],
     ),
+    # Sampling
+    "unknown preset": (sample("", {}, preset="imagenet255"), ["--preset", "'imagenet255'", "imagenet256", "lsun_cat"]),
+    "a preset of another script's": (
+        sample("", {}, preset="64_256_upsampler"),
+        ["--preset 64_256_upsampler", "script"],
+    ),
+    "a preset without its file": (
+        [script("image_sample"), *flags(preset="imagenet64", models_dir="{stage}/good")],
+        ["--preset imagenet64", "{stage}/good/64x64_diffusion.pt", "--models_dir"],
+    ),
+    "a flag that contradicts the preset": (
+        sample("{stage}/model.pt", {"num_heads": 8}, preset="imagenet128"),
+        ["--num_heads 8", "--preset imagenet128", "num_heads 4"],
+    ),
+    "heads that contradict the record": (
+        sample("{stage}/described/model000001.pt", {"num_heads": 4}),
+        ["--num_heads 4", "{stage}/described/config.json", "num_heads 2"],
+    ),
+    "unknown class": (
+        sample("{stage}/conditional.pt", CONDITIONAL, classes="bee,whale", class_table="{stage}/table.csv"),
+        ["--classes bee,whale", "'whale'", "ant, bee"],
+    ),
+    "a table of classes without labels": (
+        sample("{stage}/conditional.pt", CONDITIONAL, classes="bee", class_table="{stage}/list.csv"),
+        ["--class_table", "{stage}/list.csv", "label", "name"],
+    ),
+    "classes of a model without": (sample(classes="1"), ["--classes 1", "not class-conditional"]),
+    "no steps": (sample(timestep_respacing="0"), ["--timestep_respacing 0", "no timestep"]),
+    "fewer steps than none": (sample(timestep_respacing="-5"), ["--timestep_respacing -5"]),
+    "no steps of DDIM": (sample(timestep_respacing="ddim0"), ["--timestep_respacing", "ddim0"]),
+    "a process without steps": (sample(diffusion_steps=0), ["--diffusion_steps 0"]),
+    "num_samples below 0": (sample(num_samples=-3), ["--num_samples -3"]),
+    "sampling with batch_size below 0": (sample(batch_size=-1), ["--batch_size -1"]),
+    "an interval backwards": (
+        sample_guided("{stage}/model.pt", class_cond=False, guidance_interval="0.8,0.2"),
+        ["--guidance_interval 0.8,0.2"],
+    ),
+    "a folder of another run's samples": (sample(log_dir="{stage}/others"), ["{stage}/others", "--seed 7", "not 0"]),
+    "a sample that is no number": (sample("{stage}/broken.pt"), ["sample 0 is not finite"]),
+    "no base samples": (upsample(""), ["--base_samples is missing"]),
+    "base samples that are not there": (upsample("{stage}/gone.npz"), ["--base_samples {stage}/gone.npz", "no such"]),
+    "base samples of another size": (
+        upsample("{stage}/large.npz"),
+        ["{stage}/large.npz", "3x16x16x3", "--small_size 8"],
+    ),
+    "base samples of another type": (upsample("{stage}/floats.npz"), ["{stage}/floats.npz", "float64", "uint8"]),
+    "base samples without labels": (upsample("{stage}/unlabelled.npz"), ["{stage}/unlabelled.npz", "no labels"]),
+    "base samples of other classes": (upsample("{stage}/outside.npz"), ["{stage}/outside.npz", "outside", "0..3"]),
+    "base samples that are no archive": (upsample("{stage}/text.pt"), ["{stage}/text.pt", "arr_0"]),
+    "an upsampler that does not fit": (
+        pipeline(upsampler_small_size=8),
+        ["--upsampler_small_size 8", "--image_size 16"],
+    ),
+    "upsampling with batch_size 0": (pipeline(upsampler_batch_size=0), ["--upsampler_batch_size 0"]),
     # Where to log
     "log_dir below a file": (train(log_dir="{stage}/model.pt/log"), ["--log_dir", "{stage}/model.pt/log"]),
 }

@@ -22,6 +22,7 @@ from sampling import (
     run_here,
     run_ranks,
     save_network,
+    shard_files,
 )
 
 from guided_diffusion import sample_util
@@ -185,7 +186,7 @@ def slow_parts(self):
         yield part
 
 def noting(self):
-    found = {e.name: [e.stat().st_ino, e.stat().st_mtime_ns] for e in os.scandir(self.shards) if "-" in e.name}
+    found = {e.name: [e.stat().st_ino, e.stat().st_mtime_ns] for e in os.scandir(self.shards) if e.name[-4:] == ".npz"}
     if found:
         with open(os.path.join(self.folder, "final.json"), "w") as f:
             json.dump(found, f)
@@ -195,11 +196,6 @@ SampleStore.parts, SampleStore.remove_shards = slow_parts, noting
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-def shard_files(folder):
-    """What tells the finished shards of a folder from others of the same names."""
-    return {e.name: [e.stat().st_ino, e.stat().st_mtime_ns] for e in os.scandir(folder) if "-" in e.name}
 
 
 def test_killed_jobs_end_as_if_they_had_not_been(networks, tmp_path):
