@@ -285,8 +285,7 @@ def sample_job(sampler, job, num_samples, batch_size, labels=None, rows_by_class
                     done += len(images)
             if mistakes := list(filter(None, dist_util.gather_objects(mistake))):
                 raise InputError(mistakes[0])
-            bar.n = done  # whole samples again
-            bar.refresh()
+            bar.update(done - bar.n)  # whole samples again
     return dist_util.from_rank_0(lambda: _finish(store, rows_by_class))
 
 
