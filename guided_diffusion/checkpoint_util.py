@@ -70,7 +70,7 @@ def resolve_resume_checkpoint(value):
 def _newest_complete(folder):
     names = set(files.list_dir(folder))
     for name in names:
-        if name.endswith(".tmp"):  # left by a process that was killed while it wrote
+        if re.fullmatch(r"(model|opt|state|ema_|config|progress).*\.\d+\.tmp", name):  # left by a kill within a write
             files.remove(files.join(folder, name))
     steps = {int(m.group(1)) for name in names if (m := re.fullmatch(r"(?:model|opt|state)(\d+)\.pt", name))}
     for step in sorted(steps, reverse=True):
@@ -80,6 +80,20 @@ def _newest_complete(folder):
             return files.join(folder, model_name(step))
         logger.warn(f"ignoring the half-written checkpoint of step {step}: there is no {missing[0]}")
     return ""
+
+
+def refuse_later_checkpoints(step):
+    """Refuse to train in a folder with checkpoints of later steps than `step`. Not a collective: rank 0 calls it.
+
+    They are of another run, and "auto" would take the newest of the mixture.
+    """
+    folder = get_blob_logdir()
+    found = [int(m.group(1)) for name in files.list_dir(folder) if (m := re.fullmatch(r"model(\d+)\.pt", name))]
+    if max(found, default=0) > step:
+        raise InputError(
+            f"--log_dir {folder} holds {model_name(max(found))}, of a run that got further than this one starts from: "
+            f"go on with --resume_checkpoint auto, or give another --log_dir, or move the later checkpoints away"
+        )
 
 
 def beside(checkpoint, name):

@@ -75,7 +75,7 @@ class ClassifierTrainLoop(TrainLoop):
         return loss.mean()
 
     def after_step(self):
-        if self.val_data is not None and self.step % self.eval_interval == 0:
+        if self.val_data is not None and self.steps_done % self.eval_interval == 0:
             self.evaluate()
 
     @th.no_grad()
@@ -102,7 +102,7 @@ NOISE_LEVELS = ("clean", "q0", "q1", "q2", "q3")  # without noise, and by quarti
 
 
 @th.no_grad()
-def accuracy_by_noise(model, diffusion, dataset, batch_size, num_workers=0):
+def accuracy_by_noise(model, diffusion, dataset, batch_size, num_workers=0, skip_bad_images=False):
     """A classifier's accuracy on every image of a data set, shared among the ranks; every rank must call it.
 
     Image i is seen clean and once in each quartile of the timesteps, with noise that is a function of i alone.
@@ -113,7 +113,7 @@ def accuracy_by_noise(model, diffusion, dataset, batch_size, num_workers=0):
     device, training = dist_util.dev(), model.training
     correct = th.zeros(1, 2, len(NOISE_LEVELS), dtype=th.float64)
     model.eval()
-    batches = each_once(dataset, batch_size, num_workers)
+    batches = each_once(dataset, batch_size, num_workers, skip_bad_images=skip_bad_images)
     for indices, batch, cond in logger.progress_bar(iterable=batches, desc="held-out images", unit="batch"):
         batch, y = batch.to(device), cond["y"].to(device)
         noise = SampleNoise(VALIDATION_SEED, indices, device)

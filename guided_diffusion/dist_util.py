@@ -4,6 +4,7 @@ Jobs start under mpiexec, torchrun, srun or plain python; the environment that t
 """
 
 import atexit
+import errno
 import os
 import pickle
 import sys
@@ -26,6 +27,7 @@ MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 SIZE_VARIABLES = ("WORLD_SIZE", *MPI_SIZE_VARIABLES, "SLURM_STEP_NUM_TASKS")
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 GRACE_S = 3.0  # how long a rank with bad input waits to learn whether all have it
 
 _comm = None  # MPI's communicator, under an MPI launcher
@@ -302,7 +304,11 @@ def _leave():
 def _end_all_ranks(kind, error, trace):
     """The hook for uncaught exceptions: say what happened, once where all ranks failed alike, and end every rank."""
     status = 130 if issubclass(kind, KeyboardInterrupt) else 1
+    error = _as_mistake(error)
+    kind = type(error)
     everywhere = issubclass(kind, (InputError, KeyboardInterrupt)) and _all_ranks_failed()
+    if kind is not InputError and isinstance(error, RuntimeError) and _another_said_why():
+        os._exit(status)
     if not everywhere or (get_rank() if dist.is_initialized() else launcher_rank()) == 0:
         if issubclass(kind, InputError):
             message = f"error: {error}"
@@ -326,6 +332,21 @@ def _end_all_ranks(kind, error, trace):
     if _comm is not None:
         _finalize_mpi(status)
     os._exit(status)
+
+
+def _as_mistake(error):
+    """What the system refuses (a full disk, a folder that is read-only) is told in one line, too."""
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_FULL):
+        return InputError(f"{error.filename or 'a file of this run'}: {error.strerror}")
+    return error
+
+
+def _another_said_why():
+    """Whether this rank's trouble is only that another one has ended for a user's mistake."""
+    try:
+        return get_world_size() > 1 and _store is not None and _store.add("failed", 0) > 0
+    except RuntimeError:
+        return False
 
 
 def _all_ranks_failed():

@@ -1,5 +1,7 @@
 """What the user got wrong, or the machine denies, said in one line."""
 
+import math
+
 
 class InputError(ValueError):
     """Bad input from a user: a flag, a file, or arguments that contradict each other.
@@ -21,7 +23,7 @@ def choose(what, name, known):
 
 
 def check_at_least(least, **flags):
-    """Refuse flags whose value is less than `least`."""
+    """Refuse flags whose value is less than `least`, or infinite."""
     for name, value in flags.items():
-        if not value >= least:
-            raise InputError(f"--{name} {value}: must be at least {least}")
+        if not least <= value < math.inf:
+            raise InputError(f"--{name} {value}: must be at least {least}{' and finite' if value == math.inf else ''}")

@@ -1,8 +1,12 @@
 """From image files to batches: decoding, crops, sharding over ranks."""
 
+import atexit
+import copy
 import math
 import random
+import signal
 import warnings
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -36,6 +40,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_workers = weakref.WeakSet()
+
 EXIF_KEYS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 
 
@@ -128,7 +134,7 @@ def image_dataset(data_dir, image_size, *, class_cond=False, random_crop=False, 
     return dataset, classes if class_cond else None
 
 
-def each_once(dataset, batch_size, num_workers=0, count=None):
+def each_once(dataset, batch_size, num_workers=0, count=None, skip_bad_images=False):
     """Go once through the images of a dataset that fall to this rank, which are every so manieth.
 
     :param count: of all images, take the first so many.
@@ -138,16 +144,55 @@ def each_once(dataset, batch_size, num_workers=0, count=None):
     mine = range(dist_util.get_rank(), min(len(dataset), count or len(dataset)), ranks)
     parts = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     loader = DataLoader(
-        _RunItems(dataset, 0, skip_bad=False),
+        _RunItems(dataset, 0, skip_bad_images),
         batch_sampler=[[(i, i) for i in part] for part in parts],
         num_workers=num_workers,
         collate_fn=_collate,
         generator=th.Generator(),
+        worker_init_fn=_leave_signals_to_the_rank,
     )
-    for part, (batch, _, _) in zip(parts, loader):
+    for part, (batch, _, _) in zip(parts, _started(loader)):
         if isinstance(batch, InputError):
             raise InputError(str(batch))
         yield part, *batch
+
+
+def fixed_images(dataset, count, skip_bad_images=False):
+    """`count` images spread over a dataset, without random crops and flips, and their labels: (tensor, dict)."""
+    dataset = copy.copy(dataset)
+    dataset.random_crop = dataset.random_flip = False
+    items = _RunItems(dataset, 0, skip_bad_images)
+    batch, _, _ = _collate([items[i * len(dataset) // count, 0] for i in range(count)])
+    if isinstance(batch, InputError):
+        raise batch
+    return batch
+
+
+def _leave_signals_to_the_rank(worker):
+    """What a terminal or a cluster sends to all processes at once must not end the workers before their rank.
+
+    So at its exit the rank must kill them: Python would ask with a SIGTERM, and wait.
+    """
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _started(loader):
+    """The loader's iterator; its worker processes will not outlive this one."""
+    batches = iter(loader)
+    if not _workers:
+        atexit.register(_kill_workers)
+    _workers.update(getattr(batches, "_workers", []))
+    return batches
+
+
+def _kill_workers():
+    alive = [worker for worker in _workers if worker.is_alive()]
+    if alive and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take this for an accident
+    for worker in alive:
+        worker.kill()
 
 
 class ImageStream:
@@ -193,8 +238,9 @@ class ImageStream:
                 collate_fn=_collate,
                 pin_memory=th.cuda.is_available(),
                 generator=th.Generator(),  # not the global one: others count on what that gives next
+                worker_init_fn=_leave_signals_to_the_rank,
             )
-            self._batches = iter(loader)
+            self._batches = _started(loader)
         batch, skipped, turned = next(self._batches)
         if isinstance(batch, InputError):
             raise InputError(str(batch))  # a new one: its traceback keeps the loader from being freed

@@ -10,6 +10,7 @@ import csv
 import datetime
 import io
 import json
+import math
 import os
 import sys
 import tempfile
@@ -86,12 +87,13 @@ class JSONOutputFormat(KVWriter):
 
     def __init__(self, filename):
         self.filename = filename
+        _cut_torn_line(filename)
         self.file = open(filename, "a")
 
     def rewind(self, step):
         self.file.close()
         with open(self.filename) as f:
-            lines = [line for line in f if _is_before(json.loads(line), step)]
+            lines = [line for line in f if _is_before(_parsed(line), step)]
         _rewrite(self.filename, lambda f: f.writelines(lines))
         self.file = open(self.filename, "a")
 
@@ -110,6 +112,7 @@ class CSVOutputFormat(KVWriter):
     def __init__(self, filename):
         self.filename = filename
         self.keys = []
+        _cut_torn_line(filename)
         if os.path.exists(filename):
             with open(filename, newline="") as f:
                 self.keys = next(csv.reader(f), [])
@@ -142,6 +145,24 @@ class CSVOutputFormat(KVWriter):
     def rewind(self, step):
         if self.keys:
             self._write_all([row for row in self._rows() if _is_before(dict(zip(self.keys, row)), step)])
+
+
+def _cut_torn_line(filename):
+    """Drop a last line without an end, which a full disk or a kill has left: the next row would run on from it."""
+    if os.path.exists(filename):
+        with open(filename, "rb+") as f:
+            text = f.read()
+            if not text.endswith(b"\n"):
+                f.truncate(text.rfind(b"\n") + 1)
+
+
+def _parsed(line):
+    """A row of JSON; a damaged one counts as later than all steps."""
+    try:
+        row = json.loads(line)
+        return row if isinstance(row, dict) else {"step": math.inf}
+    except ValueError:
+        return {"step": math.inf}
 
 
 def _is_before(row, step):

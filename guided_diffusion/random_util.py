@@ -1,5 +1,6 @@
 """Random numbers that belong to a sample or a training image, whichever rank and batch it falls into."""
 
+import inspect
 import random
 
 import numpy as np
@@ -72,8 +73,8 @@ class SeededRandomness:
 
     def timesteps(self, sampler, count, device):
         if self.drawn is None:  # of the global batch, the same on every rank
-            rng = np.random.default_rng([self.seed, 1, self.step])
-            self.drawn = [v[self.rank :: self.num_ranks] for v in sampler.sample(self.global_batch, device, rng=rng)]
+            drawn = _sample_timesteps(sampler, self.global_batch, device, [self.seed, 1, self.step])
+            self.drawn = [v[self.rank :: self.num_ranks] for v in drawn]
         part = slice(self.first, self.first + count)
         self.first += count
         return tuple(v[part] for v in self.drawn)
@@ -83,6 +84,18 @@ class SeededRandomness:
         positions = range(self.first_noise, self.first_noise + len(x))
         self.first_noise += len(x)
         return SampleNoise(self.seed, [start + j * self.num_ranks for j in positions], x.device).randn_like(x)
+
+
+def _sample_timesteps(sampler, count, device, key):
+    """Sample by a key. Others' samplers may draw from numpy's global generator, as the original's did."""
+    if "rng" in inspect.signature(sampler.sample).parameters:
+        return sampler.sample(count, device, rng=np.random.default_rng(key))
+    before = np.random.get_state()
+    np.random.seed(_mix(*key) % 2**32)
+    try:
+        return sampler.sample(count, device)
+    finally:
+        np.random.set_state(before)
 
 
 def training_randomness(seed):

@@ -65,7 +65,11 @@ class LossAwareSampler(ScheduleSampler):
         :param local_losses: their losses [N].
         """
         pairs = th.stack([local_ts.double(), local_losses.detach().double()], dim=1)
-        ts, losses = th.cat(dist_util.all_gather_uneven(pairs)).T.tolist()
+        by_rank = dist_util.all_gather_uneven(pairs)
+        if len({len(p) for p in by_rank}) == 1:  # in the order of positions in the global batch, whatever the ranks
+            by_rank = th.stack(by_rank, dim=1).unbind()
+        pairs = th.cat(tuple(by_rank))
+        ts, losses = pairs[pairs[:, 1].isfinite()].T.tolist()  # a bad step must not spoil the steps to come
         self.update_with_all_losses([int(t) for t in ts], losses)
 
     @abstractmethod
@@ -96,6 +100,7 @@ class LossSecondMomentResampler(LossAwareSampler):
     def load_state_dict(self, state_dict):
         self._loss_history = state_dict["history"].numpy().copy()
         self._loss_counts = state_dict["counts"].numpy().copy()
+        self._loss_counts[~np.isfinite(self._loss_history).all(axis=1)] = 0
 
     def weights(self):
         if (self._loss_counts < self.history_per_term).any():

@@ -14,6 +14,7 @@ from .presets import presets_for
 from .random_util import seed_everything
 from .script_util import (
     DIFFUSION_FLAGS,
+    RUNTIME_FLAGS,
     classifier_defaults,
     given_flags,
     identity_flags,
@@ -67,18 +68,27 @@ def set_up_training(parser, network_flags):
     """
     args = parser.parse_args()
     dist_util.setup_dist()
+    if args.resume_checkpoint == "auto" and not (args.log_dir or os.environ.get("OPENAI_LOGDIR")):
+        raise InputError("--resume_checkpoint auto looks in --log_dir, which is missing: give it")
     logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
+    files.make_dirs(checkpoint_util.get_blob_logdir())
     seed_everything(args.seed)
     args.resume_checkpoint = checkpoint_util.resolve_resume_checkpoint(args.resume_checkpoint)
     record = {"flags": dict(vars(args)), "classes": None}
+    goes_on = not args.resume_checkpoint or checkpoint_util.is_of_this_run(args.resume_checkpoint)
     if args.resume_checkpoint:
-        names = identity_flags(network_flags)
-        checkpoint_util.adopt_config(args, given_flags(parser), "resume_checkpoint", names)
-        record["flags"] = dict(vars(args))
+        given = given_flags(parser)
+        checkpoint_util.adopt_config(args, dict(given), "resume_checkpoint", identity_flags(network_flags))
         config = checkpoint_util.read_config(args.resume_checkpoint) or {}
+        for name in RUNTIME_FLAGS & network_flags.keys() & config.get("flags", {}).keys() - given.keys():
+            setattr(args, name, config["flags"][name])  # by hand, these may change from run to run
+        record["flags"] = dict(vars(args))
         _keep_global_batch(args, config)
-        if checkpoint_util.is_of_this_run(args.resume_checkpoint):
-            record["classes"] = config.get("classes")
+        record["classes" if goes_on else "former_classes"] = config.get("classes")
+    if goes_on:
+        step = checkpoint_util.parse_resume_step_from_filename(args.resume_checkpoint)
+        dist_util.from_rank_0(lambda: checkpoint_util.refuse_later_checkpoints(step))
+        logger.get_current().rewind(step)
     record["global_batch"] = args.batch_size * dist_util.get_world_size()
     return args, record
 
@@ -107,6 +117,10 @@ def record_run(record, kind, classes):
     :param kind: "diffusion", "upsampler" or "classifier".
     :param classes: the names of the classes in the order of their labels, or None.
     """
+    record = dict(record)
+    former = record.pop("former_classes", None)
+    if classes and former and classes != former:
+        logger.warn("the classes are numbered by this run's data, and not as in the run that it resumes from")
     checkpoint_util.write_config(**{**record, "classes": classes}, kind=kind)
     if classes:
         named = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:10]))

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 
 import torch as th
@@ -99,9 +100,8 @@ class TrainLoop:
     ):
         check_at_least(1, batch_size=batch_size, log_interval=log_interval, save_interval=save_interval)
         check_at_least(0, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, warmup_steps=warmup_steps)
-        check_at_least(
-            0, max_bad_steps=max_bad_steps, keep_checkpoints=keep_checkpoints, sample_interval=sample_interval
-        )
+        check_at_least(0, max_bad_steps=max_bad_steps, keep_checkpoints=keep_checkpoints)
+        check_at_least(0, sample_interval=sample_interval, lr_anneal_steps=lr_anneal_steps, total_steps=total_steps)
         if logger.get_dir() is None:
             logger.configure()
         self.model = model
@@ -184,7 +184,7 @@ class TrainLoop:
             for p, state in self.opt.state.items():
                 if state["exp_avg"].shape != p.shape:
                     raise ValueError(f"of shape {tuple(state['exp_avg'].shape)} where a parameter has {tuple(p.shape)}")
-        except (ValueError, KeyError, TypeError, RuntimeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
             raise InputError(f"{path}: the optimiser's state of another run ({e})") from None
 
     def _load_ema(self, rate):
@@ -206,6 +206,18 @@ class TrainLoop:
         if path is None:
             return
         state = dist_util.load_state_dict(path, map_location="cpu")
+        try:
+            self._take_up(state)
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            if isinstance(e, InputError):
+                raise
+            raise InputError(
+                f"{path}: not the state of a training run, or damaged: remove it to go on without"
+            ) from None
+        if checkpoint_util.is_of_this_run(path):
+            logger.get_current().rewind(self.resume_step)
+
+    def _take_up(self, state):
         self.mp_trainer.lg_loss_scale = state["lg_loss_scale"]
         for name, owner in self._owners_of_state().items():
             if state.get(name) and hasattr(owner, "load_state_dict"):
@@ -213,9 +225,7 @@ class TrainLoop:
         if len(state["generators"]) == dist_util.get_world_size():
             restore_generators(state["generators"][dist_util.get_rank()])
         else:
-            logger.warn(f"{path} is of a run on {len(state['generators'])} ranks: random generators start afresh")
-        if checkpoint_util.is_of_this_run(path):
-            logger.get_current().rewind(self.resume_step)
+            logger.warn(f"the run to resume had {len(state['generators'])} ranks: random generators start afresh")
         if dist_util.get_rank() == 0:
             values, counts = state["metrics"]
             logger.get_current().name2val.update(values)
@@ -243,6 +253,7 @@ class TrainLoop:
         if self.total_steps is None:
             logger.log("this run has no end: stop it by hand, or give --total_steps or --lr_anneal_steps")
         saved = None
+        self.pace = Pace()
         with (
             self._heeding_signals(),
             progress_bar(total=self.total_steps, initial=self.steps_done, desc="training", unit="step") as bar,
@@ -256,23 +267,32 @@ class TrainLoop:
                     self._dump_log()
                 self.step += 1
                 bar.update()
-                if self.steps_done % self.save_interval == 0:
+                if self.steps_done % self.save_interval == 0 and self._is_sound():
                     self.save()
                     saved = self.steps_done
                     if os.environ.get("DIFFUSION_TRAINING_TEST"):  # integration tests end after the first save
                         return
-                if self.sample_interval and self.steps_done % self.sample_interval == 0:
-                    self.write_preview()
                 if dist_util.any_rank(self._stop_signal is not None):
                     logger.log(f"stopping after step {self.steps_done}, as a signal asked")
                     break
-        if saved != self.steps_done and self.step > 0:
-            self.save()
+                if self.sample_interval and self.steps_done % self.sample_interval == 0:
+                    self.write_preview()
+            if saved != self.steps_done and self.step > 0:
+                self.save()
+
+    def _is_sound(self):
+        """Whether the last step was good: a checkpoint in the midst of trouble is none to rely on."""
+        if self.bad_steps:
+            logger.log(f"not saving step {self.steps_done}: the last {self.bad_steps} steps were skipped")
+        return not self.bad_steps
 
     def _dump_log(self):
         left = None if self.total_steps is None else self.total_steps - self.steps_done - 1
         logger.logkvs(self.pace.metrics(self.global_batch, left))
-        logger.logkvs(getattr(self.data, "counts", dict)())
+        counts = Counter()
+        for of_rank in dist_util.gather_objects(getattr(self.data, "counts", dict)()):
+            counts.update(of_rank)
+        logger.logkvs(counts)
         logger.dumpkvs()
 
     @contextmanager
@@ -395,7 +415,8 @@ class TrainLoop:
     def save(self):
         """Write the checkpoint files from rank 0, each whole or not at all, the model's last. Every rank must call."""
         start, state = time.time(), self._state()
-        self.last_checkpoint = dist_util.from_rank_0(lambda: self._write_checkpoint(state))
+        path = dist_util.from_rank_0(lambda: self._write_checkpoint(state))
+        self.last_checkpoint = self.last_checkpoint if self.bad_steps else path
         logger.log(f"saved step {self.steps_done} to {get_blob_logdir()} in {time.time() - start:.1f} s")
 
     def _write_checkpoint(self, state):
@@ -412,7 +433,8 @@ class TrainLoop:
             (checkpoint_util.model_name(self.steps_done), trained),
         ]
         path = checkpoint_util.save_set(files, last_good=self.last_checkpoint)
-        checkpoint_util.prune(self.steps_done, self.keep_checkpoints)
+        if not self.bad_steps:
+            checkpoint_util.prune(self.steps_done, self.keep_checkpoints)
         return path
 
     # Watching

@@ -1,10 +1,10 @@
 """Training the upsampler: hooks of the common training loop."""
 
-import torch as th
 import torch.nn.functional as F
 
 from . import dist_util
 from .errors import InputError
+from .image_datasets import fixed_images
 from .train_util import TrainLoop
 
 
@@ -35,13 +35,10 @@ def check_sizes(large_size, small_size):
         raise InputError(f"--small_size {small_size} must be from 1 to --large_size {large_size}")
 
 
-def fixed_conditions(dataset, small_size, count, class_cond=False):
-    """What to show previews of an upsampler: `count` images spread over a data set, shrunk, and their labels.
+def fixed_conditions(dataset, small_size, count, skip_bad_images=False):
+    """What to show previews of an upsampler: `count` images spread over a data set, shrunk, and their labels if any.
 
-    :param dataset: an ImageDataset without random crops.
+    :param dataset: an ImageDataset.
     """
-    items = [dataset[i * len(dataset) // count] for i in range(count)]
-    conditions = {"low_res": shrink(th.stack([th.as_tensor(image) for image, _ in items]), small_size)}
-    if class_cond:
-        conditions["y"] = th.tensor([int(labels["y"]) for _, labels in items])
-    return conditions
+    images, labels = fixed_images(dataset, count, skip_bad_images)
+    return {"low_res": shrink(images, small_size), **labels}

@@ -59,7 +59,8 @@ def main():
     loop.run_loop()
     if val_data is not None and loop.steps_done >= args.iterations:
         images = load_data(**held_out, deterministic=True).dataset
-        logger.log(accuracy_table(accuracy_by_noise(model, diffusion, images, args.batch_size, args.num_workers)))
+        options = args_to_dict(args, ["batch_size", "num_workers", "skip_bad_images"])
+        logger.log(accuracy_table(accuracy_by_noise(model, diffusion, images, **options)))
 
 
 def create_argparser():

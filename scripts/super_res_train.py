@@ -36,7 +36,7 @@ def main():
     )
     preview = None
     if args.sample_interval:
-        conditions = fixed_conditions(data.dataset, args.small_size, 16, args.class_cond)
+        conditions = fixed_conditions(data.dataset, args.small_size, 16, args.skip_bad_images)
         preview = Preview(diffusion, (args.in_channels, args.large_size, args.large_size), conditions=conditions)
 
     loop = UpsamplerTrainLoop(

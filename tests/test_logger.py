@@ -181,6 +181,19 @@ def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
     assert [(e.step, round(e.value, 3)) for e in events.Scalars("loss")] == [(10, 0.5), (20, 0.3), (30, 0.2)]
 
 
+def test_torn_lines_are_dropped(tmp_path):
+    """A full disk cuts a row short: the next must not run on from it, and a rewind must not trip over it."""
+    (tmp_path / "progress.json").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    (tmp_path / "progress.csv").write_text("loss,step\n0.5,1\n0.2")
+    logger.configure(str(tmp_path), format_strs=["csv", "json"])
+    logger.get_current().rewind(2)
+    logger.logkvs({"step": 2, "loss": 0.25})
+    logger.dumpkvs()
+    logger.reset()
+    assert [row["step"] for row in read_json(tmp_path / "progress.json")] == [1, 2]
+    assert (tmp_path / "progress.csv").read_text().splitlines() == ["loss,step", "0.5,1", "0.25,2"]
+
+
 def test_a_run_that_goes_on_appends(tmp_path):
     for part in (1, 2):
         logger.configure(str(tmp_path), format_strs=["log", "csv", "json"])

@@ -1,5 +1,6 @@
 """Runs that repeat, and runs that are killed and go on: with a seed, on other ranks, after signals and SIGKILL."""
 
+import json
 import os
 import random
 import shutil
@@ -135,9 +136,9 @@ def start(command, ranks):
     return subprocess.Popen(command, env=clean_environment(), start_new_session=True, **out)
 
 
-def ranks_of(folder):
-    """The process numbers of the ranks that train in a folder; from /proc, since ps may be missing."""
-    found = []
+def processes_of(folder):
+    """The process numbers of what trains in a folder, and their parents' {pid: parent}; ps may be missing."""
+    found = {}
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/cmdline") as f:
@@ -145,8 +146,15 @@ def ranks_of(folder):
         except OSError:  # it has ended meanwhile
             continue
         if argv[0] == sys.executable and folder in argv:
-            found.append(int(pid))
-    return sorted(found)
+            with open(f"/proc/{pid}/stat") as f:
+                found[int(pid)] = int(f.read().rsplit(")", 1)[1].split()[1])
+    return found
+
+
+def ranks_of(folder):
+    """The process numbers of the ranks; their workers are their children, with the same command line."""
+    found = processes_of(folder)
+    return sorted(pid for pid, parent in found.items() if parent not in found)
 
 
 def same(a, b):
@@ -194,14 +202,19 @@ def test_killed_runs_end_as_if_they_had_not_been(seed, sampler, digits, tmp_path
     check_same_end(folder, reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_ends_well(number, digits, tmp_path):
+@pytest.mark.parametrize("number, to_all", [(signal.SIGTERM, False), (signal.SIGUSR1, False), (signal.SIGTERM, True)])
+def test_a_signal_saves_and_ends_well(number, to_all, digits, tmp_path):
+    """A cluster may tell one rank, or everything that runs: the workers that read images, too."""
     folder = str(tmp_path)
-    process = start(train_command(digits, folder, batch_size=4, total_steps=100000, save_interval=100000), ranks=2)
+    options = dict(batch_size=4, total_steps=100000, save_interval=100000, num_workers=1)
+    process = start(train_command(digits, folder, **options), ranks=2)
     for line in process.stdout:
         if line.startswith("| step "):
             break
-    os.kill(ranks_of(folder)[-1], number)  # one rank alone: all must stop at the same step
+    told = list(processes_of(folder)) if to_all else ranks_of(folder)[-1:]
+    assert len(told) == (4 if to_all else 1)
+    for pid in told:
+        os.kill(pid, number)
     output = process.communicate(timeout=30)[0]
     assert process.returncode == 0, output
     saved = [name for name in os.listdir(folder) if name.startswith("model")]
@@ -213,9 +226,46 @@ def test_half_written_checkpoints_are_passed_over(digits, tmp_path):
     run(train_command(digits, folder, batch_size=4, total_steps=2)).check()
     (tmp_path / "opt000008.pt").write_bytes(b"")
     (tmp_path / "model000009.pt.123.tmp").write_bytes(b"")
+    (tmp_path / "notes.tmp").write_text("a user's own")
     done = run(train_command(digits, folder, batch_size=4, total_steps=3, resume_checkpoint="auto")).check()
     assert "ignoring the half-written checkpoint of step 8" in done.output
     assert "model000003.pt" in os.listdir(folder) and "model000009.pt.123.tmp" not in os.listdir(folder)
+    assert "notes.tmp" in os.listdir(folder)
+
+
+def test_runs_do_not_mix_in_a_folder(digits, tmp_path):
+    """Started anew, or from an early checkpoint, a run would leave "auto" a mixture to choose from."""
+    folder, options = str(tmp_path / "run"), dict(batch_size=4, num_workers=0, save_interval=2)
+    run(train_command(digits, folder, **options, total_steps=4)).check()
+    early = os.path.join(folder, "model000002.pt")
+    for extra in (dict(noise_schedule="cosine"), dict(resume_checkpoint=early)):
+        done = run(train_command(digits, folder, **options, total_steps=3, **extra))
+        assert done.returncode == 1 and "Traceback" not in done.output
+        assert "holds model000004.pt" in done.output and "--resume_checkpoint auto" in done.output
+    other = str(tmp_path / "other")
+    run(train_command(digits, other, **options, total_steps=3, resume_checkpoint=early)).check()
+    options.pop("num_workers")
+    done = run(train_command(digits, "", **options, total_steps=3, resume_checkpoint="auto"))
+    assert done.returncode == 1 and "error: --resume_checkpoint auto looks in --log_dir" in done.output
+
+
+def test_a_run_that_was_killed_before_its_first_save_starts_its_records_anew(digits, tmp_path):
+    folder = str(tmp_path)
+    (tmp_path / "progress.csv").write_text("step,loss\n0,1.0\n1,0.9\n2,0.")
+    run(train_command(digits, folder, batch_size=4, total_steps=2, resume_checkpoint="auto")).check()
+    lines = [line.split(",") for line in (tmp_path / "progress.csv").read_text().splitlines()]
+    assert [line[lines[0].index("step")] for line in lines[1:]] == ["0", "1"]
+
+
+def test_a_resumed_run_keeps_flags_that_were_not_given(digits, tmp_path):
+    folder = str(tmp_path)
+    first = dict(dropout=0.3, rescale_learned_sigmas=True, use_bf16=True)
+    run(train_command(digits, folder, batch_size=4, total_steps=1, **first)).check()
+    again = train_command(digits, folder, batch_size=4, total_steps=2, resume_checkpoint="auto", use_bf16=False)
+    run(again).check()
+    with open(os.path.join(folder, "config.json")) as f:
+        recorded = json.load(f)["flags"]
+    assert (recorded["dropout"], recorded["rescale_learned_sigmas"], recorded["use_bf16"]) == (0.3, True, False)
 
 
 # Runs that go on on other ranks

@@ -212,7 +212,7 @@ def test_progress_says_samples_pace_time_left_and_steps(tmp_path, capsys, monkey
         patch.setattr(sample_util, "progress_bar", lambda **options: tqdm(mininterval=0, miniters=0, **options))
         known_job(tmp_path / "a", 10, 4)
     lines = progress_lines(capsys)
-    pattern = r"sampling: +(\d+)%\|.*\| (\d+)/10 \[\d\d:\d\d<(\d\d:\d\d|\?), .*(sample/s|s/sample)(, step (\d)/3)?\]$"
+    pattern = r"sampling: +(\d+)%\|.*\| (\d+)/10 \[\d\d:\d\d<(\d\d:\d\d|\?), .*(sample/s|s/sample)(, step (\d)/3)?\] *$"
     shown = [re.search(pattern, line) for line in lines]
     assert all(shown) and [int(match[2]) for match in shown] == sorted(int(match[2]) for match in shown)
     assert {0, 4, 8, 10} <= {int(match[2]) for match in shown}
