@@ -308,7 +308,7 @@ def test_big_arrays_are_read_by_the_row(compressed, tmp_path):
 
 def test_damage_to_an_archive_shows_at_once(tmp_path):
     for compressed in (False, True):
-        path = write_npz(tmp_path / "a.npz", compressed, arr_0=pictures(range(50)))
+        path = write_npz(tmp_path / "a.npz", compressed, arr_0=pictures(range(50), (32, 32, 3)))
         content = bytearray(open(path, "rb").read())
         content[len(content) // 2] ^= 1
         open(path, "wb").write(content)
