@@ -71,7 +71,7 @@ def test_guidance_may_be_limited_to_an_interval(use_ddim, networks, seen, monkey
     options = dict(networks, timestep_respacing=10, use_ddim=use_ddim)
     steps = sorted(space_timesteps(1000, "10"), reverse=True)  # 999, 888, ... 0
     images = {}
-    for interval in ("", "0,1", "0.2,0.8", "0.888,0.9", "0.95,0.96"):
+    for interval in ("", "0,1", "0.2,0.8", "0.95,0.96"):
         del seen[:]
         images[interval] = sample(monkeypatch, tmp_path / f"i{interval}", **options, guidance_interval=interval)[
             "arr_0"
@@ -109,7 +109,11 @@ def test_intervals_that_cannot_be(interval):
         refused(lambda s=scale: guide(lambda x, t: x, diffusion, s, interval), "--guidance_interval")
 
 
-HALVES = [(None, None), ("fp16", None), (None, "fp16"), ("fp16", "bf16"), ("bf16", None), (None, "bf16")]
+# The precisions of the two networks, for conditional models and for others
+HALVES = {
+    True: [(None, None), ("fp16", None), (None, "fp16"), ("bf16", "bf16")],
+    False: [(None, None), ("bf16", None), (None, "bf16"), ("fp16", "fp16")],
+}
 
 
 @pytest.mark.parametrize("use_ddim, class_cond", itertools.product([False, True], [False, True]))
@@ -123,7 +127,7 @@ def test_either_network_in_half_precision(use_ddim, class_cond, networks, monkey
     unguided = sample(monkeypatch, tmp_path / "unguided", **{**options, "classifier_scale": 0})["arr_0"].astype(int)
     found = {}
     with quick_half_convolutions(monkeypatch):
-        for halves in HALVES:
+        for halves in HALVES[class_cond]:
             chosen = {f"{p}use_{h}": True for p, h in zip(("", "classifier_"), halves) if h}
             arrays = sample(monkeypatch, tmp_path / str(halves), **options, **chosen)
             assert arrays["arr_1"].tolist() == [3, 0, 3, 0]
