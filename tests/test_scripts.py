@@ -205,8 +205,8 @@ def test_a_run_that_fails_leaves_the_record_alone(trained, digits):
     path = os.path.join(trained, "config.json")
     with open(path, "rb") as f:
         before = f.read()
-    argv = [script("image_train"), *flags(data_dir=digits, log_dir=trained, schedule_sampler="foo", diffusion_steps=50)]
-    done = run(argv)
+    options = dict(data_dir=digits, log_dir=trained, resume_checkpoint="auto", schedule_sampler="foo", num_workers=0)
+    done = run([script("image_train"), *flags(**options)])
     assert done.returncode != 0 and "--schedule_sampler" in done.output
     with open(path, "rb") as f:
         assert f.read() == before
