@@ -185,21 +185,19 @@ def sync_params(params):
 
 @th.no_grad()
 def average_gradients(params):
-    """Replace every gradient by its mean over the ranks, in one all-reduce a dtype.
+    """Replace every gradient by its mean over the ranks, in one all-reduce, in float32 whatever their dtypes.
 
     A trainable parameter without a gradient counts as one of zeros: a rank may have skipped what another used.
     """
     if get_world_size() == 1:
         return
-    by_dtype = {}
+    params = [p for p in params if p.requires_grad]
     for p in params:
-        if not p.requires_grad:
-            continue
         if p.grad is None:
             p.grad = th.zeros_like(p)
-        by_dtype.setdefault(p.dtype, []).append(p.grad)
-    for grads in by_dtype.values():
-        flat = th.cat([g.reshape(-1) for g in grads])
+    grads = [p.grad for p in params]
+    if grads:
+        flat = th.cat([g.reshape(-1).float() for g in grads])
         dist.all_reduce(flat)
         flat /= get_world_size()
         th._foreach_copy_(grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads)])
