@@ -323,7 +323,7 @@ class _RunItems(Dataset):
                 return item, skipped, self._turned() - turned
             except InputError as e:
                 skipped.append(str(e))
-        advice = "nor can any other" if self.skip_bad else "repair or remove it (training can skip it: --skip_bad_images True)"
+        advice = "nor can any other" if self.skip_bad else "repair or remove it; training has --skip_bad_images True"
         return InputError(f"{skipped[0]}: {advice}"), [], 0
 
     def _turned(self):
