@@ -8,8 +8,8 @@ from . import dist_util, logger
 from .errors import check_at_least
 from .image_datasets import each_once
 from .random_util import SampleNoise, SeededRandomness
-from .run_setup import common_training_flags
 from .train_util import TrainLoop
+from .training_setup import common_training_flags
 
 VALIDATION_SEED = 1 << 40  # of validation's own random numbers: more than people give
 

@@ -26,17 +26,19 @@ def sampling_flags():
     """The flags that all sampling scripts share, with their defaults."""
     return dict(
         clip_denoised=True,
-        num_samples=10000,
-        batch_size=16,
         use_ddim=False,
         model_path="",
         preset="",
         models_dir="models",
         log_dir="",
         seed=0,
-        save_images="",
-        progress_grid=False,
+        **output_flags(),
     )
+
+
+def output_flags():
+    """The flags that sample_job takes as they are, with their defaults."""
+    return dict(num_samples=10000, batch_size=16, save_images="", progress_grid=False)
 
 
 def class_flags():
@@ -63,21 +65,18 @@ def guide(classifier, diffusion, classifier_scale, guidance_interval=""):
     return limit_guidance(cond_fn, *ends, 1000 if diffusion.rescale_timesteps else diffusion.original_num_steps)
 
 
-def prepare_network(model, path, half=None):
+def prepare_network(model, path, use_fp16=False, use_bf16=False):
     """Load weights into a network and make it ready to sample with on this rank's device.
 
-    :param half: "fp16" or "bf16" for a torso of reduced precision.
+    :param use_fp16, use_bf16: reduce the torso's precision.
     """
     checkpoint_util.load_weights(model, path)
     model.to(dist_util.dev()).eval().requires_grad_(False)
-    if half:
-        getattr(model, f"convert_to_{half}")()
+    if use_fp16:
+        model.convert_to_fp16()
+    elif use_bf16:
+        model.convert_to_bf16()
     return model
-
-
-def half_name(use_fp16, use_bf16):
-    """The name of the precision that a pair of flags chooses, or None for float32."""
-    return "fp16" if use_fp16 else "bf16" if use_bf16 else None
 
 
 def choose_labels(classes, num_samples, num_classes, seed, names=None):

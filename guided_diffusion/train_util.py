@@ -203,6 +203,8 @@ class TrainLoop:
         if not self.resume_checkpoint:
             return
         path = checkpoint_util.beside(self.resume_checkpoint, checkpoint_util.state_name(self.resume_step))
+        if checkpoint_util.is_of_this_run(self.resume_checkpoint):
+            logger.get_current().rewind(self.resume_step)
         if path is None:
             return
         state = dist_util.load_state_dict(path, map_location="cpu")
@@ -214,8 +216,6 @@ class TrainLoop:
             raise InputError(
                 f"{path}: not the state of a training run, or damaged: remove it to go on without"
             ) from None
-        if checkpoint_util.is_of_this_run(path):
-            logger.get_current().rewind(self.resume_step)
 
     def _take_up(self, state):
         self.mp_trainer.lg_loss_scale = state["lg_loss_scale"]

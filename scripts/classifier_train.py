@@ -7,9 +7,8 @@ from guided_diffusion.classifier_util import (
     accuracy_table,
     classifier_training_flags,
 )
-from guided_diffusion.image_datasets import data_flags, load_data
+from guided_diffusion.image_datasets import data_flags
 from guided_diffusion.resample import create_named_schedule_sampler
-from guided_diffusion.run_setup import record_run, set_up_training
 from guided_diffusion.script_util import (
     FlagParser,
     add_dict_to_argparser,
@@ -17,6 +16,7 @@ from guided_diffusion.script_util import (
     classifier_and_diffusion_defaults,
     create_classifier_and_diffusion,
 )
+from guided_diffusion.training_setup import record_run, set_up_training, training_data
 
 
 def main():
@@ -27,21 +27,11 @@ def main():
     model.to(dist_util.dev())
 
     logger.log("creating data loader...")
-    options = dict(
-        batch_size=args.batch_size,
-        image_size=args.image_size,
-        class_cond=True,
-        num_classes=args.num_classes,
-        channels=args.in_channels,
-        seed=args.seed,
-        **args_to_dict(args, data_flags()),
-    )
-    data = load_data(**options, classes=record["classes"], random_crop=args.random_crop)
+    data = training_data(args, record, args.image_size, class_cond=True, random_crop=args.random_crop)
+    held_out = dict(data_dir=args.val_data_dir, labels=args.val_labels or args.labels, classes=data.classes)
     val_data = None
     if args.val_data_dir:
-        labels = args.val_labels or args.labels
-        held_out = {**options, "data_dir": args.val_data_dir, "labels": labels, "classes": data.classes}
-        val_data = load_data(**held_out)
+        val_data = training_data(args, record, args.image_size, class_cond=True, **held_out)
 
     loop = ClassifierTrainLoop(
         model=model,
@@ -58,7 +48,7 @@ def main():
     logger.log("training...")
     loop.run_loop()
     if val_data is not None and loop.steps_done >= args.iterations:
-        images = load_data(**held_out, deterministic=True).dataset
+        images = training_data(args, record, args.image_size, class_cond=True, **held_out, deterministic=True).dataset
         options = args_to_dict(args, ["batch_size", "num_workers", "skip_bad_images"])
         logger.log(accuracy_table(accuracy_by_noise(model, diffusion, images, **options)))
 

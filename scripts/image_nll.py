@@ -4,23 +4,18 @@ from guided_diffusion import dist_util, logger
 from guided_diffusion.guidance import route_labels
 from guided_diffusion.image_datasets import image_dataset
 from guided_diffusion.likelihood_util import bits_per_dim, mean_and_error, save_likelihood
-from guided_diffusion.run_setup import DIFFUSION, class_names_of, set_up_sampling
-from guided_diffusion.sample_util import half_name, prepare_network
+from guided_diffusion.sampling_setup import DIFFUSION, class_names_of, load_diffusion, set_up_sampling
 from guided_diffusion.script_util import (
     FlagParser,
     add_dict_to_argparser,
     args_to_dict,
-    create_model_and_diffusion,
     model_and_diffusion_defaults,
 )
 
 
 def main():
     args = set_up_sampling(create_argparser(), DIFFUSION)
-
-    logger.log("creating model and diffusion...")
-    model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
-    prepare_network(model, args.model_path, half_name(args.use_fp16, args.use_bf16))
+    model, diffusion = load_diffusion(args)
 
     logger.log("creating data loader...")
     dataset, _ = image_dataset(

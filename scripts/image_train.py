@@ -1,10 +1,9 @@
 """Train a diffusion model on a folder of images."""
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.image_datasets import data_flags, load_data
+from guided_diffusion.image_datasets import data_flags
 from guided_diffusion.monitor import Preview
 from guided_diffusion.resample import create_named_schedule_sampler
-from guided_diffusion.run_setup import diffusion_training_flags, record_run, set_up_training
 from guided_diffusion.script_util import (
     FlagParser,
     add_dict_to_argparser,
@@ -13,6 +12,7 @@ from guided_diffusion.script_util import (
     model_and_diffusion_defaults,
 )
 from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.training_setup import diffusion_training_flags, record_run, set_up_training, training_data
 
 
 def main():
@@ -23,16 +23,7 @@ def main():
     model.to(dist_util.dev())
 
     logger.log("creating data loader...")
-    data = load_data(
-        batch_size=args.batch_size,
-        image_size=args.image_size,
-        class_cond=args.class_cond,
-        classes=record["classes"],
-        num_classes=args.num_classes,
-        channels=args.in_channels,
-        seed=args.seed,
-        **args_to_dict(args, data_flags()),
-    )
+    data = training_data(args, record, args.image_size, class_cond=args.class_cond)
 
     loop = TrainLoop(
         model=model,

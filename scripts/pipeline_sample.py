@@ -6,39 +6,34 @@ the folder `base` of --log_dir.
 
 from guided_diffusion import files, logger
 from guided_diffusion.errors import InputError, check_at_least
-from guided_diffusion.guidance import route_labels
-from guided_diffusion.run_setup import (
-    CLASSIFIER,
-    DIFFUSION,
-    PIPELINE_UPSAMPLER,
-    class_names_of,
-    job_of,
-    set_up_sampling,
-    without_prefix,
-)
 from guided_diffusion.sample_util import (
-    UPSAMPLING,
     BaseSamples,
-    BatchSampler,
-    by_index,
-    choose_labels,
     class_flags,
     guidance_flags,
     guide,
-    half_name,
-    prepare_network,
     sample_job,
     sampling_flags,
+)
+from guided_diffusion.sampling_setup import (
+    CLASSIFIER,
+    DIFFUSION,
+    PIPELINE_UPSAMPLER,
+    image_sampler,
+    job_of,
+    labels_for,
+    load_classifier,
+    load_diffusion,
+    load_upsampler,
+    set_up_sampling,
+    upsampling_sampler,
+    without_prefix,
 )
 from guided_diffusion.script_util import (
     FlagParser,
     add_dict_to_argparser,
     args_to_dict,
     classifier_defaults,
-    create_classifier,
-    create_model_and_diffusion,
     model_and_diffusion_defaults,
-    sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
 )
 
@@ -48,15 +43,17 @@ BASE = {"small_size": "image_size", "in_channels": "in_channels", "num_classes":
 
 def main():
     args = set_up_sampling(create_argparser(), DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER)
-    upsampler = create_upsampler(args, without_prefix(args, PIPELINE_UPSAMPLER))
+    flags = without_prefix(args, PIPELINE_UPSAMPLER)
+    check_fit(args, flags)
     job = job_of(args, DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER)
+    upsampler = load_upsampler(flags, flags.path)  # first: a mistake shows before hours go into small images
     base_samples = sample_base(args, {k: v for k, v in job.items() if not k.startswith(PIPELINE_UPSAMPLER.prefix)})
-    upsample(args, job, base_samples, *upsampler)
+    upsample(args, flags, job, base_samples, *upsampler)
     logger.log("sampling complete")
 
 
-def create_upsampler(args, flags):
-    """The second stage's network and process. They come first: a mistake shows before hours go into small images."""
+def check_fit(args, flags):
+    """Refuse an upsampler of other images than the first stage makes."""
     check_at_least(1, upsampler_batch_size=flags.batch_size)
     misfits = [name for name in ("small_size", "in_channels") if getattr(flags, name) != getattr(args, BASE[name])]
     if flags.class_cond and flags.num_classes < args.num_classes:
@@ -64,32 +61,16 @@ def create_upsampler(args, flags):
     for name in misfits:
         mine, theirs = getattr(flags, name), getattr(args, BASE[name])
         raise InputError(f"--upsampler_{name} {mine} does not fit the small images' --{BASE[name]} {theirs}")
-    logger.log("creating upsampler...")
-    model, diffusion = sr_create_model_and_diffusion(**args_to_dict(flags, sr_model_and_diffusion_defaults()))
-    return prepare_network(model, flags.path, half_name(flags.use_fp16, flags.use_bf16)), diffusion
 
 
 def sample_base(args, job):
     """The first stage, as classifier_sample.py: the path of its .npz."""
-    logger.log("creating model, diffusion and classifier...")
-    model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
-    prepare_network(model, args.model_path, half_name(args.use_fp16, args.use_bf16))
-    classifier = create_classifier(**args_to_dict(args, classifier_defaults()))
-    prepare_network(classifier, args.classifier_path, half_name(args.classifier_use_fp16, args.classifier_use_bf16))
-    names = class_names_of(args, "classifier_path", "model_path")
-    labels = choose_labels(args.classes, args.num_samples, args.num_classes, args.seed, names)
-
+    model, diffusion = load_diffusion(args)
+    cond_fn = guide(load_classifier(args), diffusion, **args_to_dict(args, guidance_flags()))
+    labels = labels_for(args, args.num_classes, "classifier_path", "model_path")
     logger.log("sampling small images...")
-    sampler = BatchSampler(
-        diffusion,
-        route_labels(model, args.class_cond),
-        (args.in_channels, args.image_size, args.image_size),
-        conditions=by_index(labels),
-        cond_fn=guide(classifier, diffusion, **args_to_dict(args, guidance_flags())),
-        **args_to_dict(args, ["seed", "use_ddim", "clip_denoised"]),
-    )
     return sample_job(
-        sampler,
+        image_sampler(args, model, diffusion, labels, cond_fn),
         job,
         labels=labels,
         rows_by_class=bool(args.classes),
@@ -98,23 +79,12 @@ def sample_base(args, job):
     )
 
 
-def upsample(args, job, base_samples, model, diffusion):
+def upsample(args, flags, job, base_samples, model, diffusion):
     """The second stage, as super_res_sample.py."""
-    flags = without_prefix(args, PIPELINE_UPSAMPLER)
     base = BaseSamples(base_samples, flags.small_size, flags.in_channels, flags.num_classes, flags.class_cond)
     logger.log("upsampling...")
-    sampler = BatchSampler(
-        diffusion,
-        route_labels(model, flags.class_cond),
-        (flags.in_channels, flags.large_size, flags.large_size),
-        conditions=base.conditions,
-        seed=args.seed,
-        use_ddim=flags.use_ddim,
-        clip_denoised=args.clip_denoised,
-        stream=UPSAMPLING,
-    )
     sample_job(
-        sampler,
+        upsampling_sampler(flags, model, diffusion, base, args.seed, args.clip_denoised),
         job,
         batch_size=flags.batch_size,
         labels=base.labels_of(args.num_samples),

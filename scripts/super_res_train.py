@@ -1,10 +1,9 @@
 """Train an upsampler: a diffusion model of large images given small ones. Small images are made from the large ones."""
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.image_datasets import data_flags, load_data
+from guided_diffusion.image_datasets import data_flags
 from guided_diffusion.monitor import Preview
 from guided_diffusion.resample import create_named_schedule_sampler
-from guided_diffusion.run_setup import diffusion_training_flags, record_run, set_up_training
 from guided_diffusion.script_util import (
     FlagParser,
     add_dict_to_argparser,
@@ -12,6 +11,7 @@ from guided_diffusion.script_util import (
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
 )
+from guided_diffusion.training_setup import diffusion_training_flags, record_run, set_up_training, training_data
 from guided_diffusion.upsampler_util import UpsamplerTrainLoop, check_sizes, fixed_conditions
 
 
@@ -24,16 +24,7 @@ def main():
     model.to(dist_util.dev())
 
     logger.log("creating data loader...")
-    data = load_data(
-        batch_size=args.batch_size,
-        image_size=args.large_size,
-        class_cond=args.class_cond,
-        classes=record["classes"],
-        num_classes=args.num_classes,
-        channels=args.in_channels,
-        seed=args.seed,
-        **args_to_dict(args, data_flags()),
-    )
+    data = training_data(args, record, args.large_size, class_cond=args.class_cond)
     preview = None
     if args.sample_interval:
         conditions = fixed_conditions(data.dataset, args.small_size, 16, args.skip_bad_images)

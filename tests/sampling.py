@@ -3,6 +3,7 @@
 import atexit
 import functools
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -68,6 +69,14 @@ def guided_networks(folder):
         classifier_path=save_network(str(folder / "classifier/model.pt"), CLASSIFIER, seed=1),
     )
     return dict(paths, **MODEL, **{k: v for k, v in CLASSIFIER.items() if k not in MODEL}, classifier_scale=30.0)
+
+
+def save_broken(path, networks):
+    """Write guided_networks' diffusion model with one weight that is no number."""
+    broken = th.load(networks["model_path"])
+    broken["out.2.bias"][0] = math.nan
+    th.save(broken, path)
+    return path
 
 
 def prefixed(prefix, flags):
@@ -152,7 +161,7 @@ def known_job(folder, num_samples, batch_size, sampler=None, job=None, **options
 
 _RANKS = """
 import gc, glob, json, os, signal, socket, sys, time
-import guided_diffusion.sample_util, guided_diffusion.run_setup, guided_diffusion.image_datasets, sampling
+import guided_diffusion.sample_util, guided_diffusion.sampling_setup, guided_diffusion.image_datasets, sampling
 gc.freeze()  # collections in the forks would touch, and so copy, every page
 
 def port():
@@ -213,6 +222,18 @@ exec(job["code"], {"__name__": "__main__"})
 
 # What a rank runs: a script by its path, as the first argument; or other code.
 RUN_SCRIPT = "import runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+
+# A known_job: its folder, the number of samples, the size of batches and, where one is to fail, the sample's index.
+KNOWN_JOB = """
+import sys
+import sampling
+from guided_diffusion import dist_util, logger
+dist_util.setup_dist()
+folder, (num_samples, batch_size, *fail_at) = sys.argv[1], map(int, sys.argv[2:])
+logger.configure(folder + "/log", format_strs=[])
+sampler, _ = sampling.known_job(folder, num_samples, batch_size, sampling.KnownSampler(fail_at=next(iter(fail_at), None)))
+print(f"\\nrank {dist_util.get_rank()} made {[list(asked) for asked in sampler.asked]}", flush=True)
+"""
 
 
 @functools.cache

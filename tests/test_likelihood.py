@@ -12,7 +12,7 @@ from PIL import Image
 from sampling import MODEL, run_here, run_ranks, save_network
 from test_analytic_truth import gaussian_bpd
 
-from guided_diffusion import dist_util, likelihood_util, logger, sample_util, script_util
+from guided_diffusion import dist_util, likelihood_util, logger, sampling_setup
 from guided_diffusion.errors import InputError
 from guided_diffusion.likelihood_util import TERMS, bits_per_dim, mean_and_error
 
@@ -37,9 +37,9 @@ def exactly(monkeypatch):
     """Let scripts have the exact model of DATA, over STEPS timesteps, for whatever network their flags describe."""
     diffusion = process(STEPS, var=LEARNED)
     monkeypatch.setattr(
-        script_util, "create_model_and_diffusion", lambda **_: (exact_model(DATA, diffusion), diffusion)
+        sampling_setup, "create_model_and_diffusion", lambda **_: (exact_model(DATA, diffusion), diffusion)
     )
-    monkeypatch.setattr(sample_util, "prepare_network", lambda model, *_: model)
+    monkeypatch.setattr(sampling_setup, "prepare_network", lambda model, *_: model)
 
 
 def read_result(folder):

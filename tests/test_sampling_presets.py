@@ -12,9 +12,9 @@ from sampling import CLASSIFIER, MODEL, UPSAMPLER, prefixed, read_npz, run_here,
 
 from guided_diffusion import dist_util, logger, presets
 from guided_diffusion.presets import MODELS, Preset
-from guided_diffusion.run_setup import CLASSIFIER as CLASSIFIER_NETWORK
-from guided_diffusion.run_setup import DIFFUSION, PIPELINE_UPSAMPLER, set_up_sampling
-from guided_diffusion.run_setup import UPSAMPLER as UPSAMPLER_NETWORK
+from guided_diffusion.sampling_setup import CLASSIFIER as CLASSIFIER_NETWORK
+from guided_diffusion.sampling_setup import DIFFUSION, PIPELINE_UPSAMPLER, set_up_sampling
+from guided_diffusion.sampling_setup import UPSAMPLER as UPSAMPLER_NETWORK
 from guided_diffusion.script_util import (
     classifier_and_diffusion_defaults,
     model_and_diffusion_defaults,
