@@ -1,4 +1,7 @@
-"""Fixtures for tests of training and sampling, which ask for them by name."""
+"""Fixtures for tests of several files, which ask for them by name.
+
+What only some of the tests need, the fixtures import themselves: the rest do without it.
+"""
 
 import pytest
 import torch as th
@@ -25,3 +28,31 @@ def cpu():
         patch.setattr(dist_util, "dev", lambda: th.device("cpu"))
         yield
     th.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory):
+    """The flags of classifier_sample that name its two networks, small ones with random weights."""
+    from sampling import guided_networks
+
+    return guided_networks(tmp_path_factory.mktemp("networks"))
+
+
+@pytest.fixture(scope="session")
+def archives(tmp_path_factory):
+    """A folder with every archive of a data set, whole."""
+    from archives import write_archives
+
+    return write_archives(tmp_path_factory.mktemp("archives"))
+
+
+@pytest.fixture(scope="session")
+def unpacked(archives, tmp_path_factory):
+    """What each data set's script writes, undisturbed: {its name in COMMANDS: folder}."""
+    from archives import COMMANDS, call, command
+
+    folders = {name: tmp_path_factory.mktemp(name) for name in COMMANDS}
+    for name, folder in folders.items():
+        module, args = command(name, archives, folder)
+        call(module, *args).check()
+    return folders

@@ -223,15 +223,16 @@ exec(job["code"], {"__name__": "__main__"})
 # What a rank runs: a script by its path, as the first argument; or other code.
 RUN_SCRIPT = "import runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
 
-# A known_job: its folder, the number of samples, the size of batches and, where one is to fail, the sample's index.
+# A known_job. Arguments: its folder, the number of samples, the batch size and, where one is to fail, its index.
 KNOWN_JOB = """
 import sys
 import sampling
 from guided_diffusion import dist_util, logger
 dist_util.setup_dist()
-folder, (num_samples, batch_size, *fail_at) = sys.argv[1], map(int, sys.argv[2:])
+folder, num_samples, batch_size, fail_at = (*sys.argv[1:], -1)[:4]
 logger.configure(folder + "/log", format_strs=[])
-sampler, _ = sampling.known_job(folder, num_samples, batch_size, sampling.KnownSampler(fail_at=next(iter(fail_at), None)))
+sampler = sampling.KnownSampler(fail_at=int(fail_at))
+sampling.known_job(folder, int(num_samples), int(batch_size), sampler)
 print(f"\\nrank {dist_util.get_rank()} made {[list(asked) for asked in sampler.asked]}", flush=True)
 """
 

@@ -15,7 +15,7 @@ from helpers import (
     quick_half_convolutions,
     refused,
 )
-from sampling import guided_networks, read_npz, run_here, save_network
+from sampling import read_npz, run_here, save_network
 from test_analytic_truth import MIXTURE
 
 from guided_diffusion.respace import space_timesteps
@@ -24,11 +24,6 @@ from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.unet import EncoderUNetModel
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
-
-
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory):
-    return guided_networks(tmp_path_factory.mktemp("networks"))
 
 
 @pytest.fixture

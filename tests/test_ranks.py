@@ -20,17 +20,19 @@ LR = 1e-4
 EMA_RATE = 0.9
 TESTS = os.path.dirname(os.path.abspath(__file__))
 
+pytestmark = pytest.mark.usefixtures("cpu")
+
 
 # What runs on the ranks. Each writes what it has in the end to rankN.pt of the folder `out`.
 
 
-def make_model(seed):
+def make_model(seed, **options):
     """A small model whose weights are all random: those that start from zero would hide much of the gradient.
 
     64 channels: with 32, each of group norm's groups is one channel, and biases before it have no gradient at all.
     """
-    options = dict(TINY, image_size=8, attention_resolutions="8", num_channels=64, learn_sigma=True)
-    options.update(class_cond=True, num_classes=10)
+    options = dict(TINY, image_size=8, attention_resolutions="8", num_channels=64, learn_sigma=True, class_cond=True,
+                   num_classes=10, **options)  # fmt: skip
     model, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **options})
     g = th.Generator().manual_seed(seed)
     with th.no_grad():
@@ -157,17 +159,6 @@ def on_ranks(out):
 
 
 # The tests
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cpu():
-    """The CPU, also where there is a GPU, and one thread: small networks lose time to threads that wait."""
-    before = th.get_num_threads()
-    th.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist_util, "dev", lambda: th.device("cpu"))
-        yield
-    th.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=[2, 3])

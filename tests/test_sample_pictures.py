@@ -13,7 +13,6 @@ from PIL import Image
 from sampling import (
     MODEL,
     KnownSampler,
-    guided_networks,
     known_job,
     picture,
     pictures,
@@ -26,11 +25,6 @@ from guided_diffusion import sample_util
 from guided_diffusion.sample_util import choose_labels
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
-
-
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory):
-    return guided_networks(tmp_path_factory.mktemp("networks"))
 
 
 # Labels

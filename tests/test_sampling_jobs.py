@@ -1,7 +1,6 @@
 """Sampling jobs: seeds, labels, exactly N, restarts after kills, the original's numbers, memory, pictures, progress."""
 
 import json
-import math
 import os
 import random
 import re
@@ -12,15 +11,16 @@ import torch as th
 from helpers import DATA, fill_by_name, refused, relative_error
 from launch import flags, script
 from sampling import (
+    KNOWN_JOB,
     MODEL,
     KnownSampler,
     check_alike,
-    guided_networks,
     known_job,
     pictures,
     read_npz,
     run_here,
     run_ranks,
+    save_broken,
     save_network,
     shard_files,
 )
@@ -35,11 +35,6 @@ from guided_diffusion.script_util import (
 )
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
-
-
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory):
-    return guided_networks(tmp_path_factory.mktemp("networks"))
 
 
 # Seeds: ranks and batches have no say
@@ -141,23 +136,12 @@ def test_exactly_as_many_are_made_as_asked_for(num_samples, batch_size, tmp_path
     assert (arrays["arr_0"] == pictures(range(num_samples))).all()
 
 
-DEAL = """
-import sys
-import sampling
-from guided_diffusion import dist_util, logger
-dist_util.setup_dist()
-logger.configure(sys.argv[1] + "/log", format_strs=[])
-sampler, _ = sampling.known_job(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-print(f"\\nrank {dist_util.get_rank()} made {[list(asked) for asked in sampler.asked]}", flush=True)
-"""
-
-
 def test_ranks_share_the_work_and_what_is_missing(tmp_path):
     """Three ranks take turns; after a restart on two with other batches, they make only what was lost."""
     first, again, folder = (tmp_path / name for name in ("first", "again", "killed"))
 
     def made(*args):
-        outcome = run_ranks(*args, DEAL)[0].check()
+        outcome = run_ranks(*args, KNOWN_JOB)[0].check()
         return [line.split(" made ")[1] for line in sorted(re.findall(r"rank \d made .*", outcome.output))]
 
     assert made(3, [first, 14, 3]) == ["[[0, 1, 2], [9, 10, 11]]", "[[3, 4, 5], [12, 13]]", "[[6, 7, 8]]"]
@@ -277,10 +261,8 @@ def test_a_sample_without_a_number_is_named_and_nothing_is_written_for_it(tmp_pa
 
 
 def test_a_network_in_trouble_is_reported(networks, monkeypatch, tmp_path):
-    broken = th.load(networks["model_path"])
-    broken["out.2.bias"][0] = math.nan
-    th.save(broken, tmp_path / "broken.pt")
-    options = {**networks, "model_path": tmp_path / "broken.pt", "num_samples": 2, "timestep_respacing": 1}
+    broken = save_broken(tmp_path / "broken.pt", networks)
+    options = {**networks, "model_path": broken, "num_samples": 2, "timestep_respacing": 1}
     refused(lambda: run_here(monkeypatch, "classifier_sample", **options, log_dir=tmp_path / "out"), "sample 0 is not")
     assert not list((tmp_path / "out").glob("samples*"))
 

@@ -1,19 +1,18 @@
 """Sampling on several ranks in trouble: one line from one of them, a status that is not zero, and no work lost."""
 
-import math
 import os
 
 import numpy as np
 import pytest
-import torch as th
 from launch import flags, script
 from sampling import (
+    KNOWN_JOB,
     UPSAMPLER,
-    guided_networks,
     pictures,
     read_npz,
     run_here,
     run_ranks,
+    save_broken,
     save_network,
     shard_files,
 )
@@ -22,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
 
 @pytest.fixture(scope="module")
-def networks(tmp_path_factory):
-    return {**guided_networks(tmp_path_factory.mktemp("networks")), "timestep_respacing": 2}
+def networks(networks):
+    return {**networks, "timestep_respacing": 2}
 
 
 def check_ended(outcome, *words):
@@ -59,30 +58,18 @@ def test_two_ranks_refuse_bad_input_in_one_line(networks, monkeypatch, tmp_path)
     check_ended(outcome, "--base_samples", "no labels")
 
 
-PLANTED = """
-import sys
-import sampling
-from guided_diffusion import dist_util, logger
-dist_util.setup_dist()
-logger.configure(sys.argv[1] + "/log", format_strs=[])
-sampling.known_job(sys.argv[1], 20, 4, sampling.KnownSampler(fail_at=int(sys.argv[2])))
-"""
-
-
 @pytest.mark.parametrize("index, kept", [(6, [0, 8]), (13, [0, 4, 8, 16])])
 def test_a_sample_without_a_number_on_one_rank_ends_all_and_keeps_the_others_batches(index, kept, tmp_path):
-    outcome, _ = run_ranks(3, [tmp_path, index], PLANTED)
+    outcome, _ = run_ranks(3, [tmp_path, 20, 4, index], KNOWN_JOB)
     check_ended(outcome, f"sample {index} is not finite")
     assert sorted(shard_files(tmp_path / "shards")) == [f"{i:09d}-{i + 4:09d}.npz" for i in kept]
-    run_ranks(3, [tmp_path, -1], PLANTED)[0].check()
+    run_ranks(3, [tmp_path, 20, 4], KNOWN_JOB)[0].check()
     assert (read_npz(tmp_path)["arr_0"] == pictures(range(20))).all()
 
 
 def test_a_network_without_numbers_names_a_sample(networks, tmp_path):
-    broken = th.load(networks["model_path"])
-    broken["out.2.bias"][0] = math.nan
-    th.save(broken, tmp_path / "broken.pt")
-    options = {**networks, "model_path": tmp_path / "broken.pt", "num_samples": 8, "batch_size": 2}
+    broken = save_broken(tmp_path / "broken.pt", networks)
+    options = {**networks, "model_path": broken, "num_samples": 8, "batch_size": 2}
     outcome, _ = run_ranks(2, [script("classifier_sample"), *flags(**options, log_dir=tmp_path / "out")])
     check_ended(outcome, "sample 0 is not finite")
     assert not list((tmp_path / "out").glob("**/*.npz"))

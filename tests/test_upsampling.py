@@ -9,7 +9,6 @@ from helpers import refused
 from launch import flags, script
 from sampling import (
     UPSAMPLER,
-    guided_networks,
     new_network,
     pictures,
     prefixed,
@@ -185,9 +184,8 @@ def test_base_samples_are_read_as_needed(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory, upsampler):
-    options = guided_networks(tmp_path_factory.mktemp("networks"))
-    options.update(num_samples=8, batch_size=3, timestep_respacing=3, use_ddim=True, seed=3)
+def pipeline(networks, upsampler):
+    options = dict(networks, num_samples=8, batch_size=3, timestep_respacing=3, use_ddim=True, seed=3)
     upsampling = {**UPSAMPLER, "path": upsampler["model_path"], "batch_size": 2, "timestep_respacing": 2}
     return {**options, **prefixed("upsampler_", upsampling)}
 

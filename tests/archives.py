@@ -1,0 +1,179 @@
+"""What the tests of data sets share: archives, made as their makers make theirs, and the commands that unpack them."""
+
+import gzip
+import io
+import os
+import re
+import sys
+import tarfile
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+from launch import ROOT, Outcome
+from PIL import Image
+from scipy.io import savemat
+
+DATASETS = os.path.join(ROOT, "datasets")
+sys.path.append(DATASETS)
+
+import _common  # noqa: E402
+import cifar10  # noqa: E402
+import imagenet  # noqa: E402
+import lsun_bedroom  # noqa: E402
+
+# In the archives' order, which is not the sorted one.
+NAMES = {"n03000000": "crane", "n01000000": "tench, Tinca tinca", "n02000000": 'a "quoted" name'}
+# The development kit's own numbers follow yet another order; the synset of number 4 is above the classes.
+KIT = [(1, "n02000000", 0), (2, "n03000000", 0), (3, "n01000000", 0), (4, "n00001740", 3)]
+VAL_TRUTH = [3, 1, 1, 2, 3]
+CIFAR_NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def tar_bytes(contents):
+    """A tar of {name: bytes}."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in contents.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+# What the archives hold
+
+
+def train_images():
+    """{WordNet id: {file name: bytes}}; unpacking does not look into the JPEGs, so any bytes will do."""
+    rng = np.random.default_rng(0)
+    return {wnid: {f"{wnid}_{7 * i}.JPEG": rng.bytes(3000 + i) for i in range(4)} for wnid in NAMES}
+
+
+def train_tar(images=None):
+    images = images or train_images()
+    return tar_bytes({f"{wnid}.tar": tar_bytes(files) for wnid, files in images.items()})
+
+
+def val_images():
+    return {f"ILSVRC2012_val_{i + 1:08d}.JPEG": b"val %d " % i * 500 for i in range(len(VAL_TRUTH))}
+
+
+def devkit():
+    synsets = np.zeros(
+        len(KIT), dtype=[(name, "O") for name in ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children")]
+    )
+    for synset, (number, wnid, children) in zip(synsets, KIT):
+        synset["ILSVRC2012_ID"], synset["WNID"], synset["num_children"] = number, wnid, children
+        synset["words"], synset["gloss"] = NAMES.get(wnid, "entity"), "that which is"
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": synsets})
+    truth = "".join(f"{number}\n" for number in VAL_TRUTH).encode()
+    folder = "ILSVRC2012_devkit_t12/data/"
+    return gzip.compress(
+        tar_bytes({folder + "meta.mat": meta.getvalue(), folder + "ILSVRC2012_validation_ground_truth.txt": truth})
+    )
+
+
+def cifar_pixels(batch, i):
+    """Image i of a file, uint8 [32, 32, 3]: red tells rows apart, green columns, blue pixels, files and images."""
+    rows, columns = np.mgrid[:32, :32]
+    blue = 17 * rows * columns + 40 * batch + i
+    return np.stack([rows * 8 + i, columns * 8, blue % 256], axis=2).astype(np.uint8)
+
+
+def cifar_files(per_batch=2):
+    """Files 0 to 4 are for training, 5 for tests. Image i of file b has label (3 * b + i) % 10."""
+    files = {"batches.meta.txt": "".join(name + "\n" for name in CIFAR_NAMES).encode() + b"\n"}
+    for b, name in enumerate([f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]):
+        records = [
+            bytes([(3 * b + i) % 10]) + cifar_pixels(b, i).transpose(2, 0, 1).tobytes() for i in range(per_batch)
+        ]
+        files[name] = b"".join(records)
+    return files
+
+
+def cifar_tar(files):
+    return gzip.compress(tar_bytes({"cifar-10-batches-bin/" + name: data for name, data in files.items()}))
+
+
+def encode(pixels, form="webp", **options):
+    data = io.BytesIO()
+    Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(data, form, **options)
+    return data.getvalue()
+
+
+def lossless(pixels):
+    return encode(pixels, lossless=True, exact=True)
+
+
+def noise(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_lmdb(path, entries):
+    with lmdb.open(str(path), map_size=2**24) as env, env.begin(write=True) as transaction:
+        for key, value in entries.items():
+            transaction.put(key, value)
+    return path
+
+
+def write_archives(folder):
+    """Write every archive, whole, and return the folder."""
+    (folder / "train.tar").write_bytes(train_tar())
+    (folder / "val.tar").write_bytes(tar_bytes(val_images()))
+    (folder / "devkit.tar.gz").write_bytes(devkit())
+    (folder / "names.txt").write_text("".join(f"{wnid} {name}\n" for wnid, name in NAMES.items()))
+    (folder / "cifar.tar.gz").write_bytes(cifar_tar(cifar_files()))
+    write_lmdb(folder / "lmdb", {b"key%d" % i: lossless(noise(i, 32, 48, 3)) for i in range(10)})
+    return folder
+
+
+# The scripts
+
+# Each script's command on its whole archive
+COMMANDS = {
+    "imagenet": (imagenet, ["{archives}/train.tar", "{out}", "--names", "{archives}/names.txt"]),
+    "imagenet_val": (imagenet, ["{archives}/val.tar", "{out}", "--devkit", "{archives}/devkit.tar.gz"]),
+    "lsun": (lsun_bedroom, ["--image-size", "32", "--num_workers", "2", "{archives}/lmdb", "{out}"]),
+    "cifar10": (cifar10, ["{archives}/cifar.tar.gz", "{out}"]),
+}
+
+
+def command(name, archives, out):
+    """A command of COMMANDS: (script's module, arguments)."""
+    module, args = COMMANDS[name]
+    return module, [text.format(archives=archives, out=out) for text in args]
+
+
+def call(module, *args):
+    """Run a script's command in this process."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
+        patch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
+        status = 0
+        try:
+            _common.run(module.main)
+        except SystemExit as e:  # a text is printed, and the status 1, as the interpreter would
+            status = e.code
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+                status = 1
+    return Outcome(status, output.getvalue(), 0, 0)
+
+
+def check_refused(done, words):
+    """It failed, and said so in one last line with all the words."""
+    assert done.returncode > 0, done.output
+    assert "Traceback" not in done.output, done.output
+    last = done.output.rstrip().splitlines()[-1]
+    assert re.match(r"(\w+\.py: )?error: ", last) and done.output.count("error: ") == 1, done.output
+    assert all(word in last for word in words), last
+    assert len(last) < 500
+
+
+def tree(folder):
+    """What a folder holds, below it too: {path: bytes}."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}

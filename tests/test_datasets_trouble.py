@@ -1,0 +1,272 @@
+"""Data sets' scripts in trouble: kills and restarts, full disks, lost files, and input that is not what they need."""
+
+import gzip
+import os
+import re
+import sys
+import tarfile
+from types import SimpleNamespace
+
+import pytest
+from archives import (
+    COMMANDS,
+    NAMES,
+    call,
+    check_refused,
+    cifar10,
+    cifar_files,
+    cifar_tar,
+    command,
+    encode,
+    imagenet,
+    lsun_bedroom,
+    noise,
+    tar_bytes,
+    train_images,
+    train_tar,
+    tree,
+    val_images,
+    write_lmdb,
+)
+from launch import run
+
+# Kills and restarts
+
+# A script that meets its end when it is about to rename its fourth file, with the temporary one written; or with the
+# disk full, as far as it can tell: no file can grow beyond 500 bytes.
+DYING = """
+import os, resource, runpy, signal, sys
+how, sys.argv = sys.argv[1], sys.argv[2:]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+rename, renamed = os.replace, []
+def dying(*paths):
+    renamed.append(paths)
+    if len(renamed) == 4 and how != "full":
+        os.kill(os.getpid(), getattr(signal, how))
+    rename(*paths)
+os.replace = dying
+if how == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "full"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_whatever_ends_a_run_leaves_whole_files_and_the_next_run_adds_the_rest(name, how, archives, unpacked, tmp_path):
+    module, args = command(name, archives, tmp_path)
+    done = run(["-c", DYING, how, module.__file__, *args])
+    assert "Traceback" not in done.output
+    if how == "full":
+        check_refused(done, ["cannot be written", "File too large", str(tmp_path)])
+    else:
+        assert done.returncode == {"SIGKILL": -9, "SIGINT": 130}[how], done.output
+    reference = tree(unpacked[name])
+    left = {path: data for path, data in tree(tmp_path).items() if path not in ("classes.csv", "train/counts.csv")}
+    leftovers = [path for path in left if path.endswith(".tmp")]
+    whole = set(left) - set(leftovers)
+    assert all(left[path] == reference[path] for path in whole)
+    if name != "lsun":  # its second worker may have got further
+        assert len(leftovers) == (how == "SIGKILL") and len(whole) < len(reference)
+    assert how == "SIGKILL" or not leftovers
+    assert how == "full" or len(whole) >= 2
+    written = {path: (tmp_path / path).stat().st_mtime_ns for path in whole}
+
+    call(module, *args).check()
+    assert tree(tmp_path) == reference  # the leftovers are gone
+    assert {path: (tmp_path / path).stat().st_mtime_ns for path in whole} == written
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_lost_and_emptied_files_come_back(name, archives, unpacked, tmp_path):
+    """Some file systems leave empty files after a power cut. All is checked, also where a run has ended well."""
+    module, args = command(name, archives, tmp_path)
+    call(module, *args).check()
+    images = sorted(path for path in tmp_path.rglob("*") if path.suffix in (".png", ".JPEG"))
+    images[0].unlink()
+    images[-1].write_bytes(b"")
+    done = call(module, *args).check()
+    assert tree(tmp_path) == tree(unpacked[name])
+    assert sum(map(int, re.findall(r"(\d+) written now", done.output))) == 2
+
+
+# What goes wrong
+
+
+@pytest.fixture(scope="module")
+def bad(archives, tmp_path_factory):
+    """Archives, flags and folders that are not what a script needs."""
+    bad = tmp_path_factory.mktemp("bad")
+    train, val = archives / "train.tar", archives / "val.tar"
+    (bad / "text").write_text("a page that says 404, perhaps\n" * 100)
+    (bad / "nothing").write_bytes(b"")
+    (bad / "folder").mkdir()
+    (bad / "cut_train.tar").write_bytes(train.read_bytes()[:30_000])
+    (bad / "cut_val.tar").write_bytes(val.read_bytes()[:10_000])
+    long = cifar_tar({**cifar_files(), "readme.html": noise(0, 200_000).tobytes()})
+    (bad / "cut_cifar.tar.gz").write_bytes(long[:100_000])
+    images = train_images()
+    (bad / "two.tar").write_bytes(train_tar({wnid: images[wnid] for wnid in list(NAMES)[:2]}))
+    damaged = bytearray(train_tar())
+    name = damaged.index(b"n01000000_14.JPEG")
+    damaged[name + 3] = ord("x")  # its header's checksum is wrong now
+    (bad / "damaged_train.tar").write_bytes(damaged)
+    (bad / "no_tars.tar").write_bytes(tar_bytes({f"{wnid}.tar": b"no tar " * 100 for wnid in NAMES}))
+    (bad / "mislabelled.tar").write_bytes(
+        tar_bytes({f"{wnid}.tar": tar_bytes({"n04000000_1.JPEG": b"x"}) for wnid in NAMES})
+    )
+    (bad / "test.tar").write_bytes(tar_bytes({"test/ILSVRC2012_test_00000001.JPEG": b"x"}))
+    few = list(val_images().items())
+    (bad / "few_val.tar").write_bytes(tar_bytes(dict(few[:4])))
+    (bad / "many_val.tar").write_bytes(tar_bytes(dict([*few, ("ILSVRC2012_val_00000006.JPEG", b"x")])))
+    (bad / "no_meta.tar.gz").write_bytes(gzip.compress(tar_bytes({"data/readme.txt": b"x"})))
+    truth = "ILSVRC2012_validation_ground_truth.txt"
+    (bad / "damaged_meta.tar.gz").write_bytes(gzip.compress(tar_bytes({"meta.mat": b"x" * 500, truth: b"1\n"})))
+    with tarfile.open(archives / "devkit.tar.gz") as tar:
+        meta = tar.extractfile("ILSVRC2012_devkit_t12/data/meta.mat").read()
+    (bad / "strange_truth.tar.gz").write_bytes(gzip.compress(tar_bytes({"meta.mat": meta, truth: b"1\n5\n"})))
+    (bad / "ids.txt").write_text("n01000000 tench\nn02000000\n")
+    (bad / "binary.txt").write_bytes(b"\xff\xfe" * 100)
+    (bad / "fewer_names.txt").write_text("n01000000 tench\nn02000000 other\n")
+
+    python = {f"cifar-10-batches-py/data_batch_{i}": b"pickle" for i in range(1, 6)}
+    (bad / "cifar_python.tar.gz").write_bytes(gzip.compress(tar_bytes(python)))
+    files = cifar_files()
+    changes = {
+        "lacking": {"data_batch_2.bin": None, "test_batch.bin": None},
+        "uneven": {"data_batch_3.bin": files["data_batch_3.bin"][:3073]},
+        "ragged": {"data_batch_3.bin": files["data_batch_3.bin"][:-1]},
+        "empty": {"test_batch.bin": b""},
+        "mislabelled": {"data_batch_5.bin": b"\x0a" + files["data_batch_5.bin"][1:]},
+        "misnamed": {"batches.meta.txt": b"../airplane\n" + files["batches.meta.txt"][9:]},
+    }
+    for kind, change in changes.items():
+        kept = {name: data for name, data in {**files, **change}.items() if data is not None}
+        (bad / f"cifar_{kind}.tar.gz").write_bytes(cifar_tar(kept))
+
+    write_lmdb(bad / "cut_lmdb", {b"%02d" % i: noise(i, 5000).tobytes() for i in range(50)})
+    os.truncate(bad / "cut_lmdb" / "data.mdb", 130_000)
+    write_lmdb(bad / "empty_lmdb", {})
+    image = encode(noise(0, 32, 32, 3), "png")
+    for kind, name in {"other_size": "bedroom_0000003.png", "strangers": "bedroom_0000012.png"}.items():
+        (bad / kind).mkdir()
+        (bad / kind / name).write_bytes(image)
+    (bad / "other_classes").mkdir()
+    (bad / "other_classes" / "classes.csv").write_text("label,wnid,name\n0,n01000000,tench\n")
+    return bad
+
+
+def unpack(archive="{archives}/train.tar", out="{out}", **flags):
+    flags = flags or dict(names="{archives}/names.txt")
+    return imagenet, [archive, out, *(text for name, value in flags.items() for text in (f"--{name}", value))]
+
+
+def unpack_val(archive="{archives}/val.tar", devkit="{archives}/devkit.tar.gz"):
+    return unpack(archive, devkit=devkit)
+
+
+def squares(lmdb_path="{archives}/lmdb", out="{out}", *flags):
+    return lsun_bedroom, [lmdb_path, out, *flags]
+
+
+def cifar(archive="{archives}/cifar.tar.gz", out="{out}"):
+    return cifar10, [archive, out]
+
+
+# What is run, and words of what it must say
+CASES = {
+    "no archive": (unpack("{bad}/gone.tar"), ["{bad}/gone.tar", "No such file", "ILSVRC2012_img_train.tar"]),
+    "a folder as archive": (unpack("{bad}/folder"), ["{bad}/folder", "Is a directory", "ILSVRC2012_img_train.tar"]),
+    "a text as archive": (unpack("{bad}/text"), ["{bad}/text", "not a tar archive", "ILSVRC2012_img_train.tar"]),
+    "an empty archive": (unpack("{bad}/nothing"), ["{bad}/nothing", "not a tar archive"]),
+    "CIFAR-10 as ImageNet": (
+        unpack("{archives}/cifar.tar.gz"),
+        ["{archives}/cifar.tar.gz", "ILSVRC2012_img_train.tar"],
+    ),
+    "the test images": (unpack("{bad}/test.tar"), ["{bad}/test.tar", "test images"]),
+    "no classes": ((imagenet, ["{archives}/train.tar", "{out}"]), ["--devkit", "--names"]),
+    "validation without labels": (unpack("{archives}/val.tar"), ["{archives}/val.tar", "labels", "--devkit"]),
+    "a training archive cut short": (unpack("{bad}/cut_train.tar"), ["{bad}/cut_train.tar", "cut short"]),
+    "a training archive of fewer classes": (unpack("{bad}/two.tar"), ["{bad}/two.tar", "1 of the 3", "n02000000"]),
+    "a training archive of more classes": (
+        unpack(names="{bad}/fewer_names.txt"),
+        ["{archives}/train.tar", "--names", "n03000000"],
+    ),
+    "a damaged class": (unpack("{bad}/damaged_train.tar"), ["{bad}/damaged_train.tar", "n01000000.tar", "bad header"]),
+    "classes that are no tars": (unpack("{bad}/no_tars.tar"), ["{bad}/no_tars.tar", "n03000000.tar"]),
+    "classes that hold others": (unpack("{bad}/mislabelled.tar"), ["n03000000.tar has no n03000000_*.JPEG"]),
+    "a validation archive cut short": (unpack_val("{bad}/cut_val.tar"), ["{bad}/cut_val.tar", "cut short"]),
+    "too few validation images": (unpack_val("{bad}/few_val.tar"), ["{bad}/few_val.tar", "4 of 5"]),
+    "too many validation images": (unpack_val("{bad}/many_val.tar"), ["ILSVRC2012_val_00000006.JPEG", "5 labels"]),
+    "names that are not there": (unpack(names="{bad}/gone.txt"), ["--names {bad}/gone.txt", "No such file"]),
+    "names without names": (unpack(names="{bad}/ids.txt"), ["--names {bad}/ids.txt", "line 2", "n02000000"]),
+    "names in binary": (unpack(names="{bad}/binary.txt"), ["--names {bad}/binary.txt", "not a text file"]),
+    "an empty list of names": (unpack(names="{bad}/nothing"), ["--names {bad}/nothing", "no class"]),
+    "the archive as its own names": (unpack(names="{archives}/train.tar"), ["--names {archives}/train.tar"]),
+    "no development kit": (unpack_val(devkit="{bad}/gone"), ["{bad}/gone", "No such file", "ILSVRC2012_devkit_t12"]),
+    "another kit": (unpack_val(devkit="{bad}/no_meta.tar.gz"), ["--devkit {bad}/no_meta.tar.gz", "meta.mat"]),
+    "a damaged kit": (unpack_val(devkit="{bad}/damaged_meta.tar.gz"), ["{bad}/damaged_meta.tar.gz", "meta.mat"]),
+    "a kit whose files do not fit": (unpack_val(devkit="{bad}/strange_truth.tar.gz"), ["{bad}/strange_truth.tar.gz"]),
+    "a folder of other classes": (unpack(out="{bad}/other_classes"), ["{bad}/other_classes/classes.csv", "OUT_DIR"]),
+    "unpacking below a file": (unpack(out="{bad}/text/out"), ["{bad}/text/out", "choose another"]),
+    "no lmdb": (squares("{bad}/gone"), ["{bad}/gone", "no such file", "bedroom_train_lmdb"]),
+    "a folder as lmdb": (squares("{bad}/folder"), ["{bad}/folder/data.mdb", "no such file"]),
+    "a text as lmdb": (squares("{bad}/text"), ["{bad}/text", "not an lmdb"]),
+    "an lmdb cut short": (squares("{bad}/cut_lmdb"), ["{bad}/cut_lmdb/data.mdb", "cut short"]),
+    "an empty lmdb": (squares("{bad}/empty_lmdb"), ["{bad}/empty_lmdb/data.mdb", "without entries"]),
+    "another image size": (
+        squares("{archives}/lmdb", "{bad}/other_size", "--image-size", "16"),
+        ["{bad}/other_size/bedroom_0000003.png", "32x32", "--image-size 16"],
+    ),
+    "another database's images": (
+        squares("{archives}/lmdb", "{bad}/strangers", "--image-size", "32"),
+        ["{bad}/strangers", "11 images", "{archives}/lmdb 10"],
+    ),
+    "image size 0": (squares("{archives}/lmdb", "{out}", "--image-size", "0"), ["image_size 0"]),
+    "no workers": (squares("{archives}/lmdb", "{out}", "--num_workers", "0"), ["--num_workers 0"]),
+    "a prefix with a folder": (squares("{archives}/lmdb", "{out}", "--prefix", "a/b"), ["--prefix 'a/b'"]),
+    "a prefix that is two classes": (
+        squares("{archives}/lmdb", "{out}", "--prefix", "bed_room"),
+        ["--prefix 'bed_room'"],
+    ),
+    "no boolean": (squares("{archives}/lmdb", "{out}", "--skip_bad_images", "maybe"), ["--skip_bad_images", "'maybe'"]),
+    "squares below a file": (squares("{archives}/lmdb", "{bad}/text/out"), ["{bad}/text/out", "choose another"]),
+    "no CIFAR-10": (cifar("{bad}/gone"), ["{bad}/gone", "No such file", "cifar-10-binary.tar.gz"]),
+    "CIFAR-10 for Python": (cifar("{bad}/cifar_python.tar.gz"), ["Python", "cifar-10-binary.tar.gz"]),
+    "ImageNet as CIFAR-10": (cifar("{archives}/val.tar"), ["{archives}/val.tar", "data_batch_1.bin"]),
+    "an empty folder as CIFAR-10": (cifar("{bad}/folder"), ["{bad}/folder", "data_batch_1.bin"]),
+    "CIFAR-10 without two files": (cifar("{bad}/cifar_lacking.tar.gz"), ["lacks data_batch_2.bin, test_batch.bin"]),
+    "CIFAR-10 cut short": (cifar("{bad}/cut_cifar.tar.gz"), ["{bad}/cut_cifar.tar.gz", "cut short"]),
+    "CIFAR-10 files of two lengths": (cifar("{bad}/cifar_uneven.tar.gz"), ["data_batch_3.bin has 1 images, others 2"]),
+    "a CIFAR-10 file cut short": (cifar("{bad}/cifar_ragged.tar.gz"), ["data_batch_3.bin", "6,145 bytes", "3,073"]),
+    "an empty CIFAR-10 file": (cifar("{bad}/cifar_empty.tar.gz"), ["test_batch.bin", "0 bytes"]),
+    "CIFAR-10 with a label 10": (cifar("{bad}/cifar_mislabelled.tar.gz"), ["data_batch_5.bin", "label 10"]),
+    "CIFAR-10 with other names": (cifar("{bad}/cifar_misnamed.tar.gz"), ["batches.meta.txt"]),
+    "CIFAR-10 below a file": (cifar(out="{bad}/text/out"), ["{bad}/text/out", "choose another"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_refused_in_one_line(name, archives, bad, tmp_path):
+    (module, args), words = CASES[name]
+    places = SimpleNamespace(archives=archives, bad=bad, out=tmp_path / "out")
+    check_refused(
+        call(module, *(text.format(**vars(places)) for text in args)), [word.format(**vars(places)) for word in words]
+    )
+
+
+@pytest.mark.parametrize("package, name", [("scipy", "imagenet_val"), ("lmdb", "lsun")])
+def test_a_package_that_is_not_installed(package, name, archives, tmp_path, monkeypatch):
+    for module in [package, *(m for m in sys.modules if m.startswith(package + "."))]:
+        monkeypatch.setitem(sys.modules, module, None)
+    module, args = command(name, archives, tmp_path)
+    check_refused(call(module, *args), [f"pip install {package}"])
+
+
+def test_a_damaged_archive_leaves_the_whole_classes_for_a_restart_with_a_good_one(archives, bad, unpacked, tmp_path):
+    check_refused(call(*[imagenet, bad / "damaged_train.tar", tmp_path, "--names", archives / "names.txt"]), [])
+    assert len(list(tmp_path.rglob("*.JPEG"))) == 6  # of the first class, and two of the second
+    module, args = command("imagenet", archives, tmp_path)
+    assert "6 written now" in call(module, *args).check().output
+    assert tree(tmp_path) == tree(unpacked["imagenet"])
