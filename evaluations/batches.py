@@ -17,11 +17,12 @@ class Batch:
     """An .npz with images arr_0 uint8 [N, H, W, 3], and perhaps statistics of a whole data set.
 
     :param path: the file.
+    :param channels: the number of them that images must have.
     :raises EvaluationError: for anything else.
     """
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, channels=3):
+        self.path, self.channels = path, channels
         try:
             with zipfile.ZipFile(path) as archive:
                 self.names = [name.removesuffix(".npy") for name in archive.namelist()]
@@ -48,10 +49,11 @@ class Batch:
         shape, dtype = self.shape, self.member.dtype
         named = f"{self.path}: images of shape {'x'.join(map(str, shape))}"
         if len(shape) != 4 or 0 in shape:
-            raise EvaluationError(f"{named}; Nx height x width x3 is expected")
-        if shape[3] != 3:
-            hint = "; they are channels first (NCHW): transpose them to NHWC" if shape[1] == 3 else ""
-            raise EvaluationError(f"{named} have {shape[3]} channels in the last place; 3 are expected{hint}")
+            raise EvaluationError(f"{named}; Nx height x width x{self.channels} is expected")
+        if shape[3] != self.channels:
+            hint = "; they are channels first (NCHW): transpose them to NHWC" if shape[1] == self.channels else ""
+            found = f"{named} have {shape[3]} channels in the last place"
+            raise EvaluationError(f"{found}; {self.channels} are expected{hint}")
         if dtype != np.uint8:
             hint = ""
             if dtype.kind == "f":

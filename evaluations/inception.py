@@ -13,6 +13,7 @@ import torch as th
 import torch.nn.functional as F
 
 from .errors import EvaluationError
+from .files import write_whole
 
 FILE_NAME = "classify_image_graph_def.pb"
 ADDRESS = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{FILE_NAME}"
@@ -81,6 +82,8 @@ class InceptionV3(th.nn.Module):
     :param dtype: of the convolutions.
     """
 
+    pool_dim, spatial_dim = POOL_DIM, SPATIAL_DIM
+
     def __init__(self, constants, dtype=th.float32):
         super().__init__()
         self.dtype = dtype
@@ -93,6 +96,10 @@ class InceptionV3(th.nn.Module):
             self.register_buffer(f"{key}_bias", bias.to(dtype))
             self.convolutions[name] = (key, stride, padding)
         self.register_buffer("softmax_weights", th.from_numpy(constants["softmax/weights"].copy()))
+
+    @property
+    def device(self):
+        return self.softmax_weights.device
 
     @th.inference_mode()
     def forward(self, images):
@@ -129,6 +136,7 @@ class InceptionV3(th.nn.Module):
         x = self._widest("mixed_10", x, F.max_pool2d(x, 3, 1, padding=1))
         return x.float().mean(dim=(2, 3)), spatial
 
+    @th.inference_mode()
     def logits(self, pool):
         """What the Inception Score takes for the logits of classes [N, 1008]: without the layer's bias."""
         return pool @ self.softmax_weights
@@ -262,24 +270,19 @@ def download(address, path):
     """Download the graph to `path`, which it gets only once it is complete."""
     from tqdm import tqdm
 
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with urllib.request.urlopen(address, timeout=30) as response, open(temporary, "wb") as f:
+        with urllib.request.urlopen(address, timeout=30) as response, write_whole(path) as f:
             total = int(response.headers.get("Content-Length") or 0) or None
             with tqdm(total=total, desc=f"downloading {FILE_NAME}", unit="B", unit_scale=True) as bar:
                 while block := response.read(2**18):
                     f.write(block)
                     bar.update(len(block))
-        read_graph(temporary)
-        os.replace(temporary, path)
+            f.flush()
+            read_graph(f.name)  # complete, and the one
     except (urllib.error.URLError, OSError) as e:
         reason = getattr(e, "reason", e)
         raise EvaluationError(
             f"{FILE_NAME} is neither here nor can it be downloaded ({reason}): get it from {ADDRESS} and put it at "
             f"{path}, or say where it is with --inception_path"
         ) from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
     return path

@@ -17,8 +17,9 @@ import torch as th
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from evaluations.errors import EvaluationError  # noqa: E402
-from evaluations.evaluator import DTYPES, choose_device, find_graph_once, progress, run_evaluation, say  # noqa: E402
-from evaluations.inception import POOL_DIM, SPATIAL_DIM, InceptionV3, read_graph  # noqa: E402
+from evaluations.evaluator import add_network_flags, choose_device, load_inception, run_evaluation  # noqa: E402
+from evaluations.features import progress, say  # noqa: E402
+from evaluations.files import write_arrays  # noqa: E402
 from evaluations.metrics import Moments  # noqa: E402
 from evaluations.ranks import Ranks  # noqa: E402
 
@@ -39,40 +40,40 @@ def make_reference(args, ranks):
     if len(paths) < 4:
         raise EvaluationError(f"{args.data_dir}: {len(paths)} images; a reference needs at least 4")
     chosen = np.sort(np.random.default_rng(args.seed).permutation(len(paths))[: args.num_images])
-    device = choose_device(args.device, ranks)
-    graph = find_graph_once(args.inception_path, ranks)
-    network = InceptionV3(read_graph(graph), DTYPES[args.dtype]).to(device)
+    moments, seen = {}, chosen
+    if not args.no_statistics:
+        if args.channels != 3:
+            raise EvaluationError(f"--channels {args.channels}: Inception takes colours; give --no_statistics, too")
+        network, _ = load_inception(args.inception_path, args.dtype, choose_device(args.device, ranks), ranks)
+        moments, seen = {"pool": Moments(network.pool_dim), "spatial": Moments(network.spatial_dim)}, range(len(paths))
 
-    moments, kept = measure(args, ranks, network, paths, set(chosen.tolist()))
-    if ranks.rank != 0:
+    kept, wanted = [], set(chosen.tolist())
+    mine = ranks.share(len(seen), args.batch_size)
+    with progress(ranks, total=len(mine), desc=os.path.basename(args.data_dir.rstrip("/"))) as bar:
+        for start in range(mine.start, mine.stop, args.batch_size):
+            indices = seen[start : min(start + args.batch_size, mine.stop)]
+            images = np.stack([read_image(paths[i], args.image_size, args.channels) for i in indices])
+            if moments:
+                for kind, features in zip(moments, network(th.from_numpy(images).to(network.device))):
+                    moments[kind].update(features.cpu().numpy())
+            kept += [image for i, image in zip(indices, images) if i in wanted]
+            bar.update(len(indices))
+    gathered = ranks.gather((moments, kept))
+    if gathered is None:
         return
+    for others, images in gathered[1:]:
+        for kind in moments:
+            moments[kind].merge(others[kind])
+        kept += images
     arrays = {"arr_0": np.stack(kept)}
     labels = labels_of(paths)
     if labels is not None:
         arrays["arr_1"] = labels[chosen]
     for kind, suffix in (("pool", ""), ("spatial", "_s")):
-        arrays[f"mu{suffix}"], arrays[f"sigma{suffix}"] = moments[kind].statistics()
-    write(args.out, arrays)
-    say(ranks, f"{args.out}: statistics of {len(paths)} images, and {len(kept)} of them")
-
-
-def measure(args, ranks, network, paths, chosen):
-    """The moments of all images' features, and the chosen images; on every rank, of what all have seen."""
-    mine, device = ranks.share(len(paths)), network.softmax_weights.device
-    moments, kept = {"pool": Moments(POOL_DIM), "spatial": Moments(SPATIAL_DIM)}, []
-    with progress(ranks, total=len(mine), desc=os.path.basename(args.data_dir.rstrip("/"))) as bar:
-        for start in range(mine.start, mine.stop, args.batch_size):
-            indices = range(start, min(start + args.batch_size, mine.stop))
-            images = np.stack([read_image(paths[i], args.image_size) for i in indices])
-            for kind, features in zip(moments, network(th.from_numpy(images).to(device))):
-                moments[kind].update(features.cpu().numpy())
-            kept += [image for i, image in zip(indices, images) if i in chosen]
-            bar.update(len(indices))
-    gathered = ranks.gather((moments, kept))
-    for others, _ in gathered[1:]:
-        for kind in moments:
-            gathered[0][0][kind].merge(others[kind])
-    return gathered[0][0], [image for _, images in gathered for image in images]
+        if moments:
+            arrays[f"mu{suffix}"], arrays[f"sigma{suffix}"] = moments[kind].statistics()
+    write_arrays(args.out, arrays)
+    say(ranks, f"{args.out}: {len(kept)} images" + (f", and statistics of all {len(paths)}" if moments else ""))
 
 
 def list_images(folder):
@@ -97,13 +98,16 @@ def labels_of(paths):
     return np.array([table[name] for name, *_ in names], dtype=np.int64)
 
 
-def read_image(path, size):
-    """An image, shrunk by halves with a box filter and then bicubic until its shorter side is `size`; its middle."""
+def read_image(path, size, channels=3):
+    """An image, shrunk by halves with a box filter and then bicubic until its shorter side is `size`; its middle.
+
+    :return: uint8 [size, size, channels].
+    """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
     except (OSError, ValueError, SyntaxError, zlib.error) as e:
         raise EvaluationError(f"{path}: cannot read this image ({e}): repair or remove it") from None
     while min(image.size) >= 2 * size:
@@ -111,20 +115,7 @@ def read_image(path, size):
     scale = size / min(image.size)
     arr = np.asarray(image.resize([round(x * scale) for x in image.size], Image.BICUBIC))
     y, x = ((side - size) // 2 for side in arr.shape[:2])
-    return arr[y : y + size, x : x + size]
-
-
-def write(path, arrays):
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            np.savez(f, **arrays)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise EvaluationError(f"{path}: cannot be written ({e.strerror})") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    return arr[y : y + size, x : x + size].reshape(size, size, channels)
 
 
 def create_argparser():
@@ -134,10 +125,9 @@ def create_argparser():
     parser.add_argument("--image_size", type=int, required=True, help="the side to crop to")
     parser.add_argument("--num_images", type=int, default=10_000, help="images to keep (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of their choice")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at a time (default: 32)")
-    parser.add_argument("--device", default="", help="such as cpu or cuda:1; by default a GPU, if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the network (default: fp32)")
-    parser.add_argument("--inception_path", default="", help="the graph; by default found, or downloaded")
+    parser.add_argument("--no_statistics", action="store_true", help="only keep images, which needs no Inception graph")
+    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1 for grey images (default: 3)")
+    add_network_flags(parser)
     return parser
 
 

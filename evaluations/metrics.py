@@ -12,6 +12,7 @@ import torch as th
 EIGENVALUES_CUT = 1e-12  # relative to the largest: what a covariance's rank is counted by
 NEIGHBOURS = 3
 SPLIT = 5000
+BLOCK = 2048
 
 
 class Moments:
@@ -28,6 +29,8 @@ class Moments:
     def update(self, rows):
         """Take in rows [n, dim]."""
         rows = np.asarray(rows, dtype=np.float64)
+        if not np.isfinite(rows).all():
+            raise ValueError("moments of values that are not finite")
         if len(rows):
             deviations = rows - rows.mean(axis=0)
             self._add(len(rows), rows.mean(axis=0), deviations.T @ deviations)
@@ -43,6 +46,17 @@ class Moments:
         self.scatter += scatter + np.outer(shift, shift) * (self.n * n / total)
         self.mean = self.mean + shift * (n / total)
         self.n = total
+
+    def state(self):
+        """All it knows, as arrays by name."""
+        return {"n": self.n, "mean": self.mean, "scatter": self.scatter}
+
+    @classmethod
+    def of(cls, state):
+        """One that knows what another one's state() was."""
+        moments = cls(len(state["mean"]))
+        moments.n, moments.mean, moments.scatter = int(state["n"]), state["mean"], state["scatter"]
+        return moments
 
     def statistics(self):
         """The mean [dim] and the unbiased covariance [dim, dim], of at least two rows."""
@@ -62,6 +76,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     :param sigma1, sigma2: covariances [dim, dim].
     """
     mu1, sigma1, mu2, sigma2 = (th.as_tensor(np.asarray(x), dtype=th.float64) for x in (mu1, sigma1, mu2, sigma2))
+    if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("statistics that are not finite have no distance")
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != (len(mu1), len(mu1)):
         raise ValueError(f"statistics of unlike shapes: {[tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]}")
     cross = th.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
@@ -95,6 +111,8 @@ class InceptionScore:
     def update(self, logits, start):
         """Take in logits [n, classes] of images start, start + 1, ..."""
         log_p = th.as_tensor(logits, dtype=th.float64).log_softmax(dim=1)
+        if not log_p.isfinite().all():
+            raise ValueError("logits that are not finite")
         position = 0
         while position < len(log_p):
             number, offset = divmod(start + position, self.split)
@@ -124,7 +142,7 @@ class InceptionScore:
         return float(np.mean(scores))
 
 
-def precision_recall(reference, samples, neighbours=NEIGHBOURS, device="cpu", block=1024):
+def precision_recall(reference, samples, neighbours=NEIGHBOURS, device="cpu", block=BLOCK):
     """Improved precision and recall (Kynkäänniemi et al., 2019).
 
     Precision is the share of samples that lie within the ball of some reference point, whose radius is the distance to
@@ -132,37 +150,63 @@ def precision_recall(reference, samples, neighbours=NEIGHBOURS, device="cpu", bl
     computed distances in float16, which moves radii by up to 1.7 % and either figure by some thousandths.
 
     :param reference, samples: features [N, dim] and [M, dim], of more than `neighbours` rows each.
-    :param block: rows at a time: memory grows with block * max(N, M).
+    :param block: rows at a time: beyond the features, memory does not grow with N or M.
+    :raises ValueError: for values that are not finite.
     """
     # Distances do not change with the origin; near the data they lose fewer digits to large norms.
-    reference, samples = (th.as_tensor(np.asarray(x)).to(device, th.float64) for x in (reference, samples))
-    reference, samples = (x - reference.mean(dim=0) for x in (reference, samples))
-    reference_radii = manifold_radii(reference, neighbours, block)
-    sample_radii = manifold_radii(samples, neighbours, block)
-    in_reference = 0
-    within_samples = th.zeros(len(reference), dtype=th.bool, device=reference.device)
-    for start in range(0, len(samples), block):
-        part = slice(start, start + block)
-        distances = _squared_distances(samples[part], reference)
-        in_reference += int((distances <= reference_radii).any(dim=1).sum())
-        within_samples |= (distances <= sample_radii[part, None]).any(dim=0)
-    return in_reference / len(samples), int(within_samples.sum()) / len(reference)
+    reference, samples = (_finite(x) for x in (reference, samples))
+    centre = np.mean(reference, axis=0, dtype=np.float64)
+    reference_radii = manifold_radii(reference, neighbours, block, device, centre)
+    sample_radii = manifold_radii(samples, neighbours, block, device, centre)
+    covered, covering = (th.zeros(len(x), dtype=th.bool, device=device) for x in (samples, reference))
+    for rows, columns, distances in _tiles(samples, reference, block, device, centre):
+        covered[rows] |= (distances <= reference_radii[columns]).any(dim=1)
+        covering[columns] |= (distances <= sample_radii[rows, None]).any(dim=0)
+    return float(covered.double().mean()), float(covering.double().mean())
 
 
-def manifold_radii(features, neighbours=NEIGHBOURS, block=1024):
-    """The squared distance of each row [N, dim] to its `neighbours`-th neighbour among the others: float64 [N]."""
+def manifold_radii(features, neighbours=NEIGHBOURS, block=BLOCK, device="cpu", centre=np.float64(0)):
+    """The squared distance of each row [N, dim] to its `neighbours`-th neighbour among the others: float64 [N].
+
+    :param centre: what to subtract from all rows first: it changes nothing but rounding.
+    """
+    features = _finite(features)
     if len(features) <= neighbours:
         raise ValueError(f"{len(features)} points have no {neighbours} neighbours each")
-    radii = []
-    for start in range(0, len(features), block):
-        distances = _squared_distances(features[start : start + block], features)
-        own = th.arange(len(distances), device=features.device)
-        distances[own, start + own] = 0.0
-        radii.append(distances.kthvalue(neighbours + 1, dim=1).values)  # the nearest is the row itself
-    return th.cat(radii)
+    nearest = th.full((len(features), neighbours), th.inf, dtype=th.float64, device=device)
+
+    def take_in(rows, distances):
+        closest = distances.topk(min(neighbours, distances.shape[1]), largest=False).values
+        nearest[rows] = th.cat([nearest[rows], closest], dim=1).topk(neighbours, largest=False).values
+
+    for rows, columns, distances in _tiles(features, None, block, device, centre):
+        if rows == columns:
+            distances.fill_diagonal_(th.inf)  # a point is no neighbour of its own
+        else:
+            take_in(columns, distances.T)
+        take_in(rows, distances)
+    return nearest.amax(dim=1)
 
 
-def _squared_distances(a, b):
-    """|a_i - b_j|^2: float64 [len(a), len(b)]."""
-    products = a @ b.T
-    return products.mul_(-2).add_(a.square().sum(dim=1)[:, None]).add_(b.square().sum(dim=1)).clamp_(min=0)
+def _tiles(a, b, block, device, centre):
+    """Squared distances |a_i - b_j|^2, a tile at a time: yields slices of rows and columns, and float64 of their shape.
+
+    :param b: None stands for `a`; of two tiles that are each other's mirror image it then yields one.
+    """
+
+    def parts(x, first):
+        for start in range(first, len(x), block):
+            part = th.from_numpy(x[start : start + block] - centre).to(device)  # float64, as centre is
+            yield slice(start, start + len(part)), part, part.square().sum(dim=1)
+
+    for rows, of_rows, row_norms in parts(a, 0):
+        for columns, of_columns, norms in parts(a if b is None else b, rows.start if b is None else 0):
+            distances = (of_rows @ of_columns.T).mul_(-2).add_(row_norms[:, None]).add_(norms).clamp_(min=0)
+            yield rows, columns, distances
+
+
+def _finite(features):
+    features = np.asarray(features)
+    if features.ndim != 2 or not np.isfinite(features).all():
+        raise ValueError(f"features are finite numbers [N, dim]; these, of shape {features.shape}, are not")
+    return features

@@ -22,11 +22,20 @@ class Ranks:
             self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
             self.local_rank = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
 
-    def share(self, count):
-        """This rank's part of `count` things: a range."""
-        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+    def share(self, count, batch_size):
+        """This rank's part of `count` things: a range of whole batches, the same batches for any number of ranks.
+
+        Convolutions round by what else is in a batch: so all ranks together find the very features that one would.
+        """
+        batches = -(-count // batch_size)
+        first, last = (rank * batches // self.size * batch_size for rank in (self.rank, self.rank + 1))
+        return range(min(first, count), min(last, count))
 
     def gather(self, value):
+        """Every rank's value, in the order of ranks, on rank 0; None on the others."""
+        return self.comm.gather(value) if self.comm is not None else [value]
+
+    def gather_all(self, value):
         """Every rank's value, in the order of ranks, on every rank."""
         return self.comm.allgather(value) if self.comm is not None else [value]
 

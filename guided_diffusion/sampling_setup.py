@@ -37,12 +37,14 @@ class Network:
     :param path_flag: the flag with its checkpoint's path.
     :param flags: the flags that it is built from, a dict with their defaults.
     :param prefix: what the names of these flags begin with on the command line.
+    :param optional: whether the flag with its path may be empty, for a script to do without.
     """
 
     kind: str
     path_flag: str
     flags: dict
     prefix: str = ""
+    optional: bool = False
 
 
 # What the classifier must have been trained on is the diffusion model's.
@@ -78,6 +80,8 @@ def set_up_sampling(parser, *networks):
     if args.preset:
         _apply_preset(args, given, settled, networks)
     for network in networks:
+        if network.optional and not getattr(args, network.path_flag):
+            continue
         names = identity_flags(network.flags)
         checkpoint_util.adopt_config(args, settled, network.path_flag, names, network.prefix)
     return args
@@ -163,11 +167,14 @@ def load_diffusion(args):
     return prepare_network(model, args.model_path, args.use_fp16, args.use_bf16), diffusion
 
 
-def load_classifier(args):
-    """The classifier with its weights."""
+def load_classifier(flags, path):
+    """A classifier with its weights.
+
+    :param flags: the classifier's, under their plain names.
+    """
     logger.log("creating classifier...")
-    classifier = create_classifier(**args_to_dict(args, classifier_defaults()))
-    return prepare_network(classifier, args.classifier_path, args.classifier_use_fp16, args.classifier_use_bf16)
+    classifier = create_classifier(**args_to_dict(flags, classifier_defaults()))
+    return prepare_network(classifier, path, flags.classifier_use_fp16, flags.classifier_use_bf16)
 
 
 def load_upsampler(flags, path):

@@ -66,7 +66,7 @@ def check_fit(args, flags):
 def sample_base(args, job):
     """The first stage, as classifier_sample.py: the path of its .npz."""
     model, diffusion = load_diffusion(args)
-    cond_fn = guide(load_classifier(args), diffusion, **args_to_dict(args, guidance_flags()))
+    cond_fn = guide(load_classifier(args, args.classifier_path), diffusion, **args_to_dict(args, guidance_flags()))
     labels = labels_for(args, args.num_classes, "classifier_path", "model_path")
     logger.log("sampling small images...")
     return sample_job(

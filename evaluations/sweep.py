@@ -1,0 +1,57 @@
+"""What becomes of the metrics as guidance grows: a table and a picture (the paper's figures 4 and 5)."""
+
+import csv
+import io
+
+from .features import METRICS
+from .files import write_whole
+
+SWEPT = ("fid", "is", "precision", "recall")
+
+
+def write_table(path, rows, features=""):
+    """Write a .csv with a row for each scale.
+
+    :param rows: dicts with "scale" and the figures of SWEPT.
+    :param features: what the figures were found with, where that is not Inception: each column says so.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["classifier_scale", *(f"{METRICS[name]}{_note(features)}" for name in SWEPT)])
+    table.writerows([row["scale"], *(row[name] for name in SWEPT)] for row in rows)
+    with write_whole(path) as f:
+        f.write(text.getvalue().encode())
+
+
+def format_table(rows, features=""):
+    """The table as text to read."""
+    lines = ["scale" + "".join(f"{METRICS[name]:>17}" for name in SWEPT)]
+    lines += [f"{row['scale']:>5g}" + "".join(f"{row[name]:>17.4g}" for name in SWEPT) for row in rows]
+    return "\n".join(
+        lines + ([f"All are figures{_note(features)}: compare them only with each other."] * bool(features))
+    )
+
+
+def draw(path, rows, features=""):
+    """Write the picture as a .png: each figure over the scale, and precision against recall. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 3.6), layout="constrained")
+    figure.suptitle(f"Classifier guidance{_note(features)}{': compare only within this picture' if features else ''}")
+    fid, score, both, trade_off = figure.subplots(1, 4)
+    scales = [row["scale"] for row in rows]
+    for axes, names in ((fid, ["fid"]), (score, ["is"]), (both, ["precision", "recall"])):
+        for name in names:
+            axes.plot(scales, [row[name] for row in rows], marker="o", label=METRICS[name])
+        axes.set(xlabel="classifier scale", title=" and ".join(METRICS[name] for name in names))
+    both.legend()
+    trade_off.plot([row["recall"] for row in rows], [row["precision"] for row in rows], marker="o")
+    for row in rows:
+        trade_off.annotate(f"{row['scale']:g}", (row["recall"], row["precision"]), (4, 4), textcoords="offset points")
+    trade_off.set(xlabel="Recall", ylabel="Precision", title="Precision against recall, by scale")
+    with write_whole(path) as f:
+        figure.savefig(f, format="png", dpi=100)
+
+
+def _note(features):
+    return f" in features of {features}" if features else ""
