@@ -25,7 +25,7 @@ EVERY = 7  # of so many tiles one is held out
 # The same network for training; sampling reads it from config.json.
 NETWORK = dict(
     large_size=LARGE, small_size=SMALL, num_channels=64, num_res_blocks=1, num_heads=2, attention_resolutions="",
-    learn_sigma=True, rescale_learned_sigmas=True, predict_xstart=True, noise_schedule="cosine", diffusion_steps=4,
+    learn_sigma=True, rescale_learned_sigmas=True, predict_xstart=True, noise_schedule="cosine", diffusion_steps=2,
     use_bf16=True,
 )  # fmt: skip
 

@@ -130,7 +130,17 @@ class GaussianDiffusion:
         elif model_var_type == ModelVarType.FIXED_SMALL:
             self._fixed_variance = self.posterior_variance
             self._fixed_log_variance = self.posterior_log_variance_clipped
+        self._middle_log_variance = (self._log_betas + self.posterior_log_variance_clipped) / 2
+        self._half_log_range = (self._log_betas - self.posterior_log_variance_clipped) / 2
+        self._posterior_deviation = np.sqrt(self.posterior_variance)  # DDIM's sigma at eta = 1
+        self._one_minus_alphas_cumprod_prev = 1.0 - self.alphas_cumprod_prev
+        self._sqrt_alphas_cumprod_prev = np.sqrt(self.alphas_cumprod_prev)
+        self._sqrt_one_minus_alphas_cumprod_prev = np.sqrt(self._one_minus_alphas_cumprod_prev)
+        self._noisy = (np.arange(len(betas)) > 0).astype(np.float64)  # the last step's noise would only blur the image
         self._device_tables = {}
+        self._looked_up = None, None, None
+        tables = [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
+        self._table_names = {name: place for place, name in enumerate(tables)}
 
     def _log_but_first(self, variance):
         return np.log(np.append(variance[1], variance[1:])) if len(variance) > 1 else np.log(self.betas)
@@ -138,14 +148,24 @@ class GaussianDiffusion:
     def _at(self, name, t, like):
         """The entries t of the table `name` as float32, shaped to broadcast over `like`.
 
-        Tables are kept on each device they were asked for on, so that a step copies nothing from the host.
+        All tables are kept as one on each device they were asked for on, so that a step copies nothing from the host;
+        and what they hold at t is looked up once for all, however many of them a step asks for.
         """
-        source = getattr(self, name)
-        cached, table = self._device_tables.get((name, t.device), (None, None))
-        if cached is not source:
-            table = th.as_tensor(source, dtype=th.float32, device=t.device)
-            self._device_tables[name, t.device] = source, table
-        return table[t].reshape(-1, *[1] * (like.ndim - 1))
+        state = None if t.is_inference() else (t._version, like.ndim)  # what changes where t is overwritten in place
+        last, last_state, entries = self._looked_up
+        if last is not t or state is None or last_state != state:
+            entries = self._entries(t, like.ndim)
+            self._looked_up = t, state, entries
+        return entries.select(0, self._table_names[name])
+
+    def _entries(self, t, ndim):
+        """The entries t of all tables: float32 [tables, N, 1, ...]."""
+        sources = [getattr(self, name) for name in self._table_names]
+        cached, table = self._device_tables.get(t.device, ((), None))
+        if table is None or any(a is not b for a, b in zip(cached, sources)):
+            table = th.as_tensor(np.stack(sources), dtype=th.float32, device=t.device)
+            self._device_tables[t.device] = sources, table
+        return table[:, t].reshape(len(sources), -1, *[1] * (ndim - 1))
 
     def model_timesteps(self, t):
         """What a model or cond_fn is shown for the process's timesteps t. Every call of either goes through here."""
@@ -187,7 +207,8 @@ class GaussianDiffusion:
         return mean, variance, log_variance
 
     def _posterior_mean(self, x_start, x_t, t):
-        return self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
+        mean = self._at("posterior_mean_coef1", t, x_t) * x_start
+        return mean.addcmul(self._at("posterior_mean_coef2", t, x_t), x_t)
 
     # The model's view of the reverse process
 
@@ -236,16 +257,14 @@ class GaussianDiffusion:
 
         output, log_variance = output.split(x.shape[1], dim=1)
         if self.model_var_type == ModelVarType.LEARNED_RANGE:
-            low = self._at("posterior_log_variance_clipped", t, x)
-            high = self._at("_log_betas", t, x)
-            fraction = (log_variance + 1) / 2  # the model's -1 is the lower bound, its 1 the upper
-            log_variance = fraction * high + (1 - fraction) * low
+            # The model's -1 is the lower bound, the posterior's, and its 1 the upper, beta_t.
+            middle, half_range = self._at("_middle_log_variance", t, x), self._at("_half_log_range", t, x)
+            log_variance = half_range * log_variance + middle
         return output, th.exp(log_variance), log_variance
 
     def _predict_xstart_from_eps(self, x_t, t, eps):
-        return (
-            self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
-        )
+        scaled = self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
+        return scaled.addcmul(self._at("sqrt_recipm1_alphas_cumprod", t, x_t), eps, value=-1)
 
     def _predict_xstart_from_xprev(self, x_t, t, xprev):
         # The posterior's mean, solved for x_start.
@@ -302,9 +321,8 @@ class GaussianDiffusion:
         mean = out["mean"]
         if cond_fn is not None:
             mean = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
-        noisy = (t != 0).reshape(-1, *[1] * (x.ndim - 1))  # the last step's noise would only blur the image
-        sample = mean + noisy * th.exp(0.5 * out["log_variance"]) * noise
-        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+        deviation = self._at("_noisy", t, x) * out["variance"].sqrt()
+        return {"sample": mean.addcmul(deviation, noise), "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample(
         self,
@@ -328,12 +346,16 @@ class GaussianDiffusion:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
         # Derived from pred_xstart, since clipping and denoised_fn may have changed it.
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
-        alpha_bar, alpha_bar_prev = self._at("alphas_cumprod", t, x), self._at("alphas_cumprod_prev", t, x)
-        # At t = 0, alpha_bar_prev is 1: sigma is 0 and the sample is pred_xstart.
-        sigma = eta * th.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * th.sqrt(1 - alpha_bar / alpha_bar_prev)
         noise = randn_like(x)  # with eta = 0 too, so that the generator's later numbers don't depend on eta
-        mean = out["pred_xstart"] * th.sqrt(alpha_bar_prev) + th.sqrt(1 - alpha_bar_prev - sigma**2) * eps
-        return {"sample": mean + sigma * noise, "pred_xstart": out["pred_xstart"]}
+        mean = self._at("_sqrt_alphas_cumprod_prev", t, x) * out["pred_xstart"]
+        if eta == 0:
+            sample = mean.addcmul(self._at("_sqrt_one_minus_alphas_cumprod_prev", t, x), eps)
+        else:
+            # At t = 0, where alphas_cumprod_prev is 1, sigma is 0 and the sample is pred_xstart.
+            sigma = eta * self._at("_posterior_deviation", t, x)
+            remaining = (self._at("_one_minus_alphas_cumprod_prev", t, x) - sigma**2).clamp(min=0)
+            sample = mean.addcmul(remaining.sqrt(), eps).addcmul(sigma, noise)
+        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
         """A DDIM step backwards, x_t to x_{t+1}: encodes data into noise (DDIM, eq. 14). Only for eta = 0."""

@@ -1,11 +1,13 @@
 """The metrics of evaluations/ against what is known of Gaussians, identical sets, and small sets counted by hand."""
 
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch as th
+from launch import run
 
 from evaluations.metrics import InceptionScore, Moments, frechet_distance, manifold_radii, precision_recall
 
@@ -123,14 +125,20 @@ def test_splits_are_averaged_unweighted_however_they_come():
 # Precision and recall
 
 
-def by_hand(reference, samples, k):
+def radii_by_hand(points, k):
     """From the definition, pair by pair."""
 
-    def radius(points, i):
+    def radius(i):
         return sorted(((points[i] - p) ** 2).sum() for j, p in enumerate(points) if j != i)[k - 1]
 
+    return [radius(i) for i in range(len(points))]
+
+
+def by_hand(reference, samples, k):
+    """Precision and recall from the definition, pair by pair."""
+
     def covered(points, by):
-        radii = [radius(by, i) for i in range(len(by))]
+        radii = radii_by_hand(by, k)
         return np.mean([any(((p - q) ** 2).sum() <= r for q, r in zip(by, radii)) for p in points])
 
     return covered(samples, reference), covered(reference, samples)
@@ -147,6 +155,50 @@ def test_precision_and_recall_by_definition(shift):
         assert precision_recall(reference, samples, block=block) == pytest.approx(want, abs=1e-12)
 
 
+def two_clouds():
+    """41 and 30 points, some of them twice, some in both sets."""
+    rng = np.random.default_rng(4)
+    reference = rng.standard_normal((41, 6))
+    samples = rng.standard_normal((30, 6)) * [1.5, 0.3, 0.3, 1, 1, 0.8]
+    reference[7], reference[40], samples[3], samples[29], samples[12] = (
+        reference[31], reference[0], samples[17], reference[9], reference[10],
+    )  # fmt: skip
+    return reference, samples
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 6])
+@pytest.mark.parametrize("block", [1, 2, 10, 29, 30, 40, 41, 42, 1000])
+def test_tiles_do_not_matter(neighbours, block):
+    reference, samples = two_clouds()
+    got = manifold_radii(reference, neighbours, block).numpy()
+    np.testing.assert_allclose(got, radii_by_hand(reference, neighbours), rtol=1e-12, atol=1e-13)
+    want = by_hand(reference, samples, neighbours)
+    assert precision_recall(reference, samples, neighbours, block=block) == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 7, 33, 2048])
+@pytest.mark.parametrize("dim", [64, 2048])
+def test_points_that_repeat_are_at_no_distance(dim, block):
+    """As of a model that makes the same few images again and again: every ball is a point, and has its copies in it."""
+    rng = np.random.default_rng(5)
+    few = (10 + rng.random((20, dim))).astype(np.float32)
+    many = few.repeat(5, axis=0)
+    assert manifold_radii(many, block=block).tolist() == [0] * 100
+    for order in (np.arange(100), rng.permutation(100)):
+        assert precision_recall(many, many[order], block=block) == (1, 1)
+    half = np.concatenate([few[:10], few[10:] + 0.5]).repeat(5, axis=0)
+    assert precision_recall(many, half, block=block) == (0.5, 0.5)
+
+
+def test_points_that_nearly_repeat_are_told_apart():
+    """As features are of images that differ in little: a ten thousandth of their size."""
+    rng = np.random.default_rng(6)
+    few = rng.random((10, 256))
+    close = np.concatenate([few + 1e-4 * i * np.eye(256)[i] for i in range(1, 6)])
+    np.testing.assert_allclose(manifold_radii(close, 1), radii_by_hand(close, 1), rtol=1e-5)
+    assert precision_recall(close, few.repeat(5, axis=0), 1) == by_hand(close, few.repeat(5, axis=0), 1)
+
+
 def test_a_set_covers_itself():
     points = RNG.standard_normal((50, 8)).astype(np.float32)
     assert precision_recall(points, points.copy()) == (1.0, 1.0)
@@ -158,3 +210,73 @@ def test_radii_are_squared_distances_to_the_third_of_the_others():
     assert manifold_radii(line).tolist() == [49.0, 36.0, 16.0, 36.0, 36.0]
     with pytest.raises(ValueError, match="3 points have no 3 neighbours"):
         manifold_radii(line[:3])
+
+
+# It would be N x N float64, 275 MiB, in one piece; a tile is half a MiB.
+MEMORY = """
+import json, resource
+import numpy as np
+from evaluations.metrics import precision_recall
+rng = np.random.default_rng(0)
+reference, samples = (rng.standard_normal((n, 512)).astype(np.float32) for n in (6000, 500))
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+precision_recall(reference[:300], samples[:300], block=256)  # what the libraries take for themselves
+before = peak()
+found = precision_recall(reference, samples, block=256)
+print(json.dumps([peak() - before, found]))
+"""
+
+
+def test_memory_does_not_grow_with_the_square_of_the_points():
+    grown, (precision, recall) = json.loads(run(["-c", MEMORY]).check().output.splitlines()[-1])
+    assert grown < 0.2 * 6000**2 * 8
+    assert 0.9 < precision <= 1 and 0 < recall < 1
+
+
+# Values that are not finite
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused(bad):
+    rows = RNG.standard_normal((6, 3))
+    good, spoilt = rows.copy(), rows.copy()
+    spoilt[4, 1] = bad
+    mean, sigma = np.zeros(3), np.eye(3)
+    bad_mean, bad_sigma = np.array([0, bad, 0]), np.where(np.eye(3) > 0, bad, 0)
+    calls = {
+        "moments": lambda: Moments(3).update(spoilt),
+        "moments of float32": lambda: Moments(3).update(spoilt.astype(np.float32)),
+        "scores": lambda: InceptionScore().update(spoilt, 0),
+        "scores of tensors": lambda: InceptionScore().update(th.from_numpy(spoilt).float(), 0),
+        "radii": lambda: manifold_radii(spoilt),
+        "reference": lambda: precision_recall(spoilt, good),
+        "samples": lambda: precision_recall(good, spoilt),
+        **{
+            f"distance {i}": lambda i=i, x=x: frechet_distance(*[x if j == i else y for j, y in enumerate(whole)])
+            for whole in [(mean, sigma, mean, sigma)]
+            for i, x in enumerate((bad_mean, bad_sigma, bad_mean, bad_sigma))
+        },
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match="finite"):
+            pytest.fail(f"{name}: {call()}")
+
+
+def test_what_is_refused_leaves_no_trace():
+    """A caller may leave out the chunk that was bad."""
+    rows = RNG.standard_normal((6, 3))
+    moments, scores = Moments(3), InceptionScore()
+    for chunk in (rows[:3], rows[:1] * math.nan, rows[3:]):
+        if np.isfinite(chunk).all():
+            moments.update(chunk)
+            scores.update(chunk, moments.n - len(chunk))
+            continue
+        with pytest.raises(ValueError):
+            moments.update(chunk)
+        with pytest.raises(ValueError):
+            scores.update(chunk, moments.n)
+    np.testing.assert_allclose(moments.statistics()[1], np.cov(rows, rowvar=False), rtol=1e-10)
+    assert scores.value() == pytest.approx(score(rows), rel=1e-12)
