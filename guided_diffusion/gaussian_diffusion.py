@@ -156,7 +156,7 @@ class GaussianDiffusion:
         if last is not t or state is None or last_state != state:
             entries = self._entries(t, like.ndim)
             self._looked_up = t, state, entries
-        return entries.select(0, self._table_names[name])
+        return entries[self._table_names[name]]
 
     def _entries(self, t, ndim):
         """The entries t of all tables: float32 [tables, N, 1, ...]."""
