@@ -48,6 +48,7 @@ def draw(path, rows, features=""):
     trade_off.plot([row["recall"] for row in rows], [row["precision"] for row in rows], marker="o")
     for row in rows:
         trade_off.annotate(f"{row['scale']:g}", (row["recall"], row["precision"]), (4, 4), textcoords="offset points")
+    trade_off.margins(0.12)
     trade_off.set(xlabel="Recall", ylabel="Precision", title="Precision against recall, by scale")
     with write_whole(path) as f:
         figure.savefig(f, format="png", dpi=100)
