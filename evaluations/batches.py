@@ -74,12 +74,21 @@ class Batch:
             raise EvaluationError(
                 f"{self.path}: statistics {', '.join(found)} without {', '.join(missing)}: all four belong together"
             )
+        read = {}
         with np.load(self.path, allow_pickle=False) as arrays:
-            mu, sigma, mu_s, sigma_s = (np.asarray(arrays[name], dtype=np.float64) for name in STATISTICS)
-        for name, array in zip(STATISTICS, (mu, sigma, mu_s, sigma_s)):
-            if not np.isfinite(array).all():
-                raise EvaluationError(f"{self.path}: {name} has values that are not finite")
-        return {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}
+            for name in STATISTICS:
+                try:
+                    read[name] = np.asarray(arrays[name], dtype=np.float64)
+                except DAMAGED as e:
+                    raise EvaluationError(f"{self.path}: its statistics ({name}) cannot be read ({e})") from None
+                if not np.isfinite(read[name]).all():
+                    raise EvaluationError(f"{self.path}: {name} has values that are not finite")
+        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+            found, wanted = read[covariance].shape, (read[mean].size,) * 2
+            if read[mean].ndim != 1 or found != wanted:
+                shapes = [f"{name} is {'x'.join(map(str, read[name].shape))}" for name in (mean, covariance)]
+                raise EvaluationError(f"{self.path}: {', but '.join(shapes)}; a mean and its covariance are expected")
+        return {"pool": (read["mu"], read["sigma"]), "spatial": (read["mu_s"], read["sigma_s"])}
 
     def images(self, start, stop, batch_size):
         """Images start to stop - 1 in order, a batch at a time: arrays [n, H, W, 3]."""
@@ -114,7 +123,8 @@ class Member:
                 data = f.read(count * row)
                 if len(data) != count * row:
                     raise EOFError("it ends early")
-                yield np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
+                rows = np.frombuffer(bytearray(data), self.dtype)  # of bytes alone it would be read-only
+                yield rows.reshape(count, *self.shape[1:])
 
     def _map(self):
         """Map the array into memory: from the archive, or where that is compressed from a temporary copy."""

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import torch as th
 
+from .batches import DAMAGED
 from .errors import EvaluationError
 from .files import write_arrays
 from .metrics import InceptionScore, Moments, frechet_distance, precision_recall
@@ -38,12 +39,7 @@ class Features:
         with progress(ranks, total=len(mine), desc=os.path.basename(batch.path)) as bar:
             for images in batch.images(mine.start, mine.stop, batch_size):
                 pool, spatial = network(th.from_numpy(images).to(network.device))
-                if not (pool.isfinite().all() and spatial.isfinite().all()):
-                    last = position + len(images) - 1
-                    raise EvaluationError(
-                        f"{batch.path}: images {position} to {last} have features that are not finite: the network's "
-                        f"weights or precision are at fault (try --dtype fp32)"
-                    )
+                check_finite(pool, spatial, f"{batch.path}: images {position} to {position + len(images) - 1}")
                 if "is" in wanted:
                     self.score.update(network.logits(pool).cpu(), position)
                 pool = pool.cpu().numpy()
@@ -77,15 +73,27 @@ class Features:
 
     @classmethod
     def load(cls, path):
-        """Read what `save` wrote."""
+        """Read what `save` wrote; None where there is no such file, or a damaged one."""
         features = cls.__new__(cls)
-        with np.load(path) as arrays:
-            features.pool = arrays["pool"]
-            features.moments = {
-                kind: Moments.of({name: arrays[f"{kind}_{name}"] for name in ("n", "mean", "scatter")})
-                for kind in ("pool", "spatial")
-            }
+        try:
+            with np.load(path) as arrays:
+                features.pool = arrays["pool"]
+                features.moments = {
+                    kind: Moments.of({name: arrays[f"{kind}_{name}"] for name in ("n", "mean", "scatter")})
+                    for kind in ("pool", "spatial")
+                }
+        except DAMAGED:
+            return None
         return features
+
+
+def check_finite(pool, spatial, images):
+    """Refuse features that are not finite; `images` says whose they are."""
+    if not (pool.isfinite().all() and spatial.isfinite().all()):
+        raise EvaluationError(
+            f"{images} have features that are not finite: the network's weights or precision are at fault "
+            f"(try --dtype fp32)"
+        )
 
 
 def reference_features(network, batch, batch_size, ranks, wanted, cache_dir="", identity=""):
@@ -103,9 +111,10 @@ def reference_features(network, batch, batch_size, ranks, wanted, cache_dir="", 
         return Features(network, batch, batch_size, ranks, wanted)
     kinds = sorted({"manifold" if name in MANIFOLDS else name for name in wanted})
     path = os.path.join(cache_dir, f"{digest(batch.path, identity + ' '.join(kinds))}.npz")
-    if ranks.gather_all(os.path.exists(path))[0]:
+    kept = Features.load(path) if ranks.rank == 0 else None
+    if ranks.gather_all(kept is not None)[0]:
         say(ranks, f"its features are those kept in {path}")
-        return Features.load(path) if ranks.rank == 0 else None
+        return kept
     features = Features(network, batch, batch_size, ranks, wanted)
     if ranks.rank == 0:
         features.save(path)

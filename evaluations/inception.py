@@ -4,8 +4,8 @@ The graph is read by the names of its nodes. Nothing of TensorFlow is needed but
 which the tensorboard package carries.
 """
 
+import http.client
 import os
-import urllib.error
 import urllib.request
 
 import numpy as np
@@ -95,7 +95,7 @@ class InceptionV3(th.nn.Module):
             self.register_buffer(f"{key}_weight", weight.to(dtype, memory_format=th.channels_last))
             self.register_buffer(f"{key}_bias", bias.to(dtype))
             self.convolutions[name] = (key, stride, padding)
-        self.register_buffer("softmax_weights", th.from_numpy(constants["softmax/weights"].copy()))
+        self.register_buffer("softmax_weights", th.from_numpy(constants["softmax/weights"].astype(np.float64)))
 
     @property
     def device(self):
@@ -108,7 +108,7 @@ class InceptionV3(th.nn.Module):
         :return: pool features [N, 2048] and spatial features [N, 2023], float32.
         """
         x = legacy_resize(images.permute(0, 3, 1, 2).float(), INPUT_SIZE)
-        x = ((x - 128) * (1 / 128)).to(self.dtype, memory_format=th.channels_last)
+        x = x.sub_(128).mul_(1 / 128).to(self.dtype).contiguous(memory_format=th.channels_last)
         for name in ("conv", "conv_1", "conv_2"):
             x = self._conv(name, x)
         x = self._conv("conv_4", self._conv("conv_3", F.max_pool2d(x, 3, 2)))
@@ -138,13 +138,13 @@ class InceptionV3(th.nn.Module):
 
     @th.inference_mode()
     def logits(self, pool):
-        """What the Inception Score takes for the logits of classes [N, 1008]: without the layer's bias."""
-        return pool @ self.softmax_weights
+        """What the Inception Score takes for the logits of classes [N, 1008], float64: without the layer's bias."""
+        return pool.double() @ self.softmax_weights
 
     def _conv(self, name, x):
         key, stride, padding = self.convolutions[name]
         weight, bias = (getattr(self, f"{key}_{kind}") for kind in ("weight", "bias"))
-        return F.relu_(F.conv2d(x, weight, bias, stride, padding))
+        return F.relu_(_convolve(x, weight, bias, stride, padding))
 
     def _chain(self, scope, x, count):
         """The convolutions conv, conv_1, ... of a scope, one after the other."""
@@ -161,6 +161,16 @@ class InceptionV3(th.nn.Module):
             for conv in ("conv", "conv_1")
         ]
         return th.cat([self._conv(f"{name}/conv", x), *forks, self._conv(f"{name}/tower_2/conv", pooled)], dim=1)
+
+
+def _convolve(x, weight, bias, stride, padding):
+    """F.conv2d; on a CPU always by oneDNN, so that features depend neither on threads nor on what else is in a batch.
+
+    With one thread and fewer than 16 images torch takes another way for 1x1 kernels, which rounds otherwise.
+    """
+    if x.device.type == "cpu" and x.dtype == th.float32 and th.backends.mkldnn.is_available():
+        return th.mkldnn_convolution(x, weight, bias, padding, (stride, stride), (1, 1), 1)
+    return F.conv2d(x, weight, bias, stride, padding)
 
 
 def _average(x):
@@ -186,12 +196,12 @@ def legacy_resize(x, size):
         upper = np.minimum(lower + 1, length - 1)
         return (th.from_numpy(a).to(x.device) for a in (lower, upper, position - lower.astype(np.float32)))
 
-    left, right, share = neighbours(x.shape[3])
-    x_left = x[..., left]
-    x = x_left + (x[..., right] - x_left) * share
-    top, bottom, share = neighbours(x.shape[2])
-    x_top = x[:, :, top]
-    return x_top + (x[:, :, bottom] - x_top) * share[:, None]
+    def between(x, dim):
+        lower, upper, share = neighbours(x.shape[dim])
+        start, end = x.index_select(dim, lower), x.index_select(dim, upper)
+        return end.sub_(start).mul_(share if dim == 3 else share[:, None]).add_(start)
+
+    return between(between(x, 3), 2)
 
 
 # The file
@@ -211,15 +221,9 @@ def read_graph(path):
 
     :raises EvaluationError: for a file that is not the graph: it names the first node that is missing.
     """
-    try:
-        from tensorboard.compat.proto.graph_pb2 import GraphDef
-    except ImportError:
-        raise EvaluationError(
-            "reading the Inception graph needs the tensorboard package: pip install tensorboard"
-        ) from None
+    graph = _graph_format()()  # before what tensorboard brings along
     from google.protobuf.message import DecodeError
 
-    graph = GraphDef()
     try:
         with open(path, "rb") as f:
             graph.ParseFromString(f.read())
@@ -234,20 +238,33 @@ def read_graph(path):
         if name not in nodes:
             raise EvaluationError(f"{path}: not the Inception graph of 2015 ({FILE_NAME}): it has no node {name}")
         constants[name] = _tensor(nodes[name].attr["value"].tensor)
-        if constants[name].shape != shape:
-            raise EvaluationError(
-                f"{path}: not the Inception graph of 2015: {name} is {constants[name].shape}, not {shape}"
-            )
+        if constants[name] is None or constants[name].shape != shape:
+            found = "no array of float32" if constants[name] is None else constants[name].shape
+            raise EvaluationError(f"{path}: not the Inception graph of 2015: {name} is {found}, not {shape}")
     return constants
 
 
+def _graph_format():
+    """The protobuf class of TensorFlow's graphs."""
+    try:
+        from tensorboard.compat.proto.graph_pb2 import GraphDef
+    except ImportError:
+        raise EvaluationError(
+            "reading the Inception graph needs the tensorboard package: pip install tensorboard"
+        ) from None
+    return GraphDef
+
+
 def _tensor(proto):
-    """A float32 constant, stored as raw content, as its values, or as one value that repeats."""
+    """A float32 constant, stored as raw content, as its values, or as one value that repeats; None for others."""
     shape = [d.size for d in proto.tensor_shape.dim]
-    if proto.tensor_content:
-        return np.frombuffer(proto.tensor_content, dtype="<f4").reshape(shape)
-    values = np.array(proto.float_val, dtype=np.float32)
-    return np.full(shape, values[0], np.float32) if values.size == 1 else values.reshape(shape)
+    try:
+        if proto.tensor_content:
+            return np.frombuffer(proto.tensor_content, dtype="<f4").reshape(shape)
+        values = np.array(proto.float_val, dtype=np.float32)
+        return np.full(shape, values[0], np.float32) if values.size == 1 else values.reshape(shape)
+    except ValueError:
+        return None
 
 
 def cache_folder():
@@ -268,21 +285,35 @@ def find_graph(path=""):
 
 def download(address, path):
     """Download the graph to `path`, which it gets only once it is complete."""
+    _graph_format()
+    remedy = f"get it from {ADDRESS} and put it at {path}, or say where it is with --inception_path"
+    with write_whole(path) as f:
+        for block in _fetch(address, remedy):
+            f.write(block)
+        f.flush()
+        try:
+            read_graph(f.name)
+        except EvaluationError:
+            raise EvaluationError(
+                f"what {address} gives is not {FILE_NAME}, or only a part of it: try again, or {remedy}"
+            ) from None
+    return path
+
+
+def _fetch(address, remedy):
+    """What lies at an address, a block at a time."""
     from tqdm import tqdm
 
     try:
-        with urllib.request.urlopen(address, timeout=30) as response, write_whole(path) as f:
-            total = int(response.headers.get("Content-Length") or 0) or None
+        with urllib.request.urlopen(address, timeout=30) as response:
+            total, received = response.length, 0  # None where the server does not say
             with tqdm(total=total, desc=f"downloading {FILE_NAME}", unit="B", unit_scale=True) as bar:
                 while block := response.read(2**18):
-                    f.write(block)
+                    received += len(block)
                     bar.update(len(block))
-            f.flush()
-            read_graph(f.name)  # complete, and the one
-    except (urllib.error.URLError, OSError) as e:
-        reason = getattr(e, "reason", e)
-        raise EvaluationError(
-            f"{FILE_NAME} is neither here nor can it be downloaded ({reason}): get it from {ADDRESS} and put it at "
-            f"{path}, or say where it is with --inception_path"
-        ) from None
-    return path
+                    yield block
+            if total is not None and received < total:
+                raise EOFError(f"it ended after {received} of {total} bytes")
+    except (OSError, EOFError, http.client.HTTPException) as e:
+        reason = " ".join(str(getattr(e, "reason", "") or e or type(e).__name__).split())
+        raise EvaluationError(f"{FILE_NAME} is neither here nor can it be downloaded ({reason}): {remedy}") from None

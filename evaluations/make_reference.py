@@ -9,7 +9,7 @@ precision and recall (arr_0; arr_1 their labels, where file names have labels). 
 import argparse
 import os
 import sys
-import zlib
+import warnings
 
 import numpy as np
 import torch as th
@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from evaluations.errors import EvaluationError  # noqa: E402
 from evaluations.evaluator import add_network_flags, choose_device, load_inception, run_evaluation  # noqa: E402
-from evaluations.features import progress, say  # noqa: E402
+from evaluations.features import check_finite, progress, say  # noqa: E402
 from evaluations.files import write_arrays  # noqa: E402
 from evaluations.metrics import Moments  # noqa: E402
 from evaluations.ranks import Ranks  # noqa: E402
@@ -34,8 +34,8 @@ def main():
 
 def make_reference(args, ranks):
     """Write the reference batch."""
-    if args.image_size < 1 or args.batch_size < 1 or args.num_images < 4:
-        raise EvaluationError("--image_size and --batch_size must be at least 1, --num_images at least 4")
+    if args.image_size < 1 or args.batch_size < 1 or args.num_images < 4 or args.seed < 0:
+        raise EvaluationError("--image_size and --batch_size must be at least 1, --num_images at least 4, --seed 0")
     paths = list_images(args.data_dir)
     if len(paths) < 4:
         raise EvaluationError(f"{args.data_dir}: {len(paths)} images; a reference needs at least 4")
@@ -54,7 +54,9 @@ def make_reference(args, ranks):
             indices = seen[start : min(start + args.batch_size, mine.stop)]
             images = np.stack([read_image(paths[i], args.image_size, args.channels) for i in indices])
             if moments:
-                for kind, features in zip(moments, network(th.from_numpy(images).to(network.device))):
+                found = network(th.from_numpy(images).to(network.device))
+                check_finite(*found, f"{paths[indices[0]]} to {paths[indices[-1]]}")
+                for kind, features in zip(moments, found):
                     moments[kind].update(features.cpu().numpy())
             kept += [image for i, image in zip(indices, images) if i in wanted]
             bar.update(len(indices))
@@ -77,15 +79,15 @@ def make_reference(args, ranks):
 
 
 def list_images(folder):
-    """The paths of all images in a folder and those below it, sorted."""
+    """The paths of all images in a folder and those below it, also by links, sorted."""
     if not os.path.isdir(folder):
-        raise EvaluationError(f"{folder}: no such folder")
-    found = [
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(EXTENSIONS)
-    ]
+        raise EvaluationError(f"{folder}: {'not a folder' if os.path.exists(folder) else 'no such folder'}")
+    found, above = [], {folder: ()}  # by folder, those it lies in: a link to one of them would never end
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        lies_in = (*above.pop(parent), os.path.realpath(parent))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) not in lies_in]
+        above.update((os.path.join(parent, name), lies_in) for name in folders)
+        found += [os.path.join(parent, name) for name in names if name.lower().endswith(EXTENSIONS)]
     return sorted(found)
 
 
@@ -101,21 +103,58 @@ def labels_of(paths):
 def read_image(path, size, channels=3):
     """An image, shrunk by halves with a box filter and then bicubic until its shorter side is `size`; its middle.
 
+    The pixels are those that training sees.
+
     :return: uint8 [size, size, channels].
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
-    except (OSError, ValueError, SyntaxError, zlib.error) as e:
-        raise EvaluationError(f"{path}: cannot read this image ({e}): repair or remove it") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about metadata that nobody reads
+            with Image.open(path) as image:
+                image.load()
+                turn = _turn_upright(image)
+                image = _to_mode(image, "RGB" if channels == 3 else "L")
+    except MemoryError:
+        raise
+    except Exception as e:  # what decoders make of a damaged file is hard to foresee
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise EvaluationError(f"{path}: cannot read this image ({reason}): repair or remove it") from None
+    if turn is not None:
+        image = image.transpose(turn)
     while min(image.size) >= 2 * size:
         image = image.resize([x // 2 for x in image.size], Image.BOX)
     scale = size / min(image.size)
     arr = np.asarray(image.resize([round(x * scale) for x in image.size], Image.BICUBIC))
     y, x = ((side - size) // 2 for side in arr.shape[:2])
     return arr[y : y + size, x : x + size].reshape(size, size, channels)
+
+
+def _turn_upright(image):
+    """How to transpose a loaded image so that it is upright, by its EXIF orientation; None where that is not known."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+    }  # fmt: skip
+    try:
+        return turns.get(image.getexif().get(0x0112))
+    except Exception:  # damaged, as advice may be
+        return None
+
+
+def _to_mode(image, mode):
+    """Convert a loaded image. 16 bits of grey lose the lower 8, as those of colours do: Pillow would clip them."""
+    from PIL import Image
+
+    image.info.pop("transparency", None)  # it changes no pixel here, but can make Pillow fail
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of Pillow's mode {image.mode}, whose range is open: save it with 8 bits")
+    return image if image.mode == mode else image.convert(mode)
 
 
 def create_argparser():

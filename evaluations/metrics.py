@@ -13,6 +13,7 @@ EIGENVALUES_CUT = 1e-12  # relative to the largest: what a covariance's rank is 
 NEIGHBOURS = 3
 SPLIT = 5000
 BLOCK = 2048
+ROUNDING = 1e-13  # of a point's squared norm: squared distances below it are nothing but rounding
 
 
 class Moments:
@@ -165,7 +166,7 @@ def precision_recall(reference, samples, neighbours=NEIGHBOURS, device="cpu", bl
     return float(covered.double().mean()), float(covering.double().mean())
 
 
-def manifold_radii(features, neighbours=NEIGHBOURS, block=BLOCK, device="cpu", centre=np.float64(0)):
+def manifold_radii(features, neighbours=NEIGHBOURS, block=BLOCK, device="cpu", centre=0.0):
     """The squared distance of each row [N, dim] to its `neighbours`-th neighbour among the others: float64 [N].
 
     :param centre: what to subtract from all rows first: it changes nothing but rounding.
@@ -196,12 +197,14 @@ def _tiles(a, b, block, device, centre):
 
     def parts(x, first):
         for start in range(first, len(x), block):
-            part = th.from_numpy(x[start : start + block] - centre).to(device)  # float64, as centre is
+            part = th.from_numpy(x[start : start + block].astype(np.float64) - centre).to(device)
             yield slice(start, start + len(part)), part, part.square().sum(dim=1)
 
     for rows, of_rows, row_norms in parts(a, 0):
         for columns, of_columns, norms in parts(a if b is None else b, rows.start if b is None else 0):
-            distances = (of_rows @ of_columns.T).mul_(-2).add_(row_norms[:, None]).add_(norms).clamp_(min=0)
+            distances = (of_rows @ of_columns.T).mul_(-2).add_(row_norms[:, None]).add_(norms)
+            # Copies of a point are in each other's balls, also where these have no radius
+            distances.masked_fill_(distances <= ROUNDING * row_norms[:, None], 0)
             yield rows, columns, distances
 
 

@@ -3,6 +3,9 @@
 Names follow the papers: x_start is the data, x_t the data noised up to timestep t (counted from 0), eps the noise.
 "DDPM" is Ho et al. 2020 (arXiv 2006.11239), "Improved DDPM" Nichol & Dhariwal 2021 (2102.09672), "DDIM" Song et al.
 2020 (2010.02502), "ADM" Dhariwal & Nichol 2021 (2105.05233).
+
+From top to bottom: schedules, what a process is parameterised by, GaussianDiffusion: its tables, the forward process,
+the model's view of the reverse process, steps, loops, training and likelihood.
 """
 
 import enum

@@ -2,6 +2,9 @@
 
 Parameter names, their order and the order in which layers are made are those of the released checkpoints: they decide
 which weights load, what an optimiser's state refers to and what a seed initialises.
+
+From top to bottom: resampling, ResBlock, AttentionBlock and what it attends with, the encoder that all networks share,
+UNetModel, SuperResModel, EncoderUNetModel.
 """
 
 from abc import abstractmethod
@@ -442,8 +445,6 @@ class _Encoder(nn.Module):
         if y is not None:
             emb = emb + self.label_emb(y)
         h = x.type(self.dtype)
-        if self.dims == 2 and h.device.type == "cpu":  # what its convolutions and norms are fastest with
-            h = h.contiguous(memory_format=th.channels_last)
         hs = []
         for block in self.input_blocks:
             h = block(h, emb)

@@ -15,7 +15,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from evaluations.batches import Batch  # noqa: E402
 from evaluations.errors import EvaluationError  # noqa: E402
 from evaluations.evaluator import DTYPES, load_inception  # noqa: E402
-from evaluations.features import Features, check_batches, compare, reference_features  # noqa: E402
+from evaluations.features import FEWEST, Features, check_batches, compare, reference_features  # noqa: E402
 from evaluations.ranks import Ranks  # noqa: E402
 from evaluations.sweep import SWEPT, draw, format_table, write_table  # noqa: E402
 from guided_diffusion import dist_util, files, logger  # noqa: E402
@@ -82,20 +82,35 @@ class Evaluation:
         if (args.features == "classifier") != bool(args.feature_path):
             raise InputError("--features classifier and --feature_path, a classifier of clean images, belong together")
         choose("--eval_dtype", args.eval_dtype, DTYPES)
+        check_at_least(FEWEST, num_samples=args.num_samples)
+        if not args.ref_batch:
+            raise InputError("--ref_batch is missing: give an .npz of images to compare samples with")
         self.ranks, self.batch_size = JobRanks(), args.eval_batch_size
-        self.reference = Batch(args.ref_batch, args.in_channels if args.feature_path else 3)
-        self.name = ""
+        self.name, channels = "", args.in_channels
+        if channels != 3 and not args.feature_path:
+            raise InputError(f"--in_channels {channels}: Inception takes colours; take --features classifier")
+        self.reference = Batch(args.ref_batch, channels)
+        if len(self.reference) < FEWEST:
+            raise InputError(f"{args.ref_batch}: {len(self.reference)} images; the metrics need at least {FEWEST}")
         if args.feature_path:
-            flags = without_prefix(args, FEATURES)
-            for name in ("image_size", "in_channels"):
-                if getattr(flags, name) != getattr(args, name):
-                    raise InputError(f"--feature_{name} {getattr(flags, name)} does not fit the samples' --{name} "
-                                     f"{getattr(args, name)}")  # fmt: skip
-            self.network = ClassifierFeatures(load_classifier(flags, flags.path))
+            self.network = self._load_classifier(args)
             self.name = "/".join(args.feature_path.split("/")[-2:])
         else:
             self.network, _ = load_inception(args.inception_path, args.eval_dtype, dist_util.dev(), self.ranks)
         self.known = reference_features(self.network, self.reference, self.batch_size, self.ranks, SWEPT)
+
+    def _load_classifier(self, args):
+        flags = without_prefix(args, FEATURES)
+        for name in ("image_size", "in_channels"):
+            if getattr(flags, name) != getattr(args, name):
+                raise InputError(f"--feature_{name} {getattr(flags, name)} does not fit the samples' --{name} "
+                                 f"{getattr(args, name)}")  # fmt: skip
+        height, width = self.reference.shape[1:3]
+        if {height, width} != {args.image_size}:
+            raise InputError(f"{args.ref_batch}: images of {height}x{width}, but the classifier of --feature_path "
+                             f"takes {args.image_size}x{args.image_size}")  # fmt: skip
+        self.reference.statistics = None  # they are of Inception's features
+        return ClassifierFeatures(load_classifier(flags, flags.path))
 
     def figures(self, path):
         """The figures of an .npz of samples, by the metrics' short names. All ranks call it."""
