@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -176,7 +177,7 @@ def test_tiles_do_not_matter(neighbours, block):
     assert precision_recall(reference, samples, neighbours, block=block) == pytest.approx(want, abs=1e-12)
 
 
-@pytest.mark.parametrize("block", [1, 7, 33, 2048])
+@pytest.mark.parametrize("block", [7, 33, 2048])
 @pytest.mark.parametrize("dim", [64, 2048])
 def test_points_that_repeat_are_at_no_distance(dim, block):
     """As of a model that makes the same few images again and again: every ball is a point, and has its copies in it."""
@@ -212,28 +213,30 @@ def test_radii_are_squared_distances_to_the_third_of_the_others():
         manifold_radii(line[:3])
 
 
-# It would be N x N float64, 275 MiB, in one piece; a tile is half a MiB.
+# In one piece the distances would take 288 MB; a tile takes half a megabyte, the features themselves 12.
 MEMORY = """
-import json, resource
+import json, re
 import numpy as np
 from evaluations.metrics import precision_recall
+
+def memory(name):
+    with open("/proc/self/status") as f:
+        return int(re.search(name + r":\\s+(\\d+) kB", f.read())[1]) * 1024
+
 rng = np.random.default_rng(0)
 reference, samples = (rng.standard_normal((n, 512)).astype(np.float32) for n in (6000, 500))
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
 precision_recall(reference[:300], samples[:300], block=256)  # what the libraries take for themselves
-before = peak()
+before = memory("VmRSS")
 found = precision_recall(reference, samples, block=256)
-print(json.dumps([peak() - before, found]))
+print(json.dumps([memory("VmHWM") - before, found]))
 """
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read where Linux tells it")
 def test_memory_does_not_grow_with_the_square_of_the_points():
     grown, (precision, recall) = json.loads(run(["-c", MEMORY]).check().output.splitlines()[-1])
-    assert grown < 0.2 * 6000**2 * 8
-    assert 0.9 < precision <= 1 and 0 < recall < 1
+    assert grown < 0.1 * 6000**2 * 8
+    assert 0 < precision < 1 and 0 < recall < 1
 
 
 # Values that are not finite

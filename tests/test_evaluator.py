@@ -1,47 +1,69 @@
-"""The evaluator from end to end: golden figures of the original, all kinds of files, ranks, and bad input."""
+"""The evaluator from end to end: golden figures of the original, ranks, threads, all kinds of files, and bad input."""
 
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch as th
-from launch import ROOT, run
+from launch import ROOT, clean_environment, run
+from test_evaluation_download import write_graph
 
 from evaluations.batches import Batch
 from evaluations.errors import EvaluationError
 from evaluations.inception import InceptionV3, legacy_resize, read_graph
+from evaluations.metrics import frechet_distance, manifold_radii, precision_recall
 
 DATA = os.path.join(os.path.dirname(__file__), "data", "evaluator")
 EVALUATOR = os.path.join(ROOT, "evaluations", "evaluator.py")
+COUNTS = {32: (60, 50), 64: (400, 300)}  # images of the golden pairs by their size
+LINES = {"is": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall"}
 sys.path.insert(0, DATA)
+
+
+def blobs(count, size, samples=False):
+    """Of the batches that the original was run on, the first so many images."""
+    import make_batches
+
+    return make_batches.blobs(count, size, [2, size], 9, 1.5, 0.05) if samples else make_batches.blobs(
+        count, size, [1, size]
+    )  # fmt: skip
+
+
+def make_graph(path, *args):
+    """Write a graph of the Inception graph's structure with seeded weights: that which the original was run with."""
+    argv = [sys.executable, os.path.join(DATA, "make_graph.py"), "-o", path, *args]
+    subprocess.run(argv, check=True, capture_output=True)
+    return path
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
-    """A graph of the Inception graph's structure with seeded weights, and the batches that the original was run on."""
-    import make_batches
-
+    """A folder with the graph, the golden pairs of 32 and 64 pixels, and fewer images of the first."""
     stage = tmp_path_factory.mktemp("evaluator")
-    subprocess.run([sys.executable, f"{DATA}/make_graph.py", "-o", stage / "graph.pb"], check=True, capture_output=True)
-    np.savez(stage / "ref.npz", arr_0=make_batches.blobs(60, 32, [1, 32]))
-    samples = make_batches.blobs(50, 32, [2, 32], n_blobs=9, sharp=1.5, tint=0.05)
-    np.savez(stage / "sample.npz", arr_0=samples)
+    make_graph(stage / "graph.pb")
+    for size, (reference, samples) in COUNTS.items():
+        np.savez(stage / f"ref{size}.npz", arr_0=blobs(reference, size))
+        np.savez(stage / f"sample{size}.npz", arr_0=blobs(samples, size, samples=True))
+    np.savez(stage / "few_ref.npz", arr_0=blobs(24, 32))
+    np.savez_compressed(stage / "few.npz", arr_0=blobs(16, 32, samples=True))
     return stage
 
 
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(os.path.join(DATA, "golden_32.npz")) as f:
+@functools.cache
+def golden(size):
+    with np.load(os.path.join(DATA, f"golden_{size}.npz")) as f:
         return dict(f)
 
 
-def evaluate(stage, *args, ref="ref.npz", samples="sample.npz", ranks=None, env=None):
+def evaluate(stage, *args, ref="ref32.npz", samples="sample32.npz", ranks=None, threads=1):
     """Run the evaluator; paths are names in the stage."""
     argv = [EVALUATOR, str(stage / ref), str(stage / samples), "--inception_path", str(stage / "graph.pb"), *args]
-    return run(argv, ranks=ranks, env={"OMP_NUM_THREADS": "2", **(env or {})}, timeout=120)
+    return run(argv, ranks=ranks, env={"OMP_NUM_THREADS": str(threads)}, timeout=300)
 
 
 def figures(stage, *args, **options):
@@ -50,32 +72,91 @@ def figures(stage, *args, **options):
     return {k: v for k, v in json.loads(path.read_text()).items() if isinstance(v, float)}
 
 
+FEW = dict(ref="few_ref.npz", samples="few.npz")
+
+
 @pytest.fixture(scope="module")
-def whole(stage):
-    return figures(stage)
+def few(stage):
+    """What one process prints of the few images, batches of 8, on two threads; its cache is in the stage."""
+    paths = [stage / FEW["ref"], stage / FEW["samples"], "--inception_path", stage / "graph.pb"]
+    return subprocess.run(
+        [sys.executable, EVALUATOR, *paths, "--batch_size", "8", "--cache_dir", stage / "cache"],
+        env=clean_environment(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="passive"), capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+
+
+def printed(done):
+    """Figures by their lines of the evaluator's output."""
+    lines = dict(line.split(": ") for line in done.stdout.splitlines())
+    return {name: float(lines[line]) for name, line in LINES.items() if line in lines}
 
 
 # Golden figures
 
-EXACT = {"fid": 56.69938126690853, "sfid": 708.6537196472954}  # in float64, of TensorFlow's activations
+# In float64, of TensorFlow's activations
+EXACT = {
+    32: {"fid": 56.69938126690853, "sfid": 708.6537196472954, "precision": 0.82, "recall": 0.8},
+    64: {"fid": 26.090373225600487, "sfid": 444.8676530752458, "precision": 0.8666666666666667, "recall": 0.67},
+}
 
 
-def test_figures_are_the_original_s(whole, golden):
-    for name, exact in EXACT.items():
-        assert whole[name] == pytest.approx(exact, rel=1e-6)
-        assert whole[name] == pytest.approx(float(golden[name]), rel=2e-6)
-    assert whole["is"] == pytest.approx(float(golden["inception_score"]), rel=1e-5)
-    assert (whole["precision"], whole["recall"]) == (0.82, 0.8)
+@pytest.mark.parametrize("size", COUNTS)
+def test_figures_are_the_original_s(size, stage):
+    """On two ranks with a thread each: quick also where other work shares the cores."""
+    paths = dict(ref=f"ref{size}.npz", samples=f"sample{size}.npz")
+    cache = stage / f"cache{size}"
+    got = figures(stage, "--cache_dir", str(cache), ranks=2, **paths)
+    want, exact = golden(size), EXACT[size]
+    for name in ("fid", "sfid"):
+        assert got[name] == pytest.approx(exact[name], rel=1e-6)
+        assert got[name] == pytest.approx(float(want[name]), rel=2e-6)
+    assert got["is"] == pytest.approx(float(want["inception_score"]), rel=1e-5)
+    assert (got["precision"], got["recall"]) == (exact["precision"], exact["recall"])
+
+    radii = manifold_radii(kept_features(cache)["pool"]).sqrt().numpy()
+    original = np.sqrt(want["radii_ref"][:, 0])  # of distances in float16
+    assert np.abs(radii / original - 1).max() < 0.02 and np.abs(np.median(radii / original) - 1) < 0.002
 
 
-def test_features_are_the_original_s(stage, golden):
-    network = InceptionV3(read_graph(stage / "graph.pb"))
-    for which, name in (("ref", "ref.npz"), ("sample", "sample.npz")):
-        images = next(Batch(str(stage / name)).images(0, 8, 8))
-        for kind, got in zip(("pool", "spatial"), network(th.from_numpy(images))):
-            want = golden[f"{kind}_{which}"]
-            assert got.shape == want.shape
-            assert np.linalg.norm(got.numpy() - want) < 1e-4 * np.linalg.norm(want)
+def kept_features(cache):
+    """The arrays of the one file in a cache folder."""
+    (kept,) = cache.iterdir()
+    with np.load(kept) as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_features_are_the_original_s(size, stage):
+    network, want = network_of(stage), golden(size)
+    for which in ("ref", "sample"):
+        got = network(th.from_numpy(blobs(8, size, which == "sample")))
+        for kind, features in zip(("pool", "spatial"), got):
+            reference = want[f"{kind}_{which}"]
+            assert features.shape == reference.shape
+            assert np.linalg.norm(features.numpy() - reference) < 1e-4 * np.linalg.norm(reference)
+            rows = np.linalg.norm(features.numpy() - reference, axis=1) / np.linalg.norm(reference, axis=1)
+            assert rows.max() < 1e-4
+
+
+@functools.cache
+def network_of(stage):
+    return InceptionV3(read_graph(stage / "graph.pb"))
+
+
+def test_features_depend_neither_on_threads_nor_on_the_batch(stage):
+    """A batch of fewer than 16 images, and a single thread, once led to other kernels."""
+    network, images = network_of(stage), th.from_numpy(blobs(18, 32))
+    before, found = th.get_num_threads(), {}
+    try:
+        for threads, count in ((1, 18), (1, 5), (2, 5), (2, 1)):
+            th.set_num_threads(threads)
+            found[threads, count] = network(images[:count])
+    finally:
+        th.set_num_threads(before)
+    for (_, count), got in found.items():
+        for features, want in zip(got, found[1, 18]):
+            assert float((features - want[:count]).norm()) <= 1e-9 * float(want[:count].norm())
 
 
 def test_resize_looks_at_the_top_left():
@@ -87,46 +168,38 @@ def test_resize_looks_at_the_top_left():
     assert th.equal(legacy_resize(x[..., :3], 3), x[..., :3])
 
 
-def test_output_is_the_original_s_lines(stage):
-    done = subprocess.run(
-        [sys.executable, EVALUATOR, stage / "ref.npz", stage / "sample.npz", "--inception_path", stage / "graph.pb",
-         "--num_samples", "20"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    names = [line.split(":")[0] for line in done.stdout.splitlines()]
-    assert names == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
-    assert "20 samples: FID is biased" in done.stderr
+def test_output_is_the_original_s_lines(few):
+    assert [line.split(":")[0] for line in few.stdout.splitlines()] == list(LINES.values())
+    assert "16 samples: FID is biased" in few.stderr
 
 
-def test_ranks_find_the_same(stage, whole):
-    got = figures(stage, "--metrics", "is,fid,precision,recall", ranks=3, env={"OMP_NUM_THREADS": "1"})
-    # Batches fall otherwise, and convolutions round by batch; all else does not depend on the split.
-    assert got == {name: pytest.approx(whole[name], rel=2e-6) for name in got} and len(got) == 4
+def test_ranks_find_the_same(stage, few):
+    """On other threads, too; one of three ranks has no samples."""
+    metrics = "is,fid,precision,recall"
+    got = figures(stage, "--batch_size", "8", "--metrics", metrics, ranks=3, **FEW)
+    assert got == {name: pytest.approx(printed(few)[name], rel=1e-9) for name in metrics.split(",")}
 
 
-def test_a_batch_is_at_no_distance_from_itself(stage):
-    got = figures(stage, "--metrics", "fid,precision,recall", samples="ref.npz")
-    assert abs(got["fid"]) < 1e-6
-    assert (got["precision"], got["recall"]) == (1, 1)
+def statistics(kept):
+    """The mean and covariance that features in a cache have, by kind."""
+    return {
+        kind: (kept[f"{kind}_mean"], kept[f"{kind}_scatter"] / (int(kept[f"{kind}_n"]) - 1))
+        for kind in ("pool", "spatial")
+    }
 
 
-def test_statistics_and_the_cache_stand_for_images(stage, whole):
-    cache = stage / "cache"
-    options = ["--metrics", "fid,sfid", "--cache_dir", str(cache)]
-    assert figures(stage, *options) == {name: whole[name] for name in ("fid", "sfid")}
-    assert len(list(cache.iterdir())) == 1
-    again = evaluate(stage, *options).check()
-    assert "its features are those kept in" in again.output and f"FID: {whole['fid']}" in again.output
+def test_statistics_stand_for_images_on_ranks_too(stage, few):
+    (mu, sigma), (mu_s, sigma_s) = statistics(kept_features(stage / "cache")).values()
+    with np.load(stage / "few_ref.npz") as f:
+        np.savez(stage / "stats.npz", arr_0=f["arr_0"][:4], mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    got = figures(stage, "--metrics", "is,sfid", ref="stats.npz", samples="few.npz", ranks=2)
+    assert got == {name: pytest.approx(printed(few)[name], rel=1e-9) for name in ("is", "sfid")}
 
-    with np.load(next(cache.iterdir())) as kept:
-        stats = {}
-        for kind, suffix in (("pool", ""), ("spatial", "_s")):
-            stats[f"mu{suffix}"] = kept[f"{kind}_mean"]
-            stats[f"sigma{suffix}"] = kept[f"{kind}_scatter"] / (int(kept[f"{kind}_n"]) - 1)
-    with np.load(stage / "ref.npz") as f:
-        np.savez(stage / "with_statistics.npz", arr_0=f["arr_0"][:4], **stats)
-    got = figures(stage, "--metrics", "fid,sfid", ref="with_statistics.npz")
-    assert got == {name: pytest.approx(whole[name], rel=1e-9) for name in ("fid", "sfid")}
+
+def test_a_batch_is_at_no_distance_from_itself(stage, few):
+    kept = kept_features(stage / "cache")
+    assert abs(frechet_distance(*statistics(kept)["pool"] * 2)) < 1e-6
+    assert precision_recall(kept["pool"], kept["pool"]) == (1, 1)
 
 
 # All kinds of files
@@ -192,45 +265,39 @@ def refused(done, *words):
     assert len(lines) == 1 and all(word in lines[0] for word in words), done.output
 
 
-def test_bad_commands(stage, tmp_path):
-    (stage / "text.npz").write_text("not an archive")
-    with np.load(stage / "sample.npz") as f:
-        np.savez(stage / "three.npz", arr_0=f["arr_0"][:3])
-    whole = (stage / "sample.npz").read_bytes()
-    (stage / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    (stage / "cut.pb").write_bytes((stage / "graph.pb").read_bytes()[:1_000_000])
-    refused(evaluate(stage, ref="gone.npz"), "gone.npz: no such file")
-    refused(evaluate(stage, samples="text.npz"), "text.npz: not an .npz file")
-    refused(evaluate(stage, samples="cut.npz"), "cut.npz: not an .npz file")
-    refused(evaluate(stage, samples="three.npz"), "three.npz: 3 images", "at least 4")
-    refused(evaluate(stage, "--metrics", "fid,kid"), "--metrics fid,kid", "'kid'", "recall")
-    refused(evaluate(stage, "--inception_path", str(stage / "cut.pb")), "cut.pb")
-    refused(evaluate(stage, "--inception_path", str(stage / "none.pb")), "none.pb: no such file", "https://")
-    refused(evaluate(stage, ref="gone.npz", ranks=2), "gone.npz: no such file")
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_bad_commands(ranks, stage):
+    refused(evaluate(stage, ref="gone.npz", ranks=ranks), "gone.npz: no such file")
 
 
-def test_another_graph_is_refused_by_its_first_missing_node(tmp_path):
-    from tensorboard.compat.proto.graph_pb2 import GraphDef
+def test_bad_graphs(stage, tmp_path):
+    (tmp_path / "cut.pb").write_bytes((stage / "graph.pb").read_bytes()[:1_000_000])
+    (tmp_path / "text.pb").write_text("an error page, perhaps")
+    (tmp_path / "folder.pb").mkdir()
+    for name, words in (("cut", "cut short"), ("text", "not a TensorFlow graph"), ("folder", "cannot be read")):
+        with pytest.raises(EvaluationError, match=f"{name}.pb: .*{words}") as caught:
+            read_graph(tmp_path / f"{name}.pb")
+        assert "\n" not in str(caught.value)
+    refused(evaluate(stage, "--inception_path", str(tmp_path / "none.pb")), "none.pb: no such file", "https://")
 
-    graph = GraphDef()
-    graph.node.add(name="conv/weights", op="Const")
-    (tmp_path / "other.pb").write_bytes(graph.SerializeToString())
-    with pytest.raises(EvaluationError, match="no node conv/conv2d_params"):
-        read_graph(tmp_path / "other.pb")
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_weights_that_are_no_numbers(ranks, stage, tmp_path):
+    graph = write_graph(tmp_path / "nan.pb", mixed_2__tower__conv_1__batchnorm__beta=float("nan"))
+    done = evaluate(stage, "--inception_path", str(graph), "--batch_size", "2", **FEW, ranks=ranks)
+    first = r"(0 to 1|12 to 13)" if ranks else "0 to 1"
+    refused(done, f"{stage}/few_ref.npz: images ", "have features that are not finite: the network's weights")
+    assert re.search(f"images {first} have", done.output), done.output
 
 
 def test_constants_may_be_one_repeated_value(stage, tmp_path):
-    path = tmp_path / "compact.pb"
-    subprocess.run(
-        [sys.executable, f"{DATA}/make_graph.py", "-o", path, "--compact-gamma"], check=True, capture_output=True
-    )
-    want, got = read_graph(stage / "graph.pb"), read_graph(path)
+    want, got = read_graph(stage / "graph.pb"), read_graph(make_graph(tmp_path / "compact.pb", "--compact-gamma"))
     assert want.keys() == got.keys() and all(np.array_equal(want[k], got[k]) for k in want)
 
 
 def test_no_network_and_no_graph(stage, tmp_path):
     env = {"XDG_CACHE_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
-    argv = [EVALUATOR, str(stage / "ref.npz"), str(stage / "sample.npz")]
+    argv = [EVALUATOR, str(stage / "few_ref.npz"), str(stage / "few.npz")]
     done = run(argv, env=env)
     refused(done, "classify_image_graph_def.pb", "https://", "--inception_path", str(tmp_path))
     assert not any(name.endswith(".tmp") for _, _, names in os.walk(tmp_path) for name in names)

@@ -1,0 +1,233 @@
+"""The Inception graph's download: it is there whole or not at all, and what goes wrong is said in one line."""
+
+import http.server
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from launch import clean_environment
+
+from evaluations import inception
+from evaluations.errors import EvaluationError
+from evaluations.inception import download, expected_shapes, find_graph, read_graph
+
+
+def write_graph(path, leave_out=(), **values):
+    """A complete graph in few bytes: each constant is one value that repeats.
+
+    :param values: of constants, by their names with __ for /.
+    """
+    from tensorboard.compat.proto.graph_pb2 import GraphDef
+
+    graph = GraphDef()
+    for name, shape in expected_shapes().items():
+        if name in leave_out:
+            continue
+        tensor = graph.node.add(name=name, op="Const").attr["value"].tensor
+        tensor.float_val.append(values.get(name.replace("/", "__"), 0.01))
+        for side in shape:
+            tensor.tensor_shape.dim.add(size=side)
+    path.write_bytes(graph.SerializeToString())
+    return path
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """What it does with server.content follows from the path that is asked for."""
+
+    def do_GET(self):
+        content = self.server.content
+        half = content[: len(content) // 2]
+        kind = self.path.strip("/")
+        if kind == "none":
+            return self.send_error(404)
+        if kind == "garbage":
+            return self.wfile.write(b"what is this\r\n\r\n" * 9)
+        if kind == "chunked":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            return self.wfile.write(b"%x\r\n%s\r\n%x\r\n" % (len(half), half, len(half)))
+        self.send_response(200)
+        sent = {"whole": content, "unsaid": content, "page": b"<html>Please log in</html>", "nothing": b""}
+        sent = sent.get(kind, half)
+        if kind != "unsaid":
+            self.send_header("Content-Length", str(len(content if kind in ("ends", "resets", "stalls") else sent)))
+        self.end_headers()
+        self.wfile.write(sent)
+        if kind == "resets":
+            self.wfile.flush()
+            time.sleep(0.1)  # for what is sent to arrive
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        if kind == "stalls":
+            self.server.released.wait(60)
+
+    def log_message(self, *args):
+        pass
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, address):
+        pass
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory):
+    return write_graph(tmp_path_factory.mktemp("graph") / "small.pb")
+
+
+@pytest.fixture
+def server(graph, monkeypatch):
+    """Serves the graph: server.address(kind) is where, by the kind of service."""
+    monkeypatch.setenv("no_proxy", "*")
+    server = Server(("127.0.0.1", 0), Handler)
+    server.content, server.released = graph.read_bytes(), threading.Event()
+    server.address = lambda kind: f"http://127.0.0.1:{server.server_port}/{kind}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    server.released.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, and no graph elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(inception, "FILE_NAME", "graph_of_a_test.pb")
+    return tmp_path / "cache" / "guided_diffusion"
+
+
+def left_in(folder):
+    return sorted(os.listdir(folder)) if folder.exists() else []
+
+
+@pytest.mark.parametrize("kind", ["whole", "unsaid"])
+def test_the_graph_is_downloaded_once(kind, server, graph, cache, monkeypatch, capfd):
+    monkeypatch.setattr(inception, "ADDRESS", server.address(kind))
+    assert find_graph() == str(cache / "graph_of_a_test.pb")
+    assert (cache / "graph_of_a_test.pb").read_bytes() == graph.read_bytes()
+    assert left_in(cache) == ["graph_of_a_test.pb"]
+    assert "downloading" in capfd.readouterr().err
+    monkeypatch.setattr(inception, "ADDRESS", server.address("none"))
+    assert find_graph() == str(cache / "graph_of_a_test.pb")
+
+
+def test_a_graph_at_hand_is_taken(server, graph, cache, monkeypatch):
+    monkeypatch.setattr(inception, "ADDRESS", server.address("none"))
+    assert find_graph(str(graph)) == str(graph)
+    (cache.parent.parent / "graph_of_a_test.pb").write_bytes(graph.read_bytes())
+    assert find_graph() == "graph_of_a_test.pb"  # of the folder that one is in
+
+
+# What the server does: what the message tells of it
+TROUBLE = {
+    "none": "Not Found",
+    "garbage": "what is this",
+    "ends": "it ended after",
+    "chunked": "IncompleteRead",
+    "resets": "reset by peer",
+    "cut": "only a part of it",
+    "page": "only a part of it",
+    "nothing": "only a part of it",
+}
+
+
+@pytest.mark.parametrize("kind", TROUBLE)
+def test_what_is_not_the_whole_graph_is_refused(kind, server, graph, cache, monkeypatch):
+    monkeypatch.setattr(inception, "ADDRESS", server.address(kind))
+    with pytest.raises(EvaluationError) as caught:
+        find_graph()
+    message = str(caught.value)
+    assert "\n" not in message and ".tmp" not in message
+    for words in (TROUBLE[kind], server.address(kind), str(cache / "graph_of_a_test.pb"), "--inception_path"):
+        assert words in message, message
+    assert left_in(cache) == []
+    assert download(server.address("whole"), str(cache / "mine.pb")) == str(cache / "mine.pb")
+    assert left_in(cache) == ["mine.pb"]
+
+
+def test_another_graph_is_refused(server, cache, tmp_path):
+    server.content = write_graph(tmp_path / "other.pb", leave_out=["mixed_6/conv/conv2d_params"]).read_bytes()
+    with pytest.raises(EvaluationError, match="is not graph_of_a_test.pb"):
+        download(server.address("whole"), str(cache / "graph.pb"))
+    assert left_in(cache) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(server, cache):
+    cache.parent.mkdir()
+    cache.write_text("a file where a folder should be")
+    with pytest.raises(EvaluationError, match="graph.pb: cannot be written"):
+        download(server.address("whole"), str(cache / "graph.pb"))
+
+
+INTERRUPTED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from evaluations import evaluator, inception
+inception.ADDRESS, inception.FILE_NAME = sys.argv.pop(1), "graph_of_a_test.pb"
+evaluator.main()
+"""
+
+
+def test_ctrl_c_leaves_nothing_behind(server, cache, tmp_path):
+    import numpy as np
+
+    np.savez(tmp_path / "images.npz", np.zeros((4, 8, 8, 3), np.uint8))
+    argv = [sys.executable, "-c", INTERRUPTED, server.address("stalls"), *["images.npz"] * 2]
+    env = clean_environment(no_proxy="*", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    process = subprocess.Popen(argv, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 60
+    while not left_in(cache) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    (partial,) = left_in(cache)
+    assert partial.endswith(".tmp")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in output, output
+    assert output.splitlines()[-1] == "interrupted"
+    assert left_in(cache) == []
+
+
+# What is read of a graph
+
+
+@pytest.mark.parametrize(
+    "name", ["conv/conv2d_params", "mixed_10/tower_1/mixed/conv_1/batchnorm/beta", "softmax/weights"]
+)
+def test_the_first_missing_node_is_named(name, tmp_path):
+    path = write_graph(tmp_path / "graph.pb", leave_out=[name])
+    with pytest.raises(EvaluationError, match=f"{path}: not the Inception graph of 2015 .*: it has no node {name}$"):
+        read_graph(path)
+
+
+@pytest.mark.parametrize("spoil", ["empty", "cut", "double", "shape", "no constant"])
+def test_a_node_that_holds_something_else_is_named(spoil, graph, tmp_path):
+    from tensorboard.compat.proto.graph_pb2 import GraphDef
+
+    found = GraphDef.FromString(graph.read_bytes())
+    node = next(node for node in found.node if node.name == "conv_1/batchnorm/beta")
+    tensor = node.attr["value"].tensor
+    if spoil == "no constant":
+        node.ClearField("attr")
+    else:
+        tensor.ClearField("float_val")
+    if spoil == "double":
+        tensor.double_val.append(0.5)
+    if spoil in ("cut", "shape"):
+        tensor.tensor_content = b"\0" * (50 if spoil == "cut" else 4 * 33)
+        tensor.tensor_shape.dim[0].size = 33
+    (tmp_path / "spoilt.pb").write_bytes(found.SerializeToString())
+    with pytest.raises(EvaluationError) as caught:
+        read_graph(tmp_path / "spoilt.pb")
+    message = str(caught.value)
+    assert "\n" not in message and "spoilt.pb" in message and "conv_1/batchnorm/beta" in message and "(32,)" in message

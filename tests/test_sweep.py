@@ -1,0 +1,397 @@
+"""Guidance sweeps: samples are classifier_sample's, figures those of evaluations/, and nothing is made twice."""
+
+import csv
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch as th
+import torch.nn.functional as F
+from helpers import fill_by_name, refused
+from launch import flags, run_forked, script
+from PIL import Image
+from sampling import CLASSIFIER, MODEL, new_network, prefixed, read_npz, run_here, run_ranks, save_network
+from test_evaluation_features import BAD, KnownNetwork, truth
+
+from evaluations import evaluator
+from evaluations.batches import Batch
+from evaluations.features import Features, compare
+from evaluations.metrics import frechet_distance, precision_recall
+from evaluations.ranks import Ranks
+from evaluations.sweep import SWEPT
+from guided_diffusion.classifier_util import ClassifierFeatures
+from guided_diffusion.sample_util import BatchSampler
+from guided_diffusion.script_util import classifier_defaults, create_classifier
+
+pytestmark = pytest.mark.usefixtures("cpu")
+
+RNG = np.random.default_rng(0)
+SAMPLING = dict(num_samples=8, batch_size=4, timestep_respacing=3)
+CLEAN = dict(CLASSIFIER, classifier_pool="adaptive")  # the classifier whose features are taken
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory, networks):
+    """The flags of a sweep with a classifier's features; its reference batch lies in `stage.folder`."""
+    folder = tmp_path_factory.mktemp("sweep")
+    images = RNG.integers(0, BAD, (7, 8, 8, 3), dtype=np.uint8)
+    np.savez(folder / "reference.npz", images)
+    save_network(str(folder / "clean" / "model9.pt"), CLEAN, seed=2)
+    shared = {name: value for name, value in networks.items() if name != "classifier_scale"}
+    return dict(
+        **shared, **SAMPLING, **prefixed("feature_", CLEAN), ref_batch=str(folder / "reference.npz"), scales="0,2,30",
+        features="classifier", feature_path=str(folder / "clean" / "model9.pt"), eval_batch_size=3,
+    )  # fmt: skip
+
+
+def read_table(folder):
+    with open(folder / "sweep.csv", newline="") as f:
+        header, *rows = csv.reader(f)
+    return header, [list(map(float, row)) for row in rows]
+
+
+def sweep(monkeypatch, folder, **options):
+    """Run it in this process: the table's column names, and its rows as numbers."""
+    run_here(monkeypatch, "guidance_sweep", **options, log_dir=folder)
+    return read_table(folder)
+
+
+@pytest.fixture(scope="module")
+def done(stage, tmp_path_factory):
+    """A sweep's folder, its columns and rows."""
+    folder = tmp_path_factory.mktemp("done")
+    with pytest.MonkeyPatch.context() as patch:
+        return folder, *sweep(patch, folder, **stage)
+
+
+def content(folder):
+    """What tells the files of samples from others, by path."""
+    paths = sorted(path for path in folder.rglob("samples_*.npz"))
+    return {path.relative_to(folder): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many samples were made."""
+    made, steps = [], BatchSampler.steps
+    monkeypatch.setattr(BatchSampler, "steps", lambda self, indices: made.extend(indices) or steps(self, indices))
+    return made
+
+
+# Samples
+
+OPTIONS = [
+    dict(),
+    dict(use_ddim=True, classes="balanced", guidance_interval="0.3,1"),
+    dict(classes="3,1", seed=5, clip_denoised=False, batch_size=3),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_samples_are_those_of_classifier_sample(options, stage, networks, monkeypatch, tmp_path):
+    sweep(monkeypatch, tmp_path / "sweep", **{**stage, "scales": "0,2.5,30", **options})
+    found = set()
+    for scale in ("0", "2.5", "30"):
+        alone = {**networks, **SAMPLING, **options, "classifier_scale": float(scale)}
+        run_here(monkeypatch, "classifier_sample", **alone, log_dir=tmp_path / scale)
+        folder = tmp_path / "sweep" / f"scale-{scale}"
+        for name in ("samples_8x8x8x3.npz", "samples_8x8x8x3.png"):
+            assert (folder / name).read_bytes() == (tmp_path / scale / name).read_bytes(), (scale, name)
+        jobs = [json.loads((path / "samples_8x8x8x3.json").read_text()) for path in (folder, tmp_path / scale)]
+        assert jobs[0] == jobs[1]  # so either command may go on with what the other has made
+        found.add(read_npz(folder)["arr_0"].tobytes())
+    assert len(found) == 3
+
+
+def test_nothing_is_made_twice(stage, done, asked, monkeypatch, tmp_path):
+    folder, header, rows = done
+    shutil.copytree(folder, tmp_path / "copy")
+    before = content(tmp_path / "copy")
+    assert len(before) == 3
+    assert sweep(monkeypatch, tmp_path / "copy", **stage) == (header, rows) and asked == []
+    assert content(tmp_path / "copy") == before
+
+    names, more = sweep(monkeypatch, tmp_path / "copy", **{**stage, "scales": "30,7,0,2,7"})
+    assert (
+        names == header and [row for row in more if row[0] != 7] == rows and [row[0] for row in more] == [0, 2, 7, 30]
+    )
+    assert asked == list(range(8))
+    after = content(tmp_path / "copy")
+    assert len(after) == 4 and before.items() <= after.items()
+
+
+def test_other_samples_in_its_folder_are_not_touched(stage, done, monkeypatch, tmp_path):
+    shutil.copytree(done[0], tmp_path / "copy")
+    before = content(tmp_path / "copy")
+    refused(lambda: sweep(monkeypatch, tmp_path / "copy", **{**stage, "seed": 7}), "scale-0", "seed")
+    assert content(tmp_path / "copy") == before
+
+
+# Figures
+
+
+def test_the_table_says_whose_features_it_was_made_with(done):
+    _, header, rows = done
+    names = ("FID", "Inception Score", "Precision", "Recall")
+    assert header == ["classifier_scale", *(f"{name} in features of clean/model9.pt" for name in names)]
+    assert [row[0] for row in rows] == [0, 2, 30]
+
+
+def penultimate(images):
+    """What the clean classifier's last layer sees of images uint8 [N, H, W, C], and its logits."""
+    network = new_network(CLEAN, seed=2)
+    x = th.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    seen = []
+    network.out[2].register_forward_hook(lambda module, inputs, output: seen.append(output.flatten(1)))
+    with th.no_grad():
+        logits = network(x, th.zeros(len(x)))
+    return seen[0].double().numpy(), logits.double()
+
+
+def test_figures_are_those_of_the_classifier_s_features(stage, done):
+    folder, _, rows = done
+    with np.load(stage["ref_batch"]) as arrays:
+        reference, _ = penultimate(arrays["arr_0"])
+    figures = []
+    for scale, *figure in rows:
+        samples, logits = penultimate(read_npz(folder / f"scale-{scale:g}")["arr_0"])
+        p = logits.softmax(dim=1)
+        score = (p * (p / p.mean(dim=0)).log()).sum(dim=1).mean().exp()
+        moments = [value for x in (samples, reference) for value in (x.mean(axis=0), np.cov(x, rowvar=False))]
+        want = [frechet_distance(*moments), float(score), *precision_recall(reference, samples)]
+        assert figure == pytest.approx(want, rel=1e-5)
+        figures.append(tuple(figure))
+    assert len(set(figures)) == 3 and figures[0][0] > 0 and figures[0][1] > 1
+
+
+def test_figures_are_those_of_evaluations_functions(stage, done):
+    folder, _, rows = done
+    network, reference = ClassifierFeatures(new_network(CLEAN, seed=2)), Batch(stage["ref_batch"])
+    for scale, *figure in rows:
+        (path,) = (folder / f"scale-{scale:g}").glob("samples_*.npz")
+        found = [Features(network, batch, 3, Ranks(), SWEPT) for batch in (reference, Batch(str(path)))]
+        want = compare(SWEPT, reference, *found)
+        assert figure == [want[name] for name in SWEPT]
+
+
+def test_inception_s_figures(stage, monkeypatch, tmp_path):
+    """As by evaluator.py: with the file's own statistics, and no note in the table."""
+    monkeypatch.setattr(evaluator, "load_inception", lambda *args: (KnownNetwork(), ""))
+    options = {k: v for k, v in stage.items() if not k.startswith("feature")}
+    header, rows = sweep(monkeypatch, tmp_path, **{**options, "scales": "0,30"})
+    assert header == ["classifier_scale", "FID", "Inception Score", "Precision", "Recall"]
+    with np.load(stage["ref_batch"]) as arrays:
+        reference = arrays["arr_0"]
+    assert len(rows) == 2
+    for scale, *figure in rows:
+        samples = read_npz(tmp_path / f"scale-{scale:g}")["arr_0"]
+        want = truth(reference, samples)
+        assert figure == pytest.approx([want[name] for name in ("fid", "is", "precision", "recall")], rel=1e-6)
+
+
+def test_the_reference_s_statistics_are_inception_s(stage, done, monkeypatch, tmp_path):
+    """Which a classifier's features must not be compared with, not even where they are as many."""
+    shutil.copytree(done[0], tmp_path / "copy")
+    with np.load(stage["ref_batch"]) as arrays:
+        dim = penultimate(arrays["arr_0"])[0].shape[1]
+        strange = dict(mu=np.full(dim, 9.0), sigma=np.eye(dim), mu_s=np.zeros(3), sigma_s=np.eye(3))
+        np.savez(tmp_path / "statistics.npz", arrays["arr_0"], **strange)
+    found = sweep(monkeypatch, tmp_path / "copy", **{**stage, "ref_batch": str(tmp_path / "statistics.npz")})
+    assert found == done[1:]
+
+
+def test_the_picture(done):
+    with Image.open(done[0] / "sweep.png") as image:
+        image.load()
+        assert image.size[0] > 1000 and len(np.unique(np.asarray(image))) > 50
+
+
+def test_no_picture_without_matplotlib(stage, done, monkeypatch, tmp_path, capsys):
+    shutil.copytree(done[0], tmp_path / "copy", ignore=shutil.ignore_patterns("sweep.*"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert sweep(monkeypatch, tmp_path / "copy", **stage) == done[1:]
+    assert not (tmp_path / "copy" / "sweep.png").exists()
+
+
+# Ranks
+
+
+def check_same(folder, done):
+    """The same samples to the last bit; the sums behind the figures may be grouped otherwise."""
+    whole, header, rows = done
+    for scale in (0, 2, 30):
+        name = f"scale-{scale}/samples_8x8x8x3.npz"
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    assert read_table(folder) == (header, [pytest.approx(row, rel=1e-9) for row in rows])
+
+
+def test_ranks_make_the_same(stage, done, tmp_path):
+    outcome, _ = run_ranks(2, [script("guidance_sweep"), *flags(**stage, log_dir=tmp_path / "run")])
+    outcome.check()
+    check_same(tmp_path / "run", done)
+    assert os.path.getsize(tmp_path / "run" / "sweep.png") > 10_000
+    assert outcome.output.count("compare them only with each other") == 1
+
+
+def test_a_killed_sweep_goes_on(stage, done, tmp_path):
+    argv = [script("guidance_sweep"), *flags(**stage, log_dir=tmp_path / "run")]
+    outcome, killed = run_ranks(2, argv, kill_at=(tmp_path / "run" / "scale-2" / "shards" / "job.json", 1, 0))
+    assert killed and outcome.returncode != 0
+    before = content(tmp_path / "run")
+    assert [str(path) for path in before] == ["scale-0/samples_8x8x8x3.npz"]
+    outcome, _ = run_ranks(1, argv)
+    outcome.check()
+    assert before.items() <= content(tmp_path / "run").items()
+    check_same(tmp_path / "run", done)
+
+
+# Bad input: each before any sample is made
+
+
+def write_references(folder):
+    images = np.zeros((5, 8, 8, 3), np.uint8)
+    np.savez(folder / "three.npz", images[:3])
+    np.savez(folder / "floats.npz", images / 2)
+    np.savez(folder / "grey.npz", images[..., :1])
+    np.savez(folder / "larger.npz", np.zeros((5, 16, 16, 3), np.uint8))
+    np.savez(folder / "other.npz", images=images)
+    np.savez(folder / "half.npz", images, mu=np.zeros(4))
+    (folder / "text.npz").write_text("an error page, perhaps")
+
+
+INCEPTION = dict(features="inception", feature_path="")
+BAD_FLAGS = {
+    "no scales": (dict(scales=""), ["--scales", "give numbers from 0 up"]),
+    "a scale below 0": (dict(scales="1,-2"), ["--scales 1,-2", "give numbers from 0 up"]),
+    "words for scales": (dict(scales="1,two"), ["--scales '1,two'"]),
+    "a hole in scales": (dict(scales="1,,2"), ["--scales '1,,2'"]),
+    "no number for a scale": (dict(scales="1,nan"), ["--scales '1,nan'"]),
+    "a scale without end": (dict(scales="inf"), ["--scales 'inf'"]),
+    "no feature classifier": (dict(feature_path=""), ["--features classifier and --feature_path"]),
+    "a feature classifier for nothing": (dict(features="inception"), ["--features classifier and --feature_path"]),
+    "unknown features": (dict(features="clip"), ["--features", "'clip'", "inception, classifier"]),
+    "a feature classifier that is not there": (dict(feature_path="gone.pt"), ["gone.pt: no such file"]),
+    "another feature classifier": (dict(feature_classifier_width=128), ["model9.pt"]),
+    "features of another size": (dict(feature_image_size=16), ["--feature_image_size 16", "--image_size 8"]),
+    "features of another colour": (dict(feature_in_channels=1), ["--feature_in_channels 1", "--in_channels 3"]),
+    "no reference": (dict(ref_batch=""), ["--ref_batch is missing"]),
+    "a reference that is not there": (dict(ref_batch="{stage}/gone.npz"), ["gone.npz: no such file"]),
+    "a reference that is none": (dict(ref_batch="{stage}/text.npz"), ["text.npz: not an .npz file"]),
+    "no images in the reference": (dict(ref_batch="{stage}/other.npz"), ["other.npz", "arr_0 is missing"]),
+    "a reference of floats": (dict(ref_batch="{stage}/floats.npz"), ["floats.npz", "float64"]),
+    "a grey reference": (dict(ref_batch="{stage}/grey.npz"), ["grey.npz", "1 channels"]),
+    "a small reference": (dict(ref_batch="{stage}/three.npz"), ["three.npz", "3 images", "at least 4"]),
+    "a reference of another size": (dict(ref_batch="{stage}/larger.npz"), ["larger.npz", "16x16", "8x8"]),
+    "half of its statistics": (dict(ref_batch="{stage}/half.npz"), ["half.npz", "mu without sigma"]),
+    "few samples": (dict(num_samples=3), ["--num_samples 3: must be at least 4"]),
+    "no batches": (dict(eval_batch_size=0), ["--eval_batch_size 0"]),
+    "unknown precision": (dict(eval_dtype="fp8"), ["--eval_dtype", "'fp8'", "fp32, bf16"]),
+    "no graph": (dict(INCEPTION, inception_path="gone.pb"), ["--inception_path gone.pb: no such file"]),
+    "no model": (dict(model_path="gone.pt"), ["gone.pt: no such file"]),
+    "no classifier": (dict(classifier_path="gone.pt"), ["gone.pt: no such file"]),
+    "a class too many": (dict(classes="4"), ["--classes 4", "outside"]),
+    "no interval": (dict(guidance_interval="0.5"), ["--guidance_interval 0.5"]),
+}
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("references")
+    write_references(folder)
+    return folder
+
+
+def bad_flags(case, stage, references):
+    changed = {k: v.format(stage=references) if isinstance(v, str) else v for k, v in BAD_FLAGS[case][0].items()}
+    return {**stage, **changed}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flags(case, stage, references, asked, monkeypatch, tmp_path):
+    refused(lambda: sweep(monkeypatch, tmp_path, **bad_flags(case, stage, references)), *BAD_FLAGS[case][1])
+    assert not asked and not list(tmp_path.glob("scale-*")) and not list(tmp_path.glob("sweep.*"))
+
+
+def test_grey_samples_have_no_inception_features(stage, references, asked, monkeypatch, tmp_path):
+    grey = dict(INCEPTION, in_channels=1, model_path=save_network(str(tmp_path / "m.pt"), dict(MODEL, in_channels=1)))
+    grey["classifier_path"] = save_network(str(tmp_path / "c.pt"), dict(CLASSIFIER, in_channels=1))
+    monkeypatch.setattr(evaluator, "load_inception", lambda *args: (KnownNetwork(), ""))
+    options = {**stage, **grey, "ref_batch": str(references / "larger.npz")}
+    refused(lambda: sweep(monkeypatch, tmp_path / "run", **options), "--in_channels 1", "--features classifier")
+    assert not asked
+
+
+def test_features_that_are_not_finite(stage, monkeypatch, tmp_path):
+    broken = th.load(stage["feature_path"])
+    broken["out.0.bias"][0] = float("nan")
+    th.save(broken, tmp_path / "broken.pt")
+    options = {**stage, "feature_path": str(tmp_path / "broken.pt")}
+    refused(lambda: sweep(monkeypatch, tmp_path / "run", **options), "reference.npz: images 0 to 2", "not finite")
+
+
+def test_what_a_user_sees(stage, references, tmp_path):
+    cases = ["a scale below 0", "no feature classifier", "features of another size", "a reference that is not there"]
+    argv = {
+        case: [script("guidance_sweep"), *flags(**bad_flags(case, stage, references), log_dir=tmp_path / str(i))]
+        for i, case in enumerate(cases)
+    }
+    outcomes = run_forked(argv, tmp_path)
+    outcomes["ranks"], _ = run_ranks(2, argv[cases[-1]])
+    for case, outcome in outcomes.items():
+        words = BAD_FLAGS[cases[-1] if case == "ranks" else case][1]
+        (line,) = [line for line in outcome.output.splitlines() if "error:" in line]
+        assert outcome.returncode == 1 and "Traceback" not in outcome.output, outcome.output
+        assert line.startswith("error: ") and all(word in line for word in words), outcome.output
+
+
+# A classifier in Inception's place
+
+
+def classifier_of(pool, **options):
+    options = {**classifier_defaults(), **CLEAN, "classifier_pool": pool, "classifier_attention_resolutions": "4,8",
+               **options}  # fmt: skip
+    return fill_by_name(create_classifier(**options))
+
+
+POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("pool", POOLS)
+def test_logits_are_the_classifier_s(pool, channels):
+    classifier = classifier_of(pool, in_channels=channels)
+    images = th.from_numpy(RNG.integers(0, 256, (5, 8, 8, channels), dtype=np.uint8))
+    x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    with th.no_grad():
+        want = classifier(x, th.zeros(5, dtype=th.long))
+    network = ClassifierFeatures(classifier)
+    for _ in range(2):
+        pool_features, spatial = network(images)
+        assert pool_features.shape == (5, network.pool_dim) and pool_features.dtype == th.float32
+        assert spatial.shape == (5, 0) == (5, network.spatial_dim)
+        got = network.logits(pool_features)
+        assert got.shape == want.shape and float(want.std()) > 0.01
+        th.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    alone = th.cat([network(images[i : i + 1])[0] for i in range(5)])
+    th.testing.assert_close(alone, pool_features, rtol=1e-4, atol=1e-5)
+    assert len(network.last._forward_pre_hooks) == 0
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_features_are_what_the_last_layer_takes(pool):
+    """Enough to tell images apart: other weights of the last layer change logits, but not features."""
+    classifier = classifier_of(pool)
+    images = th.from_numpy(RNG.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8))
+    network = ClassifierFeatures(classifier)
+    before = network(images)[0]
+    assert network.last.weight.shape[0] == CLEAN["num_classes"]
+    with th.no_grad():
+        network.last.weight.mul_(2).add_(0.1)
+    after = network(images)[0]
+    assert th.equal(before, after) and len({row.numpy().tobytes() for row in before}) == 4
+    with th.no_grad():
+        want = classifier(images.permute(0, 3, 1, 2).float() / 127.5 - 1, th.zeros(4))
+    th.testing.assert_close(F.softmax(network.logits(after), 1), F.softmax(want, 1), rtol=1e-4, atol=1e-5)
