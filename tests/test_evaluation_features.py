@@ -19,6 +19,8 @@ from evaluations.errors import EvaluationError
 from evaluations.features import METRICS, Features, compare, reference_features
 from evaluations.ranks import Ranks
 
+pytestmark = pytest.mark.usefixtures("cpu")
+
 RNG = np.random.default_rng(0)
 REFERENCE = RNG.integers(0, 255, (37, 3, 2, 3), dtype=np.uint8)
 SAMPLES = (RNG.integers(0, 255, (26, 3, 2, 3)) * [0.9, 0.8, 0.5]).astype(np.uint8)

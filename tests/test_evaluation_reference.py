@@ -16,6 +16,8 @@ from evaluations.inception import InceptionV3, read_graph
 from guided_diffusion.image_datasets import ImageDataset
 from guided_diffusion.image_listing import image_classes, list_images, number_classes
 
+pytestmark = pytest.mark.usefixtures("cpu")
+
 SIZE = 4
 RNG = np.random.default_rng(0)
 

@@ -18,6 +18,8 @@ from evaluations.errors import EvaluationError
 from evaluations.inception import InceptionV3, legacy_resize, read_graph
 from evaluations.metrics import frechet_distance, manifold_radii, precision_recall
 
+pytestmark = pytest.mark.usefixtures("cpu")
+
 DATA = os.path.join(os.path.dirname(__file__), "data", "evaluator")
 EVALUATOR = os.path.join(ROOT, "evaluations", "evaluator.py")
 COUNTS = {32: (60, 50), 64: (400, 300)}  # images of the golden pairs by their size
@@ -60,10 +62,10 @@ def golden(size):
         return dict(f)
 
 
-def evaluate(stage, *args, ref="ref32.npz", samples="sample32.npz", ranks=None, threads=1):
+def evaluate(stage, *args, ref="ref32.npz", samples="sample32.npz", ranks=None):
     """Run the evaluator; paths are names in the stage."""
     argv = [EVALUATOR, str(stage / ref), str(stage / samples), "--inception_path", str(stage / "graph.pb"), *args]
-    return run(argv, ranks=ranks, env={"OMP_NUM_THREADS": str(threads)}, timeout=300)
+    return run(argv, ranks=ranks, timeout=300)
 
 
 def figures(stage, *args, **options):
