@@ -104,8 +104,7 @@ def ready(network, device):
         for p in network.parameters():
             if p.ndim > 1:
                 p.normal_(std=p[0].numel() ** -0.5)
-    network.to(device).eval().requires_grad_(False)
-    return network.to(memory_format=th.channels_last) if device == "cpu" else network
+    return network.to(device).eval().requires_grad_(False)
 
 
 def create_argparser():

@@ -33,19 +33,6 @@ def conv_nd(dims, *args, **kwargs):
     return choose("number of dimensions", dims, {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d})(*args, **kwargs)
 
 
-class PointwiseConv1d(nn.Conv1d):
-    """A 1D convolution of width 1, as the matrix product that it is: [N, C, T] -> [N, out_channels, T].
-
-    Where the channels of a position lie side by side in memory, they do so in the result, and nothing is copied.
-    """
-
-    def __init__(self, channels, out_channels):
-        super().__init__(channels, out_channels, 1)
-
-    def forward(self, x):
-        return F.linear(x.mT, self.weight.flatten(1), self.bias).mT
-
-
 def avg_pool_nd(dims, *args, **kwargs):
     """A 1D, 2D or 3D average pool."""
     return choose("number of dimensions", dims, {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d})(*args, **kwargs)

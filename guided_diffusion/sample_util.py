@@ -76,8 +76,6 @@ def prepare_network(model, path, use_fp16=False, use_bf16=False):
         model.convert_to_fp16()
     elif use_bf16:
         model.convert_to_bf16()
-    if dist_util.dev().type == "cpu":  # activations follow the weights, and convolutions there are faster so
-        model.to(memory_format=th.channels_last)
     return model
 
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from .errors import InputError, choose
 from .nn import (
-    PointwiseConv1d,
     SiLU,
     adaptive_avg_pool_nd,
     avg_pool_nd,
@@ -200,17 +199,18 @@ class AttentionBlock(nn.Module):
         self.num_heads = count_heads(channels, num_heads, num_head_channels)
         self.use_checkpoint = use_checkpoint
         self.norm = normalization(channels)
-        self.qkv = PointwiseConv1d(channels, channels * 3)
+        self.qkv = conv_nd(1, channels, channels * 3, 1)
         self.attention = (QKVAttention if use_new_attention_order else QKVAttentionLegacy)(self.num_heads)
-        self.proj_out = zero_module(PointwiseConv1d(channels, channels))
+        self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
 
     def forward(self, x):
         return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x):
-        h = self.norm(x).flatten(2)  # [N, C, T]
-        h = self.proj_out(self.attention(self.qkv(h)))
-        return x + h.reshape(x.shape)
+        n, c, *spatial = x.shape
+        x = x.reshape(n, c, -1)
+        h = self.proj_out(self.attention(self.qkv(self.norm(x))))
+        return (x + h).reshape(n, c, *spatial)
 
 
 def count_heads(channels, num_heads, num_head_channels):
@@ -296,8 +296,8 @@ class AttentionPool2d(nn.Module):
         super().__init__()
         self.num_heads = count_heads(embed_dim, None, num_heads_channels)
         self.positional_embedding = nn.Parameter(th.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
-        self.qkv_proj = PointwiseConv1d(embed_dim, 3 * embed_dim)
-        self.c_proj = PointwiseConv1d(embed_dim, output_dim or embed_dim)
+        self.qkv_proj = conv_nd(1, embed_dim, 3 * embed_dim, 1)
+        self.c_proj = conv_nd(1, embed_dim, output_dim or embed_dim, 1)
         self.attention = QKVAttention(self.num_heads)
 
     def forward(self, x):
@@ -543,7 +543,7 @@ class UNetModel(_Encoder):
         emb, hs, h = self._encode(x, timesteps, y)
         for block in self.output_blocks:
             h = block(th.cat([h, hs.pop()], dim=1), emb)
-        return self.out(h.type(x.dtype)).contiguous()
+        return self.out(h.type(x.dtype))
 
 
 class SuperResModel(UNetModel):
