@@ -93,7 +93,7 @@ class MixedPrecisionTrainer:
         So the ranks' common gradient shows to every rank that one rank's loss is bad, without a word more between them.
         """
         scale = loss.new_tensor(self._loss_scale)
-        loss.backward(th.where(loss.isfinite(), scale, math.nan))
+        (loss * th.where(loss.isfinite(), scale, math.nan)).backward()
 
     def optimize(self, opt: th.optim.Optimizer):
         """Take a step with the gradients at hand.

@@ -1,11 +1,13 @@
 """Small layers and functions that the networks are made of."""
 
 import math
+from contextlib import nullcontext
 
 import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .errors import InputError, choose
 
@@ -22,15 +24,179 @@ class SiLU(nn.Module):
 class GroupNorm32(nn.GroupNorm):
     """Group norm that computes in float32 whatever the input's precision, and returns the input's."""
 
-    def forward(self, x):
-        if x.dtype == th.bfloat16 and x.device.type == "cpu":  # its kernel takes half-precision input as it is
+    def forward(self, x, scale=None, shift=None, silu=False):
+        """norm(x) for x [N, C, ...]; or, with `silu`, silu(norm(x) * (1 + scale) + shift) as one operation.
+
+        :param scale, shift: adaptive group norm's (ADM, section 3.1), [N, C]; or None, both.
+        """
+        weight, bias = self.weight, self.bias
+        if scale is not None:  # norm(x) * (1 + scale) + shift is a norm of which each sample has its own parameters
+            weight, bias = weight * (1 + scale), th.addcmul(shift, bias, 1 + scale)
+        if not silu:
+            return _norm(x, weight, bias, self.num_groups, self.eps)
+        if self.training and th.is_grad_enabled() and not th.compiler.is_compiling():  # a compiler chooses what to keep
+            return _NormSiLU.apply(x, weight, bias, self.num_groups, self.eps)
+        return _norm_silu(x, weight, bias, self.num_groups, self.eps)
+
+
+def _norm(x, *parameters):
+    return th.group_norm(*_as_one_norm(x, *parameters)).view(x.shape).type(x.dtype)
+
+
+def _norm_silu(x, *parameters):
+    return F.silu(_norm(x, *parameters), inplace=not th.is_grad_enabled())
+
+
+def _as_one_norm(x, weight, bias, groups, eps):
+    """torch's arguments for a group norm with weight and bias [C], or [N, C]: then N samples are one of N * C."""
+    if x.dtype != th.bfloat16 or x.device.type != "cpu":  # whose kernel takes bfloat16 beside float32 parameters
+        x = x.float()
+    if weight.ndim == 2:
+        x, weight, bias, groups = x.reshape(1, -1, *x.shape[2:]), weight.flatten(), bias.flatten(), len(x) * groups
+    return x.contiguous(), groups, weight, bias, eps
+
+
+class _NormSiLU(th.autograd.Function):
+    """_norm_silu that keeps x alone for the backward pass, which computes the norm again.
+
+    What is not kept takes half of a residual block's memory, and little work.
+    """
+
+    generate_vmap_rule = True
+    forward = staticmethod(_norm_silu)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, *ctx.constants = inputs
+        ctx.save_for_backward(x, weight, bias)
+        ctx.again = None
+
+    @staticmethod
+    def backward(ctx, grad):
+        needed = ctx.needs_input_grad[:3]
+        if th.is_grad_enabled():  # for a gradient of the gradient: autograd knows how
+            inputs = ctx.saved_tensors
+            wanted = [v for v, need in zip(inputs, needed) if need]
+            found = iter(th.autograd.grad(_norm_silu(*inputs, *ctx.constants), wanted, grad, create_graph=True))
+            return *(next(found) if need else None for need in needed), None, None
+        (inputs, u, sizes, h, mean, rstd), ctx.again = _norm_again(ctx), None
+        grad = grad.reshape(h.shape).type(h.dtype)
+        grad = th.ops.aten.silu_backward.grad_input(grad, h, grad_input=h)
+        found = th.ops.aten.native_group_norm_backward(grad, u, mean, rstd, inputs[1].flatten(), *sizes, needed)
+        found = (d.view(v.shape).type(v.dtype) if need else None for d, v, need in zip(found, inputs, needed))
+        return *found, None, None
+
+
+def _norm_again(ctx):
+    """Of a _NormSiLU: its inputs, the norm's input and sizes, and its output, means and inverse deviations."""
+    if ctx.again is None:
+        inputs = ctx.saved_tensors
+        u, groups, weight, bias, eps = _as_one_norm(*inputs, *ctx.constants)
+        sizes = len(u), u.shape[1], u[0, 0].numel(), groups
+        ctx.again = inputs, u, sizes, *th.native_group_norm(u, weight, bias, *sizes, eps)
+    return ctx.again
+
+
+def without_keeping(x):
+    """A context in which layers that read x, the output of a norm with SiLU, do not keep it in training either."""
+    maker, address, size = x.grad_fn, x.data_ptr(), x.numel()  # not x itself, which the hooks would keep
+    if not isinstance(maker, _NormSiLU._backward_cls):
+        return nullcontext()
+
+    def pack(saved):
+        same = saved.data_ptr() == address and saved.numel() == size and saved.is_contiguous()
+        return (saved.shape, saved.dtype) if same else saved
+
+    def unpack(packed):
+        if isinstance(packed, th.Tensor):
+            return packed
+        shape, dtype = packed
+        if th.is_grad_enabled():
+            return _norm_silu(*maker.saved_tensors, *maker.constants).view(shape)
+        return F.silu(_norm_again(maker)[3]).view(shape).type(dtype)
+
+    return th.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+class NormFirst(nn.Sequential):
+    """A group norm, a SiLU and further layers, whose first two run as one operation; a part of them runs as it is."""
+
+    def forward(self, x, scale=None, shift=None, resample=nn.Identity()):
+        """
+        :param scale, shift: see GroupNorm32.
+        :param resample: a layer to put before the third.
+        """
+        first, *rest = self
+        if not isinstance(first, GroupNorm32):
             return super().forward(x)
-        return super().forward(x.float()).type(x.dtype)
+        x = resample(first(x, scale, shift, silu=True))
+        with without_keeping(x):
+            for layer in rest[1:]:
+                x = layer(x)
+        return x
 
 
 def conv_nd(dims, *args, **kwargs):
     """A 1D, 2D or 3D convolution."""
-    return choose("number of dimensions", dims, {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d})(*args, **kwargs)
+    return choose("number of dimensions", dims, {1: Conv1d, 2: Conv2d, 3: nn.Conv3d})(*args, **kwargs)
+
+
+class Conv2d(nn.Conv2d):
+    """A 2D convolution. On a CPU its results depend neither on the batch that an image is in, nor on threads."""
+
+    def forward(self, x):
+        return onednn_conv(self, x, self.weight) if suits_onednn(self, x) else super().forward(x)
+
+
+class Conv1d(nn.Conv1d):
+    """A 1D convolution. On a CPU its results depend neither on the batch that a sequence is in, nor on threads."""
+
+    def forward(self, x):
+        if not suits_onednn(self, x):
+            return super().forward(x)
+        return onednn_conv(self, x[:, :, None], self.weight[:, :, None]).squeeze(2)
+
+
+class Linear(nn.Linear):
+    """A fully connected layer. On a CPU, out of training, its results depend neither on the batch nor on threads."""
+
+    def forward(self, x):
+        if self.training or x.ndim != 2 or not suits_onednn(self, x):
+            return super().forward(x)
+        return onednn_conv(self, x[:, :, None, None], self.weight[:, :, None, None]).flatten(1)
+
+
+def suits_onednn(layer, x):
+    """Whether to call oneDNN's convolution rather than let torch choose, which calls others for few images.
+
+    In bfloat16 torch always chooses oneDNN.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype == layer.weight.dtype == th.float32
+        and type(x) is th.Tensor  # rather than one that stands for another, as in tracing
+        and th.backends.mkldnn.is_available()
+        and getattr(layer, "padding_mode", "zeros") == "zeros"
+        and not isinstance(getattr(layer, "padding", None), str)
+        and not th.is_autocast_enabled("cpu")
+        and not th.compiler.is_compiling()
+    )
+
+
+def onednn_conv(layer, x, weight):
+    """oneDNN's convolution of x [N, C, H, W] with a layer's options; a sequence has H = 1, a vector W = 1 too."""
+    defaults = (("padding", 0), ("stride", 1), ("dilation", 1))
+    options = [[neutral, neutral, *getattr(layer, name, ())][-2:] for name, neutral in defaults]
+    return th.mkldnn_convolution(x, weight, layer.bias, *options, getattr(layer, "groups", 1))
+
+
+def _onednn_conv_flops(x_shape, w_shape, *_, out_shape=None, **__):
+    return 2 * math.prod(out_shape) * math.prod(w_shape[1:])
+
+
+# torch's counter knows convolutions by the name that they have before torch chooses a kernel.
+if th.ops.aten.mkldnn_convolution not in flop_registry:
+    register_flop_formula(th.ops.aten.mkldnn_convolution)(_onednn_conv_flops)
 
 
 def avg_pool_nd(dims, *args, **kwargs):
@@ -46,7 +212,7 @@ def adaptive_avg_pool_nd(dims, output_size):
 
 def linear(*args, **kwargs):
     """A fully connected layer."""
-    return nn.Linear(*args, **kwargs)
+    return Linear(*args, **kwargs)
 
 
 def normalization(channels):
@@ -99,9 +265,7 @@ def timestep_embedding(timesteps, dim, max_period=10000):
 @th.no_grad()
 def update_ema(target_params, source_params, rate=0.99):
     """Move `target_params` towards `source_params` in place: target = rate * target + (1 - rate) * source."""
-    target_params, source_params = list(target_params), list(source_params)
-    th._foreach_mul_(target_params, rate)
-    th._foreach_add_(target_params, source_params, alpha=1 - rate)
+    th._foreach_lerp_(list(target_params), list(source_params), 1 - rate)
 
 
 def checkpoint(func, inputs, params, flag):

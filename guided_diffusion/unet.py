@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from .errors import InputError, choose
 from .nn import (
+    NormFirst,
     SiLU,
     adaptive_avg_pool_nd,
     avg_pool_nd,
@@ -61,8 +62,12 @@ class Upsample(nn.Module):
             self.conv = conv_nd(dims, self.channels, self.out_channels, 3, padding=1)
 
     def forward(self, x):
-        scale = (1, 2, 2) if self.dims == 3 else 2
-        x = F.interpolate(x, scale_factor=scale, mode="nearest")
+        axes = range(max(2, x.ndim - 2), x.ndim)
+        if x.device.type == "cpu":  # where F.interpolate takes five times as long
+            for axis in reversed(axes):
+                x = x.repeat_interleave(2, axis)
+        else:
+            x = F.interpolate(x, scale_factor=tuple(2 if i in axes else 1 for i in range(2, x.ndim)), mode="nearest")
         return self.conv(x) if self.use_conv else x
 
 
@@ -128,7 +133,7 @@ class ResBlock(TimestepBlock):
         self.use_checkpoint = use_checkpoint
         self.use_scale_shift_norm = use_scale_shift_norm
 
-        self.in_layers = nn.Sequential(
+        self.in_layers = NormFirst(
             normalization(channels),
             SiLU(),
             conv_nd(dims, channels, self.out_channels, 3, padding=1),
@@ -144,7 +149,7 @@ class ResBlock(TimestepBlock):
             SiLU(),
             linear(emb_channels, 2 * self.out_channels if use_scale_shift_norm else self.out_channels),
         )
-        self.out_layers = nn.Sequential(
+        self.out_layers = NormFirst(
             normalization(self.out_channels),
             SiLU(),
             nn.Dropout(p=dropout),
@@ -161,21 +166,13 @@ class ResBlock(TimestepBlock):
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x, emb):
-        if self.updown:
-            h = self.in_layers[-1](self.h_upd(self.in_layers[:-1](x)))
-            x = self.x_upd(x)
-        else:
-            h = self.in_layers(x)
-
-        emb = self.emb_layers(emb).type(h.dtype)
-        emb = emb.reshape(*emb.shape, *[1] * (h.ndim - 2))  # [N, C or 2C, 1, 1]
+        h = self.in_layers(x, resample=self.h_upd)
+        emb = self.emb_layers(emb)
         if self.use_scale_shift_norm:
-            scale, shift = emb.chunk(2, dim=1)
-            h = self.out_layers[0](h) * (1 + scale) + shift
-            h = self.out_layers[1:](h)
+            h = self.out_layers(h, *emb.chunk(2, dim=1))
         else:
-            h = self.out_layers(h + emb)
-        return self.skip_connection(x) + h
+            h = self.out_layers(h + emb.type(h.dtype).reshape(*emb.shape, *[1] * (h.ndim - 2)))
+        return self.skip_connection(self.x_upd(x)) + h
 
 
 class AttentionBlock(nn.Module):
@@ -207,10 +204,11 @@ class AttentionBlock(nn.Module):
         return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x):
-        n, c, *spatial = x.shape
-        x = x.reshape(n, c, -1)
-        h = self.proj_out(self.attention(self.qkv(self.norm(x))))
-        return (x + h).reshape(n, c, *spatial)
+        h = self.norm(x).flatten(2)
+        if h.device.type == "cpu":  # channels side by side, as attention wants them: cheaper here than after projection
+            h = h.mT.contiguous().mT
+        h = self.proj_out(self.attention(self.qkv(h)))
+        return x + h.reshape(x.shape)
 
 
 def count_heads(channels, num_heads, num_head_channels):
@@ -518,7 +516,7 @@ class UNetModel(_Encoder):
                         block.append(Upsample(ch, conv_resample, dims=dims, out_channels=ch))
                     ds //= 2
                 self.output_blocks.append(block)
-        self.out = nn.Sequential(
+        self.out = NormFirst(
             normalization(ch),
             SiLU(),
             zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)),
@@ -607,7 +605,7 @@ class EncoderUNetModel(_Encoder):
 
     def _adaptive_head(self):
         ch = self._skip_widths[-1]
-        return nn.Sequential(
+        return NormFirst(
             normalization(ch),
             SiLU(),
             adaptive_avg_pool_nd(self.dims, 1),
@@ -621,7 +619,7 @@ class EncoderUNetModel(_Encoder):
             raise InputError("attention pooling needs num_head_channels, and square 2D images of a known image_size")
         self._check_size([self.image_size])
         pool = AttentionPool2d(self.image_size // self._encoder_ds, ch, self.num_head_channels, self.out_channels)
-        return nn.Sequential(normalization(ch), SiLU(), pool)
+        return NormFirst(normalization(ch), SiLU(), pool)
 
     def _spatial_head(self):
         return nn.Sequential(nn.Linear(self._feature_size, 2048), nn.ReLU(), nn.Linear(2048, self.out_channels))
