@@ -211,7 +211,7 @@ class GaussianDiffusion:
 
     def _posterior_mean(self, x_start, x_t, t):
         mean = self._at("posterior_mean_coef1", t, x_t) * x_start
-        return mean.addcmul(self._at("posterior_mean_coef2", t, x_t), x_t)
+        return mean.addcmul_(self._at("posterior_mean_coef2", t, x_t), x_t)
 
     # The model's view of the reverse process
 
@@ -262,12 +262,12 @@ class GaussianDiffusion:
         if self.model_var_type == ModelVarType.LEARNED_RANGE:
             # The model's -1 is the lower bound, the posterior's, and its 1 the upper, beta_t.
             middle, half_range = self._at("_middle_log_variance", t, x), self._at("_half_log_range", t, x)
-            log_variance = half_range * log_variance + middle
+            log_variance = th.addcmul(middle, half_range, log_variance)
         return output, th.exp(log_variance), log_variance
 
     def _predict_xstart_from_eps(self, x_t, t, eps):
         scaled = self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
-        return scaled.addcmul(self._at("sqrt_recipm1_alphas_cumprod", t, x_t), eps, value=-1)
+        return scaled.addcmul_(self._at("sqrt_recipm1_alphas_cumprod", t, x_t), eps, value=-1)
 
     def _predict_xstart_from_xprev(self, x_t, t, xprev):
         # The posterior's mean, solved for x_start.
