@@ -99,6 +99,8 @@ def _norm_again(ctx):
 
 def without_keeping(x):
     """A context in which layers that read x, the output of a norm with SiLU, do not keep it in training either."""
+    if th.compiler.is_compiling():
+        return nullcontext()
     maker, address, size = x.grad_fn, x.data_ptr(), x.numel()  # not x itself, which the hooks would keep
     if not isinstance(maker, _NormSiLU._backward_cls):
         return nullcontext()
@@ -172,14 +174,14 @@ def suits_onednn(layer, x):
     In bfloat16 torch always chooses oneDNN.
     """
     return (
-        x.device.type == "cpu"
+        not th.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype == layer.weight.dtype == th.float32
         and type(x) is th.Tensor  # rather than one that stands for another, as in tracing
         and th.backends.mkldnn.is_available()
         and getattr(layer, "padding_mode", "zeros") == "zeros"
         and not isinstance(getattr(layer, "padding", None), str)
         and not th.is_autocast_enabled("cpu")
-        and not th.compiler.is_compiling()
     )
 
 

@@ -11,6 +11,7 @@ import torch as th
 from PIL import Image
 
 from . import checkpoint_util, dist_util, files, logger
+from .compile_util import CompiledNetwork
 from .errors import InputError, check_at_least
 from .guidance import classifier_cond_fn, limit_guidance
 from .logger import progress_bar
@@ -32,6 +33,7 @@ def sampling_flags():
         models_dir="models",
         log_dir="",
         seed=0,
+        compile=False,
         **output_flags(),
     )
 
@@ -65,10 +67,11 @@ def guide(classifier, diffusion, classifier_scale, guidance_interval=""):
     return limit_guidance(cond_fn, *ends, 1000 if diffusion.rescale_timesteps else diffusion.original_num_steps)
 
 
-def prepare_network(model, path, use_fp16=False, use_bf16=False):
+def prepare_network(model, path, use_fp16=False, use_bf16=False, compile_for=0):
     """Load weights into a network and make it ready to sample with on this rank's device.
 
     :param use_fp16, use_bf16: reduce the torso's precision.
+    :param compile_for: compile it for batches of this size; 0 doesn't.
     """
     checkpoint_util.load_weights(model, path)
     model.to(dist_util.dev()).eval().requires_grad_(False)
@@ -76,7 +79,7 @@ def prepare_network(model, path, use_fp16=False, use_bf16=False):
         model.convert_to_fp16()
     elif use_bf16:
         model.convert_to_bf16()
-    return model
+    return CompiledNetwork(model, compile_for) if compile_for else model
 
 
 def choose_labels(classes, num_samples, num_classes, seed, names=None):

@@ -58,8 +58,8 @@ PIPELINE_UPSAMPLER = replace(UPSAMPLER, path_flag="upsampler_path", prefix="upsa
 
 # Flags that leave the images as they are, but for rounding.
 NOT_OF_THE_JOB = {
-    "num_samples", "batch_size", "log_dir", "save_images", "progress_grid", "preset", "models_dir", "class_table",
-    "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
+    "num_samples", "batch_size", "compile", "log_dir", "save_images", "progress_grid", "preset", "models_dir",
+    "class_table", "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
 }  # fmt: skip
 
 
@@ -164,27 +164,39 @@ def load_diffusion(args):
     """The diffusion model with its weights, and its process."""
     logger.log("creating model and diffusion...")
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
-    return prepare_network(model, args.model_path, args.use_fp16, args.use_bf16), diffusion
+    return prepare_network(model, args.model_path, args.use_fp16, args.use_bf16, batch_to_compile(args)), diffusion
 
 
-def load_classifier(flags, path):
+def batch_to_compile(args):
+    """The size of the batches that networks are to be compiled for, or 0."""
+    return args.batch_size if getattr(args, "compile", False) else 0  # image_nll.py has no such flag
+
+
+def load_classifier(flags, path, compile_for=0):
     """A classifier with its weights.
 
     :param flags: the classifier's, under their plain names.
+    :param compile_for: see sample_util.prepare_network.
     """
     logger.log("creating classifier...")
     classifier = create_classifier(**args_to_dict(flags, classifier_defaults()))
-    return prepare_network(classifier, path, flags.classifier_use_fp16, flags.classifier_use_bf16)
+    return prepare_network(classifier, path, flags.classifier_use_fp16, flags.classifier_use_bf16, compile_for)
 
 
-def load_upsampler(flags, path):
+def load_guide(args):
+    """The classifier that guides, of a script's own flags."""
+    return load_classifier(args, args.classifier_path, batch_to_compile(args))
+
+
+def load_upsampler(flags, path, compile_for=0):
     """The upsampler with its weights, and its process.
 
     :param flags: the upsampler's, under their plain names.
+    :param compile_for: see sample_util.prepare_network.
     """
     logger.log("creating upsampler...")
     model, diffusion = sr_create_model_and_diffusion(**args_to_dict(flags, sr_model_and_diffusion_defaults()))
-    return prepare_network(model, path, flags.use_fp16, flags.use_bf16), diffusion
+    return prepare_network(model, path, flags.use_fp16, flags.use_bf16, compile_for), diffusion
 
 
 def labels_for(args, num_classes, *path_flags):

@@ -21,6 +21,7 @@ from .checkpoint_util import (  # others import these from here
     get_blob_logdir,
     parse_resume_step_from_filename,
 )
+from .compile_util import compiling
 from .errors import InputError, RunStopped, check_at_least
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .logger import progress_bar
@@ -72,6 +73,7 @@ class TrainLoop:
     :param preview: a monitor.Preview, to be written every `sample_interval` steps from the first moving average.
     :param seed: makes timesteps and noise functions of (seed, step, position in the global batch); a negative one
         leaves them to the global generators.
+    :param compile: compile the network by torch.compile in the first step.
     :param use_fp16, use_bf16, fp16_scale_growth, initial_lg_loss_scale: see MixedPrecisionTrainer.
     """
 
@@ -105,6 +107,7 @@ class TrainLoop:
         keep_checkpoints=0,
         preview=None,
         sample_interval=0,
+        compile=False,
     ):
         check_at_least(1, batch_size=batch_size, log_interval=log_interval, save_interval=save_interval)
         check_at_least(0, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, warmup_steps=warmup_steps)
@@ -166,6 +169,9 @@ class TrainLoop:
             self.ddp_model = DistributedDataParallel(
                 model, device_ids=[dist_util.dev()], broadcast_buffers=False, bucket_cap_mb=128
             )
+        self.compiles_next = compile
+        if compile:
+            self.ddp_model = th.compile(self.ddp_model, dynamic=False)
         self._load_state()
 
     # Resuming. Every rank reads the files; the weights are then made equal to rank 0's all the same.
@@ -328,7 +334,11 @@ class TrainLoop:
     def run_step(self, batch, cond):
         """Take one step with a batch."""
         self._anneal_lr()
-        self.forward_backward(batch, cond)
+        if self.compiles_next:
+            compiling(lambda: self.forward_backward(batch, cond))
+            self.compiles_next = False
+        else:
+            self.forward_backward(batch, cond)
         took_step = self.mp_trainer.optimize(self.opt)
         if took_step:
             self._update_ema()

@@ -22,6 +22,7 @@ def common_training_flags(batch_size):
         warmup_steps=0,
         max_grad_norm=0.0,
         max_bad_steps=20,
+        compile=False,
     )
 
 

@@ -11,8 +11,8 @@ from guided_diffusion.sampling_setup import (
     image_sampler,
     job_of,
     labels_for,
-    load_classifier,
     load_diffusion,
+    load_guide,
     set_up_sampling,
 )
 from guided_diffusion.script_util import (
@@ -27,7 +27,7 @@ from guided_diffusion.script_util import (
 def main():
     args = set_up_sampling(create_argparser(), DIFFUSION, CLASSIFIER)
     model, diffusion = load_diffusion(args)
-    cond_fn = guide(load_classifier(args, args.classifier_path), diffusion, **args_to_dict(args, guidance_flags()))
+    cond_fn = guide(load_guide(args), diffusion, **args_to_dict(args, guidance_flags()))
     labels = labels_for(args, args.num_classes, "classifier_path", "model_path")
 
     logger.log("sampling...")

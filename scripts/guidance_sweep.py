@@ -30,6 +30,7 @@ from guided_diffusion.sampling_setup import (  # noqa: E402
     labels_for,
     load_classifier,
     load_diffusion,
+    load_guide,
     set_up_sampling,
     without_prefix,
 )
@@ -48,7 +49,7 @@ def main():
     args = set_up_sampling(create_argparser(), DIFFUSION, CLASSIFIER, FEATURES)
     scales = parse_scales(args.scales)
     model, diffusion = load_diffusion(args)
-    classifier = load_classifier(args, args.classifier_path)
+    classifier = load_guide(args)
     labels = labels_for(args, args.num_classes, "classifier_path", "model_path")
     evaluation = run_or_explain(lambda: Evaluation(args))  # a mistake shows before hours go into samples
 

@@ -21,8 +21,8 @@ from guided_diffusion.sampling_setup import (
     image_sampler,
     job_of,
     labels_for,
-    load_classifier,
     load_diffusion,
+    load_guide,
     load_upsampler,
     set_up_sampling,
     upsampling_sampler,
@@ -46,7 +46,9 @@ def main():
     flags = without_prefix(args, PIPELINE_UPSAMPLER)
     check_fit(args, flags)
     job = job_of(args, DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER)
-    upsampler = load_upsampler(flags, flags.path)  # first: a mistake shows before hours go into small images
+    upsampler = load_upsampler(
+        flags, flags.path, flags.batch_size if args.compile else 0
+    )  # first: a mistake shows before hours go into small images
     base_samples = sample_base(args, {k: v for k, v in job.items() if not k.startswith(PIPELINE_UPSAMPLER.prefix)})
     upsample(args, flags, job, base_samples, *upsampler)
     logger.log("sampling complete")
@@ -66,7 +68,7 @@ def check_fit(args, flags):
 def sample_base(args, job):
     """The first stage, as classifier_sample.py: the path of its .npz."""
     model, diffusion = load_diffusion(args)
-    cond_fn = guide(load_classifier(args, args.classifier_path), diffusion, **args_to_dict(args, guidance_flags()))
+    cond_fn = guide(load_guide(args), diffusion, **args_to_dict(args, guidance_flags()))
     labels = labels_for(args, args.num_classes, "classifier_path", "model_path")
     logger.log("sampling small images...")
     return sample_job(

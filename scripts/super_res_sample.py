@@ -2,7 +2,14 @@
 
 from guided_diffusion import logger
 from guided_diffusion.sample_util import BaseSamples, output_flags, sample_job, sampling_flags
-from guided_diffusion.sampling_setup import UPSAMPLER, job_of, load_upsampler, set_up_sampling, upsampling_sampler
+from guided_diffusion.sampling_setup import (
+    UPSAMPLER,
+    batch_to_compile,
+    job_of,
+    load_upsampler,
+    set_up_sampling,
+    upsampling_sampler,
+)
 from guided_diffusion.script_util import (
     FlagParser,
     add_dict_to_argparser,
@@ -14,7 +21,7 @@ from guided_diffusion.script_util import (
 def main():
     args = set_up_sampling(create_argparser(), UPSAMPLER)
     base = BaseSamples(args.base_samples, args.small_size, args.in_channels, args.num_classes, args.class_cond)
-    model, diffusion = load_upsampler(args, args.model_path)
+    model, diffusion = load_upsampler(args, args.model_path, batch_to_compile(args))
 
     logger.log("sampling...")
     sample_job(

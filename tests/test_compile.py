@@ -1,0 +1,108 @@
+"""--compile True: the same numbers from compiled networks, which are compiled once, whatever sizes batches have."""
+
+import functools
+import shutil
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import randn, relative_error
+from launch import flags, run, script
+from sampling import CLASSIFIER, MODEL, check_alike, new_network, read_npz, run_here
+
+from guided_diffusion import compile_util, logger
+from guided_diffusion.compile_util import CompiledNetwork
+from guided_diffusion.guidance import classifier_cond_fn
+from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.train_util import TrainLoop
+
+pytestmark = pytest.mark.usefixtures("cpu")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+@pytest.fixture
+def without_codegen(monkeypatch):
+    """All of torch.compile but its last part, which takes most of the time: the making of kernels."""
+    monkeypatch.setattr(th, "compile", functools.partial(th.compile, backend="aot_eager"))
+
+
+@pytest.fixture
+def compiled_once():
+    """Let whatever makes torch compile a function again be an error."""
+    th._dynamo.reset()
+    with th._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
+def inputs(n, num_classes=4):
+    return randn(n, n, 3, 8, 8), th.arange(n) * 100, th.arange(n) % num_classes
+
+
+@needs_compiler
+def test_compiled_kernels_compute_the_same_in_batches_of_any_size(compiled_once, quiet, monkeypatch):
+    said = []
+    monkeypatch.setattr(logger, "log", said.append)
+    network = new_network(MODEL).requires_grad_(False)
+    compiled = CompiledNetwork(network, 5)
+    for n in (5, 3, 1, 5):
+        x, t, y = inputs(n)
+        assert relative_error(compiled(x, t, y=y), network(x, t, y=y)) < 1e-5
+    assert len(said) == 2 and said[1].startswith("compiled in ")
+
+
+def test_a_compiled_classifier_guides_alike(compiled_once, without_codegen, quiet):
+    classifier = new_network(CLASSIFIER).requires_grad_(False)
+    guide, compiled = classifier_cond_fn(classifier, 3.0), classifier_cond_fn(CompiledNetwork(classifier, 4), 3.0)
+    for n in (4, 2, 1):
+        x, t, y = inputs(n)
+        assert relative_error(compiled(x, t, y=y), guide(x, t, y=y)) < 1e-5
+
+
+def test_more_than_was_compiled_for_is_an_error(without_codegen):
+    with pytest.raises(ValueError, match="a batch of 3 for a network compiled for 2"):
+        x, t, y = inputs(3)
+        CompiledNetwork(new_network(MODEL), 2)(x, t, y=y)
+
+
+def test_a_compiled_job_makes_the_same_images(compiled_once, without_codegen, networks, tmp_path, monkeypatch):
+    made = []
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        run_here(monkeypatch, "classifier_sample", **networks, log_dir=folder, num_samples=7, batch_size=4,
+                 timestep_respacing=4, compile=compiled)  # fmt: skip
+        made.append(read_npz(folder))
+    check_alike(made[0]["arr_0"], made[1]["arr_0"])
+    assert np.array_equal(made[0]["arr_1"], made[1]["arr_1"])
+
+
+@pytest.mark.parametrize("microbatch", [-1, 3])
+def test_compiled_training_takes_the_same_steps(without_codegen, quiet, microbatch):
+    th._dynamo.reset()
+    weights = []
+    for compiled in (False, True):
+        th.manual_seed(0)
+        model, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **MODEL})
+        loop = TrainLoop(model=model, diffusion=diffusion, data=None, batch_size=4, microbatch=microbatch, lr=1e-3,
+                         ema_rate="0.9", log_interval=10, save_interval=10, resume_checkpoint="", seed=0,
+                         compile=compiled)  # fmt: skip
+        for step in range(3):
+            loop.run_step(randn(step, 4, 3, 8, 8), {"y": th.arange(4)})
+            loop.step += 1
+        weights.append({name: p.detach() for name, p in loop.model.named_parameters()})
+    assert weights[0].keys() == weights[1].keys()
+    for name, p in weights[0].items():
+        assert (p - weights[1][name]).abs().max() < 1e-4, name
+
+
+def test_a_machine_that_cannot_compile_says_so_in_one_line(networks, tmp_path):
+    model_flags = {k: v for k, v in networks.items() if k in MODEL or k == "model_path"}
+    argv = [script("image_sample"), *flags(**model_flags, log_dir=tmp_path, num_samples=2, batch_size=2, compile=True)]
+    outcome = run(argv, env=dict(CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")))
+    assert outcome.returncode != 0 and "Traceback" not in outcome.output
+    last = outcome.output.strip().splitlines()[-1]
+    assert "--compile True" in last and "C++ compiler" in last
+
+
+def test_other_errors_stay_what_they_are(quiet):
+    with pytest.raises(ZeroDivisionError):
+        compile_util.compiling(lambda: 1 / 0)
