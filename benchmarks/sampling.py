@@ -1,15 +1,17 @@
 """Speed of a sampling step of the released models: the UNet, and guided, the classifier's gradient, too.
 
     python benchmarks/sampling.py
-    python benchmarks/sampling.py --presets 256x256_diffusion,64_256_upsampler --batch_sizes 1,8,32
+    python benchmarks/sampling.py --presets all --batch_sizes 1,8,64 --precisions bf16,fp16 --compile False,True
 
-prints for each model, batch size and precision: seconds a step, images a second at 250 steps, utilisation (the step's
-operations a second, by torch's counter, over the machine's rate for a large matrix product of the same type), peak
-memory, and how far what the step changes is from what it changes in float32. Weights are random, of a size that keeps
-activations alive. Each row is measured in a process of its own.
+prints for each model, batch size, precision, and compiled or not: seconds a step, images a second at 250 steps,
+utilisation (the step's operations a second, by torch's counter, over the machine's rate for a large matrix product of
+the same type), peak memory, and how far what the step changes is from what it changes in float32, run eagerly. With
+--psnr True also the PSNR of unguided samples of 25 DDIM steps against float32's. Weights are random, of a size that
+keeps activations alive. Each row is measured in a process of its own.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -21,6 +23,7 @@ CLASSIFIERS = {"64x64_diffusion": "64x64_classifier", "128x128_diffusion": "128x
                "256x256_diffusion": "256x256_classifier", "512x512_diffusion": "512x512_classifier"}  # fmt: skip
 
 STEPS = 250  # what images a second are counted by
+COLUMNS = "s/step", "images/s", "of matmul", "peak MB", "error", "PSNR", "others"
 
 
 def main():
@@ -28,25 +31,27 @@ def main():
     if args.row:
         print(json.dumps(measure(args, *args.row.split(","))))
         return
-    print(
-        f"{'':20}{'batch':>6}{'':>6}{'':>9}{'s/step':>9}{'images/s':>10}{'of matmul':>10}{'peak MB':>9}{'error':>9}"
-        f"{'others':>7}"
-    )
-    for preset in args.presets.split(","):
-        for batch_size in args.batch_sizes.split(","):
-            for precision in args.precisions.split(","):
-                for guided in ("plain", "guided") if preset in CLASSIFIERS else ("plain",):
-                    row = f"{preset},{batch_size},{precision},{guided}"
-                    found = in_own_process(__file__, *sys.argv[1:], "--row", row)
-                    print(f"{preset:20}{batch_size:>6}{precision:>6}{guided:>9}{found['seconds']:9.3f}"
-                          f"{found['images_per_s']:10.4f}{found['share']:10.0%}{found['peak_mb']:9.0f}"
-                          f"{found['error']:9.1e}{found['others']:7.2f}", flush=True)  # fmt: skip
+    print(f"{'':22}{'batch':>6}{'':>6}{'':>8}{'':>9}" + "".join(f"{name:>10}" for name in COLUMNS))
+    from guided_diffusion.presets import PRESETS
+
+    presets = [name for name in PRESETS if name not in CLASSIFIERS.values()]
+    choices = ((presets if args.presets == "all" else args.presets.split(",")), args.batch_sizes.split(","),
+               args.precisions.split(","), args.compile.split(","), ("plain", "guided"))  # fmt: skip
+    for preset, batch_size, precision, compiled, guided in itertools.product(*choices):
+        if guided == "guided" and preset not in CLASSIFIERS:
+            continue
+        row = f"{preset},{batch_size},{precision},{compiled},{guided}"
+        found = in_own_process(__file__, *sys.argv[1:], "--row", row)
+        print(f"{preset:22}{batch_size:>6}{precision:>6}{guided:>8}{'compiled' if compiled == 'True' else '':>9}"
+              f"{found['seconds']:10.3f}{found['images_per_s']:10.4f}{found['share']:10.0%}{found['peak_mb']:10.0f}"
+              f"{found['error']:10.1e}{found['psnr']:10.1f}{found['others']:10.2f}", flush=True)  # fmt: skip
 
 
-def measure(args, preset_name, batch_size, precision, guided):
+def measure(args, preset_name, batch_size, precision, compiled, guided):
     """Time the step of one row."""
     import torch as th
 
+    from guided_diffusion.compile_util import CompiledNetwork
     from guided_diffusion.guidance import classifier_cond_fn, route_labels
     from guided_diffusion.presets import get_preset
 
@@ -55,45 +60,61 @@ def measure(args, preset_name, batch_size, precision, guided):
         th.set_num_threads(args.threads)
     device = "cuda" if th.cuda.is_available() else "cpu"
     dtype = {"fp32": th.float32, "bf16": th.bfloat16, "fp16": th.float16}[precision]
-    flags = dict(use_fp16=False, use_bf16=False)
     preset = get_preset(preset_name)
-    model, diffusion = preset.create(**flags)
-    model = ready(model, device)
-    size = preset.flags.get("image_size", preset.flags.get("large_size"))
-    n = int(batch_size)
-    x, t = th.randn(n, 3, size, size, device=device), th.full((n,), 500, device=device)
-    kwargs = {"y": th.arange(n, device=device) % 1000} if preset.flags.get("class_cond") or guided == "guided" else {}
-    if "small_size" in preset.flags:
-        kwargs["low_res"] = th.randn(n, 3, *[preset.flags["small_size"]] * 2, device=device)
-    networks, cond_fn = [model], None
+    model, diffusion = preset.create(use_fp16=False, use_bf16=False)
+    networks = [ready(model, device)]
     if guided == "guided":
-        classifier, _ = get_preset(CLASSIFIERS[preset_name]).create(classifier_use_fp16=False)
-        classifier = ready(classifier, device)
-        networks.append(classifier)
-        cond_fn = classifier_cond_fn(classifier, scale=1.0)
-    model_fn = route_labels(model, "y" in kwargs and preset.flags.get("class_cond"))
+        networks.append(ready(get_preset(CLASSIFIERS[preset_name]).create(classifier_use_fp16=False)[0], device))
+    x, t, kwargs = inputs(preset, int(batch_size), guided, device)
 
-    @th.no_grad()
-    def step():
-        return diffusion.p_sample(model_fn, x, t, cond_fn=cond_fn, model_kwargs=kwargs, randn_like=th.zeros_like)[
-            "sample"
-        ]
+    def sampler(networks):
+        """The step, and images of a few unguided steps, of a list of the model and perhaps a classifier."""
+        model_fn = route_labels(networks[0], preset.flags.get("class_cond"))
+        cond_fn = classifier_cond_fn(networks[1]) if networks[1:] else None
+        few = preset.create(use_fp16=False, timestep_respacing="ddim25")[1] if args.psnr == "True" else None
+        step = th.no_grad()(
+            lambda: diffusion.p_sample(
+                model_fn, x, t, cond_fn=cond_fn, model_kwargs=kwargs, randn_like=th.zeros_like
+            )["sample"]
+        )  # fmt: skip
+        return (
+            step,
+            lambda: few and few.ddim_sample_loop(model_fn, x.shape, noise=x, model_kwargs=kwargs, device=device),
+        )
 
-    expected = step()
-    operations = count_operations(lambda: model_fn(x, t, **kwargs))
-    if guided == "guided":  # an input's gradient takes as many operations as the way forward
-        operations += 2 * count_operations(lambda: classifier(x, t))
+    step, images = sampler(networks)
+    expected, expected_images = step(), images()
+    operations = count_operations(lambda: route_labels(model, preset.flags.get("class_cond"))(x, t, **kwargs))
+    for classifier in networks[1:]:  # an input's gradient takes as many operations as the way forward
+        operations += 2 * count_operations(lambda c=classifier: c(x, t))
     for network in networks:
         {"fp32": network.convert_to_fp32, "bf16": network.convert_to_bf16, "fp16": network.convert_to_fp16}[precision]()
+    if compiled == "True":
+        networks = [CompiledNetwork(network, len(x)) for network in networks]
+    step, images = sampler(networks)
     if device == "cuda":
         th.cuda.reset_peak_memory_stats()
     with OtherLoad() as load:
         seconds = timed(step, args.rounds, warmup=2)
     peak = th.cuda.max_memory_allocated() / 1e6 if device == "cuda" else peak_rss_mb()
     error = float((step() - expected).norm() / (expected - x).norm())
-    rate = operations / seconds
-    return dict(seconds=seconds, images_per_s=n / (seconds * STEPS), share=rate / matmul_rate(dtype, device),
-                peak_mb=peak, error=error, others=load.cores)  # fmt: skip
+    psnr = (
+        float(10 * th.log10(4 / (images() - expected_images).square().mean())) if args.psnr == "True" else float("nan")
+    )
+    return dict(seconds=seconds, images_per_s=len(x) / (seconds * STEPS), others=load.cores, peak_mb=peak, error=error,
+                psnr=psnr, share=operations / seconds / matmul_rate(dtype, device))  # fmt: skip
+
+
+def inputs(preset, n, guided, device):
+    """A batch as the model sees it: x_t, t and the keyword arguments."""
+    import torch as th
+
+    size = preset.flags.get("image_size", preset.flags.get("large_size"))
+    x, t = th.randn(n, 3, size, size, device=device), th.full((n,), 500, device=device)
+    kwargs = {"y": th.arange(n, device=device) % 1000} if preset.flags.get("class_cond") or guided == "guided" else {}
+    if "small_size" in preset.flags:
+        kwargs["low_res"] = th.randn(n, 3, *[preset.flags["small_size"]] * 2, device=device)
+    return x, t, kwargs
 
 
 def ready(network, device):
@@ -109,9 +130,11 @@ def ready(network, device):
 
 def create_argparser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", default="64x64_diffusion", help="with commas (default: 64x64_diffusion)")
+    parser.add_argument("--presets", default="64x64_diffusion", help="with commas, or all (default: 64x64_diffusion)")
     parser.add_argument("--batch_sizes", default="2")
     parser.add_argument("--precisions", default="fp32,bf16", help="of fp32, bf16 and fp16 (default: fp32,bf16)")
+    parser.add_argument("--compile", default="False", help="False, True or both, with a comma")
+    parser.add_argument("--psnr", default="False", help="True: also compare images of 25 DDIM steps")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--row", help=argparse.SUPPRESS)

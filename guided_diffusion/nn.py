@@ -34,7 +34,8 @@ class GroupNorm32(nn.GroupNorm):
             weight, bias = weight * (1 + scale), th.addcmul(shift, bias, 1 + scale)
         if not silu:
             return _norm(x, weight, bias, self.num_groups, self.eps)
-        if self.training and th.is_grad_enabled() and not th.compiler.is_compiling():  # a compiler chooses what to keep
+        compiling = th.compiler.is_compiling()  # compilers choose themselves what to keep
+        if self.training and th.is_grad_enabled() and len(x) and not compiling:
             return _NormSiLU.apply(x, weight, bias, self.num_groups, self.eps)
         return _norm_silu(x, weight, bias, self.num_groups, self.eps)
 
@@ -51,7 +52,9 @@ def _as_one_norm(x, weight, bias, groups, eps):
     """torch's arguments for a group norm with weight and bias [C], or [N, C]: then N samples are one of N * C."""
     if x.dtype != th.bfloat16 or x.device.type != "cpu":  # whose kernel takes bfloat16 beside float32 parameters
         x = x.float()
-    if weight.ndim == 2:
+    if weight.ndim == 2 and not len(x):
+        weight = bias = None  # for nothing
+    elif weight.ndim == 2:
         x, weight, bias, groups = x.reshape(1, -1, *x.shape[2:]), weight.flatten(), bias.flatten(), len(x) * groups
     return x.contiguous(), groups, weight, bias, eps
 
@@ -75,7 +78,7 @@ class _NormSiLU(th.autograd.Function):
     def backward(ctx, grad):
         needed = ctx.needs_input_grad[:3]
         if th.is_grad_enabled():  # for a gradient of the gradient: autograd knows how
-            inputs = ctx.saved_tensors
+            inputs = [v.view_as(v) for v in ctx.saved_tensors]  # none of which is made of another
             wanted = [v for v, need in zip(inputs, needed) if need]
             found = iter(th.autograd.grad(_norm_silu(*inputs, *ctx.constants), wanted, grad, create_graph=True))
             return *(next(found) if need else None for need in needed), None, None
@@ -98,12 +101,14 @@ def _norm_again(ctx):
 
 
 def without_keeping(x):
-    """A context in which layers that read x, the output of a norm with SiLU, do not keep it in training either."""
-    if th.compiler.is_compiling():
+    """A context in which layers that read x, the output of a norm with SiLU, do not keep it in training either.
+
+    x must live as long as the context: another tensor could take its place in memory, and would be taken for it.
+    """
+    plain = type(x) is th.Tensor and not th.compiler.is_compiling()
+    if not plain or not isinstance(x.grad_fn, _NormSiLU._backward_cls):
         return nullcontext()
-    maker, address, size = x.grad_fn, x.data_ptr(), x.numel()  # not x itself, which the hooks would keep
-    if not isinstance(maker, _NormSiLU._backward_cls):
-        return nullcontext()
+    maker, address, size = x.grad_fn, x.data_ptr(), x.numel()  # rather than x, which the hooks would keep
 
     def pack(saved):
         same = saved.data_ptr() == address and saved.numel() == size and saved.is_contiguous()
@@ -123,16 +128,17 @@ def without_keeping(x):
 class NormFirst(nn.Sequential):
     """A group norm, a SiLU and further layers, whose first two run as one operation; a part of them runs as it is."""
 
-    def forward(self, x, scale=None, shift=None, resample=nn.Identity()):
+    def forward(self, x, scale=None, shift=None, resample=nn.Identity(), checkpointed=False):
         """
         :param scale, shift: see GroupNorm32.
         :param resample: a layer to put before the third.
+        :param checkpointed: whether all this is computed again in the backward pass, by torch's own hooks.
         """
         first, *rest = self
         if not isinstance(first, GroupNorm32):
             return super().forward(x)
-        x = resample(first(x, scale, shift, silu=True))
-        with without_keeping(x):
+        h = x = resample(first(x, scale, shift, silu=True))
+        with nullcontext() if checkpointed else without_keeping(h):
             for layer in rest[1:]:
                 x = layer(x)
         return x
@@ -147,14 +153,14 @@ class Conv2d(nn.Conv2d):
     """A 2D convolution. On a CPU its results depend neither on the batch that an image is in, nor on threads."""
 
     def forward(self, x):
-        return onednn_conv(self, x, self.weight) if suits_onednn(self, x) else super().forward(x)
+        return onednn_conv(self, x, self.weight) if x.ndim == 4 and suits_onednn(self, x) else super().forward(x)
 
 
 class Conv1d(nn.Conv1d):
     """A 1D convolution. On a CPU its results depend neither on the batch that a sequence is in, nor on threads."""
 
     def forward(self, x):
-        if not suits_onednn(self, x):
+        if x.ndim != 3 or not suits_onednn(self, x):
             return super().forward(x)
         return onednn_conv(self, x[:, :, None], self.weight[:, :, None]).squeeze(2)
 

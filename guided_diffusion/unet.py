@@ -166,12 +166,13 @@ class ResBlock(TimestepBlock):
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x, emb):
-        h = self.in_layers(x, resample=self.h_upd)
+        h = self.in_layers(x, resample=self.h_upd, checkpointed=self.use_checkpoint)
         emb = self.emb_layers(emb)
         if self.use_scale_shift_norm:
-            h = self.out_layers(h, *emb.chunk(2, dim=1))
+            h = self.out_layers(h, *emb.chunk(2, dim=1), checkpointed=self.use_checkpoint)
         else:
-            h = self.out_layers(h + emb.type(h.dtype).reshape(*emb.shape, *[1] * (h.ndim - 2)))
+            h = h + emb.type(h.dtype).reshape(*emb.shape, *[1] * (h.ndim - 2))
+            h = self.out_layers(h, checkpointed=self.use_checkpoint)
         return self.skip_connection(self.x_upd(x)) + h
 
 

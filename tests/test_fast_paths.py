@@ -159,12 +159,20 @@ def all_gradients(module, function, inputs, seed=0):
     return [y, *th.autograd.grad(y.float().square().mean(), [*inputs, *module.parameters()])]
 
 
+class Transposed(nn.Module):
+    """Keeps a view of its input that is not contiguous."""
+
+    def forward(self, x):
+        return x.mT.square()
+
+
 READERS = {
     "convolution": lambda: [nn.Dropout(0.0), Conv2d(64, 32, 3, padding=1)],
     "dropout": lambda: [nn.Dropout(0.4), Conv2d(64, 32, 3, padding=1)],
     "strided": lambda: [Conv2d(64, 32, 3, stride=2)],
     "pool": lambda: [nn.AdaptiveAvgPool2d(1), Conv2d(64, 8, 1), nn.Flatten()],
     "views": lambda: [nn.Flatten(), Linear(64 * 64, 8)],
+    "transposed": lambda: [Transposed(), Conv2d(64, 32, 3, padding=1)],
     "several": lambda: [SiLU(), Conv2d(64, 32, 3, padding=1), SiLU()],
     # What the first layer has read is freed: another's input may take its place.
     "dropout first": lambda: [nn.Dropout(0.4), SiLU(), Conv2d(64, 64, 3, padding=1), SiLU(), Conv2d(64, 8, 1)],
@@ -179,6 +187,20 @@ def test_layers_after_the_norm(name, film):
     want = all_gradients(module, one_by_one, [x, *film])
     assert_near(all_gradients(module, module, [x, *film]), want, 1e-5)
     assert_near(all_gradients(module.eval(), one_by_one, [x, *film]), all_gradients(module, module, [x, *film]), 1e-5)
+
+
+@FILM
+@pytest.mark.parametrize("half", [th.bfloat16, th.float16], ids=["bf16", "fp16"])
+def test_layers_after_the_norm_in_half_precision(half, film):
+    module, _ = after_norm(Conv2d(64, 32, 3, padding=1).to(half))
+    x, _, _, *film = norm_inputs((2, 64, 4, 4), film)
+
+    def in_float32(x, *film):
+        h = plain_norm_silu(x.float(), module[0].weight, module[0].bias, *film)
+        return module[2](h.to(half))
+
+    inputs = [x.to(half), *film]
+    assert_near(all_gradients(module, module, inputs), all_gradients(module, in_float32, inputs), 2e-2)
 
 
 @pytest.mark.parametrize("size", [2, 4, 8, 16, 32, 64])
