@@ -7,7 +7,6 @@ import os
 import platform
 import sys
 import weakref
-from itertools import product
 
 import pytest
 import torch as th
@@ -505,7 +504,6 @@ def threads(count):
         th.set_num_threads(before)
 
 
-BATCHES = list(product([1, 2], [1, 2, 3, 5]))  # threads and images
 UNETS = {
     "resampling layers": {},
     "residual resampling": dict(
@@ -515,14 +513,18 @@ UNETS = {
 }  # fmt: skip
 
 
-def assert_bits_of_each_alone(function, inputs):
-    """Check that function(*inputs) [N, ...] is, in every batch and on every number of threads, what it is alone."""
+def assert_bits_of_each_alone(function, inputs, on_two_threads=(1, 3)):
+    """Check that function(*inputs), of five samples, is in every batch and on every thread what it is for each alone.
+
+    :param on_two_threads: the batches to try there: slow, where other work shares the cores.
+    """
     with th.no_grad():
-        alone = th.cat([function(*(v[i : i + 1] for v in inputs)) for i in range(len(inputs[0]))])
-        for number, images in BATCHES:
+        alone = th.cat([function(*(v[i : i + 1] for v in inputs)) for i in range(5)])
+        for number, batches in ((1, (2, 3, 5)), (2, on_two_threads)):
             with threads(number):
-                batch = function(*(v[-images:] for v in inputs))  # so that no image always comes first
-            assert th.equal(batch, alone[-images:]), (number, images)
+                for size in batches:
+                    batch = function(*(v[-size:] for v in inputs))  # so that no sample always comes first
+                    assert th.equal(batch, alone[-size:]), (number, size)
 
 
 @needs_onednn
@@ -547,21 +549,22 @@ def test_an_image_s_output_depends_neither_on_its_batch_nor_on_threads(name, hal
 ], ids=["images", "small images", "strided", "sequences", "vectors"])  # fmt: skip
 def test_a_layer_s_output_depends_neither_on_the_batch_nor_on_threads(make):
     layer, size = make()
-    assert_bits_of_each_alone(fill_by_name(layer), [randn(0, 5, layer.weight.shape[1], *size)])
+    assert_bits_of_each_alone(fill_by_name(layer), [randn(0, 5, layer.weight.shape[1], *size)], (1, 2, 3, 5))
 
 
 @needs_onednn
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
 def test_a_sample_depends_neither_on_its_batch_nor_on_threads(loop):
     model = fill_by_name(UNetModel(**SMALL, resblock_updown=True))
-    diffusion = create_gaussian_diffusion(steps=100, timestep_respacing="4")
+    diffusion = create_gaussian_diffusion(steps=100, timestep_respacing="3")
 
     def sample(noise, noise_of_steps):
         of_steps = iter(noise_of_steps.unbind(1))
         options = dict(noise=noise, device="cpu", randn_like=lambda _: next(of_steps))
         return getattr(diffusion, loop)(model, noise.shape, **options)
 
-    assert_bits_of_each_alone(sample, [randn(0, 5, 3, 16, 16), randn(1, 5, 4, 3, 16, 16)])
+    inputs = [randn(0, 5, 3, 16, 16), randn(1, 5, 3, 3, 16, 16)]
+    assert_bits_of_each_alone(sample, inputs, on_two_threads=[2] if loop == "ddim_sample_loop" else [])
 
 
 # Training steps
@@ -622,14 +625,12 @@ import json, resource
 from guided_diffusion import dist_util
 dist_util.setup_dist()
 import torch as th
-
-def faults(size):
+found = []
+for _ in range(60):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    th.ones(size)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-# The first is larger: small objects may since lie in a part of its place.
-print(json.dumps([faults(5 * 2**22), *[faults(2**24) for _ in range(20)]]))
+    th.ones(10 * 2**20)
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(json.dumps(found))
 """
 
 
@@ -637,10 +638,13 @@ print(json.dumps([faults(5 * 2**22), *[faults(2**24) for _ in range(20)]]))
     sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="memory is kept by asking glibc for it"
 )
 def test_freed_memory_is_used_again():
-    """A page that the process has touched once costs no fault again, be pages of 4 KB or 2 MB."""
-    first, *later = json.loads(run(["-c", FAULTS]).check().output.splitlines()[-1])
-    assert first >= 8  # it came by page faults
-    assert sum(later) < 200, later
+    """Tensors of 40 MB, in pages of 4 KB or 2 MB, lie where earlier ones lay: that costs no page faults.
+
+    Some of the first do not: small objects lie in the way.
+    """
+    found = json.loads(run(["-c", FAULTS]).check().output.splitlines()[-1])
+    assert found[0] >= 20
+    assert sum(found[-20:]) < 200, found
 
 
 # Upsampling
