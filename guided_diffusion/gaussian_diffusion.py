@@ -141,7 +141,7 @@ class GaussianDiffusion:
         self._sqrt_one_minus_alphas_cumprod_prev = np.sqrt(self._one_minus_alphas_cumprod_prev)
         self._noisy = (np.arange(len(betas)) > 0).astype(np.float64)  # the last step's noise would only blur the image
         self._device_tables = {}
-        self._looked_up = None, None, None
+        self._looked_up = None, None, None, None
         tables = [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
         self._table_names = {name: place for place, name in enumerate(tables)}
 
@@ -154,11 +154,11 @@ class GaussianDiffusion:
         All tables are kept as one on each device they were asked for on, so that a step copies nothing from the host;
         and what they hold at t is looked up once for all, however many of them a step asks for.
         """
-        state = None if t.is_inference() else (t._version, like.ndim)  # what changes where t is overwritten in place
-        last, last_state, entries = self._looked_up
-        if last is not t or state is None or last_state != state:
+        last, version, ndim, entries = self._looked_up
+        if last is not t or version != t._version or ndim != like.ndim:  # t may have been overwritten in place
             entries = self._entries(t, like.ndim)
-            self._looked_up = t, state, entries
+            if not t.is_inference():  # of those nobody counts versions
+                self._looked_up = t, t._version, like.ndim, entries
         return entries[self._table_names[name]]
 
     def _entries(self, t, ndim):
