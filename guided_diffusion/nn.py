@@ -45,7 +45,7 @@ def _norm(x, *parameters):
 
 
 def _norm_silu(x, *parameters):
-    return F.silu(_norm(x, *parameters), inplace=not th.is_grad_enabled())
+    return F.silu(_norm(x, *parameters), inplace=not (th.is_grad_enabled() or th.jit.is_tracing()))
 
 
 def _as_one_norm(x, weight, bias, groups, eps):
