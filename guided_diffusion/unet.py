@@ -62,12 +62,12 @@ class Upsample(nn.Module):
             self.conv = conv_nd(dims, self.channels, self.out_channels, 3, padding=1)
 
     def forward(self, x):
-        axes = range(max(2, x.ndim - 2), x.ndim)
         if x.device.type == "cpu":  # where F.interpolate takes five times as long
-            for axis in reversed(axes):
+            first = 3 if self.dims == 3 else 2
+            for axis in reversed(range(first, x.ndim)):
                 x = x.repeat_interleave(2, axis)
         else:
-            x = F.interpolate(x, scale_factor=tuple(2 if i in axes else 1 for i in range(2, x.ndim)), mode="nearest")
+            x = F.interpolate(x, scale_factor=(1, 2, 2) if self.dims == 3 else 2, mode="nearest")
         return self.conv(x) if self.use_conv else x
 
 
