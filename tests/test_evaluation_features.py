@@ -1,4 +1,7 @@
-"""From stored images to figures over ranks, with a network of known features in Inception's place; and bad input."""
+"""From stored images to figures over ranks, with a network of known features in Inception's place; and bad input.
+
+From top to bottom: features by ranks and batches, figures, the cache, features that are no numbers, the command.
+"""
 
 import json
 import math
