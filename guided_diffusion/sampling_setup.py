@@ -169,7 +169,7 @@ def load_diffusion(args):
 
 def batch_to_compile(args):
     """The size of the batches that networks are to be compiled for, or 0."""
-    return args.batch_size if getattr(args, "compile", False) else 0  # image_nll.py has no such flag
+    return args.batch_size if args.compile else 0
 
 
 def load_classifier(flags, path, compile_for=0):

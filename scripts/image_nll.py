@@ -43,7 +43,7 @@ def main():
 
 def create_argparser():
     flags = dict(data_dir="", clip_denoised=True, num_samples=1000, batch_size=1, model_path="", log_dir="")
-    flags.update(labels="name", num_workers=1, seed=0, preset="", models_dir="models", class_table="")
+    flags.update(labels="name", num_workers=1, seed=0, preset="", models_dir="models", class_table="", compile=False)
     parser = FlagParser(description=__doc__)
     add_dict_to_argparser(parser, {**flags, **model_and_diffusion_defaults()})
     return parser
