@@ -305,16 +305,16 @@ def barrier():
 
 
 def _leave():
-    """At the end of the process: the group's threads must have done with Python before the interpreter goes.
+    """At the end of the process: the group's threads must have done with Python before the group and interpreter go.
 
-    A gloo thread may still have to free the last exchange's tensor, for which it waits for the interpreter's lock; once
-    the interpreter is shutting down, asking for that lock aborts the process. So let go of it for a moment.
+    A gloo thread may still have to free the last exchange's tensor, for which it waits for the interpreter's lock. The
+    group's end waits for that thread, in torch before 2.13 without letting go of the lock: a deadlock. And asking for
+    the lock of an interpreter that is shutting down aborts the process. So let go of it for a moment first.
     """
     if dist.is_initialized():
-        distributed = get_world_size() > 1
-        dist.destroy_process_group()
-        if distributed:
+        if get_world_size() > 1:
             time.sleep(0.1)
+        dist.destroy_process_group()
 
 
 def _end_all_ranks(kind, error, trace):

@@ -109,7 +109,7 @@ def check_alike(images, others):
     assert 5 < images.std() and 0.1 < ((images > 0) & (images < 255)).mean()  # neither blank nor all clipped
     difference = np.abs(images.astype(int) - others.astype(int))
     assert difference.max() <= 1
-    assert (difference == 0).mean() >= 0.999
+    assert (difference == 0).mean() >= 0.995
 
 
 # Samples of known content, without a network

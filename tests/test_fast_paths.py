@@ -290,7 +290,7 @@ def test_the_optimizer_takes_adamw_s_steps(options):
 
 HEAVY = """
 import sys
-import torch
+import torch.utils.checkpoint  # in older versions of torch, this alone loads sympy
 heavy = ("torch._dynamo", "sympy")
 print([name for name in heavy if name in sys.modules])
 from helpers import batch_of, new_loop, new_model
@@ -306,9 +306,7 @@ def test_a_training_step_does_not_load_the_compiler(tmp_path):
     tests = os.path.dirname(__file__) + os.pathsep + clean_environment()["PYTHONPATH"]
     done = run(["-c", HEAVY], env=dict(PYTHONPATH=tests, OPENAI_LOGDIR=str(tmp_path))).check()
     first, *_, last = done.output.splitlines()
-    if first != "[]":
-        pytest.skip(f"importing torch alone loads {first}")
-    assert last == "[]"
+    assert last == first
 
 
 FAULTS = """

@@ -1,6 +1,8 @@
 """What several ranks do together: training as one process would, sharing values, and ending when one of them fails."""
 
 import os
+import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -325,3 +327,22 @@ def test_bad_input_on_all_ranks_is_said_once(launcher):
     assert sum("error: --flag 7" in line for line in lines) == 1
     if launcher == "mpiexec":  # torchrun adds a report of its own
         assert lines == ["error: --flag 7: too many"]
+
+
+def test_threads_that_wait_for_python_are_let_through_before_the_group_ends(monkeypatch):
+    """The group's end joins its threads, and may keep the interpreter's lock while it does: jobs hung at their end."""
+    awake, through, seen = threading.Event(), threading.Event(), []
+    thread = threading.Thread(target=lambda: (awake.wait(), through.set()))
+    thread.start()
+    monkeypatch.setattr(dist_util, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist_util.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist_util.dist, "destroy_process_group", lambda: seen.append(through.is_set()))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # so that the lock passes on only where it is let go
+    try:
+        awake.set()
+        dist_util._leave()
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert seen == [True]
