@@ -63,7 +63,7 @@ def test_atomic_writes(quiet):
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(quiet):
     checkpoint_util.save({"a": th.ones(2)}, "model000001.pt")
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match="pickle|local object"):
         checkpoint_util.save({"a": lambda: None}, "model000001.pt")
     assert os.listdir(quiet) == ["model000001.pt"]
     assert th.load(os.path.join(quiet, "model000001.pt"))["a"].tolist() == [1, 1]
