@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from . import files
 from .errors import InputError
+from .nn import copy_tensors
 
 GPUS_PER_NODE = 8  # an assumption of old scripts that import it; the device follows from the rank within the node
 
@@ -218,7 +219,7 @@ def average_gradients(params):
         flat = th.cat([g.reshape(-1).float() for g in grads])
         dist.all_reduce(flat)
         flat /= get_world_size()
-        th._foreach_copy_(grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads)])
+        copy_tensors(grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads)])
 
 
 def _exchange_device():

@@ -1,6 +1,5 @@
 """Training with a torso in half precision: loss scaling, and float32 master weights that the optimiser works on."""
 
-import copy
 import math
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch as th
 import torch.nn as nn
 
 from . import logger
+from .nn import copy_tensors
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its count of steps
@@ -92,8 +92,7 @@ class MixedPrecisionTrainer:
 
         So the ranks' common gradient shows to every rank that one rank's loss is bad, without a word more between them.
         """
-        scale = loss.new_tensor(self._loss_scale)
-        (loss * th.where(loss.isfinite(), scale, math.nan)).backward()
+        (loss * th.where(loss.isfinite(), self._loss_scale, math.nan)).backward()
 
     def optimize(self, opt: th.optim.Optimizer):
         """Take a step with the gradients at hand.
@@ -140,10 +139,9 @@ class MixedPrecisionTrainer:
         named = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
         return [name for name, grad in named if not grad.isfinite().all()]
 
-    @th.no_grad()
     def _copy_masters_to_model(self):
         for master, (group, _) in zip(self.master_params, self.param_groups_and_shapes):
-            th._foreach_copy_([p for _, p in group], _unflatten(master, group))
+            copy_tensors([p for _, p in group], _unflatten(master, group))
 
     def master_params_to_state_dict(self, master_params):
         """A state_dict of the model, in float32, with the given master parameters (or averages of them)."""
@@ -188,11 +186,11 @@ class MixedPrecisionTrainer:
                     .view(shape)
                     for key in MOMENTS
                 }
-                adapted[i]["step"] = max((m["step"] for m in members if m is not None), default=0)
+                adapted[i]["step"] = max((float(m["step"]) for m in members if m is not None), default=0.0)
             else:
                 pieces = zip(group, *(_unflatten(moments[i][key], group) for key in MOMENTS))
                 for (name, _), *values in pieces:
-                    adapted[number[name]] = {**dict(zip(MOMENTS, values)), "step": copy.copy(moments[i]["step"])}
+                    adapted[number[name]] = {**dict(zip(MOMENTS, values)), "step": float(moments[i]["step"])}
         return dict(sorted(adapted.items()))
 
     def _are_flat(self, moments):

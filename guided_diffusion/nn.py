@@ -274,6 +274,15 @@ def update_ema(target_params, source_params, rate=0.99):
     th._foreach_lerp_(list(target_params), list(source_params), 1 - rate)
 
 
+@th.no_grad()
+def copy_tensors(targets, sources):
+    """Copy each of `sources` into its counterpart of `targets`, converting it to that one's dtype."""
+    # One dtype at a time: on CUDA, torch 2.6 writes all targets as if they had the first one's.
+    for dtype in {t.dtype for t in targets}:
+        pairs = [(t.detach(), s) for t, s in zip(targets, sources) if t.dtype == dtype]
+        th._foreach_copy_(*map(list, zip(*pairs)))
+
+
 def checkpoint(func, inputs, params, flag):
     """Call `func(*inputs)`; with `flag`, keep none of its activations and compute them again in the backward pass.
 

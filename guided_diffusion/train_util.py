@@ -26,7 +26,7 @@ from .errors import InputError, RunStopped, check_at_least
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .logger import progress_bar
 from .monitor import Pace, log_loss_dict
-from .nn import update_ema
+from .nn import copy_tensors, update_ema
 from .random_util import generator_states, restore_generators, training_randomness
 from .resample import LossAwareSampler, UniformSampler
 
@@ -354,8 +354,8 @@ class TrainLoop:
         batch, cond = self.prepare(batch, cond)
         for start in range(0, len(batch), self.microbatch):
             part = slice(start, start + self.microbatch)
-            micro = batch[part].to(dist_util.dev())
-            micro_cond = {k: v[part].to(dist_util.dev()) for k, v in cond.items()}
+            micro = batch[part].to(dist_util.dev(), non_blocking=True)
+            micro_cond = {k: v[part].to(dist_util.dev(), non_blocking=True) for k, v in cond.items()}
             last = start + self.microbatch >= len(batch)
             with self.ddp_model.no_sync() if self.use_ddp and not last else nullcontext():
                 loss = self.compute_loss(micro, micro_cond)
@@ -464,12 +464,12 @@ class TrainLoop:
         own = {name: p.detach().clone() for name, p in params.items()}
         if self.ema_params:
             average = self.mp_trainer.master_params_to_state_dict(self.ema_params[0])
-            th._foreach_copy_([p.detach() for p in params.values()], [average[name] for name in params])
+            copy_tensors(params.values(), [average[name] for name in params])
         self.model.eval()
         try:
             yield self.model
         finally:
-            th._foreach_copy_([p.detach() for p in params.values()], list(own.values()))
+            copy_tensors(params.values(), own.values())
             self.model.train()
 
     def write_preview(self):

@@ -5,7 +5,7 @@ import pytest
 import torch as th
 from helpers import batch_of, copies, new_loop, new_model, quick_half_convolutions
 
-from guided_diffusion import logger
+from guided_diffusion import dist_util, logger
 from guided_diffusion.errors import InputError
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 
@@ -237,6 +237,42 @@ def test_the_original_s_optimizer_files_load(kind, tmp_path, monkeypatch):
         assert [(g["lr"], g["weight_decay"]) for g in loop.opt.param_groups] == [(1e-3, 0.0)]
         loop.run_step(batch_of(6), {})
         assert {float(s["step"]) for s in loop.opt.state.values()} == {501}
+
+
+@pytest.mark.parametrize("kind", ["use_fp16", "use_bf16"])
+def test_copies_are_made_one_precision_at_a_time(kind, monkeypatch):
+    """On CUDA torch 2.6 gives all tensors that it writes the type of the first: mixed ones are written past their ends."""
+    copy, calls = th._foreach_copy_, []
+
+    def checked(targets, sources):
+        calls.append([len({t.dtype for t in tensors}) for tensors in (targets, sources)])
+        return copy(targets, sources)
+
+    monkeypatch.setattr(th, "_foreach_copy_", checked)
+    loop = new_loop(*new_model(), initial_lg_loss_scale=4.0, **{kind: True})
+    loop.run_step(batch_of(6), {})
+    with loop.averaged_weights():
+        pass
+    monkeypatch.setattr(dist_util, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist_util.dist, "all_reduce", lambda tensor: None)
+    dist_util.average_gradients(loop.mp_trainer.model_params)
+    assert len(calls) == 10  # two for each flat master, twice for all weights, and for all gradients
+    assert all(counts == [1, 1] for counts in calls)
+
+
+@pytest.mark.parametrize("count", [7, 7.0, th.tensor(7.0)])
+def test_each_parameter_counts_its_own_steps_after_a_change_of_precision(count, tmp_path):
+    loop = new_loop(*new_model(), use_bf16=True)
+    loop.run_step(batch_of(6), {})
+    state = loop.opt.state_dict()["state"]
+    for moments in state.values():
+        moments["step"] = count
+    other = new_loop(*new_model())
+    other.opt.load_state_dict({**other.opt.state_dict(), "state": other.mp_trainer.adapt_moments(state)})
+    other.run_step(batch_of(6), {})
+    steps = [moments["step"] for moments in other.opt.state.values()]
+    assert len(steps) == len(other.mp_trainer.master_params) and all(float(step) == 8 for step in steps)
+    assert len({step.data_ptr() for step in steps}) == len(steps)
 
 
 def test_an_optimizer_of_another_network_is_refused(tmp_path):
