@@ -56,7 +56,8 @@ def compiling(work):
     try:
         result = work()
     except TorchDynamoException as e:
-        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        cause = getattr(e, "inner_exception", e)  # older versions of torch wrap it
+        reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         raise InputError(
             f"--compile True: torch cannot compile here: {reason}. It needs a C++ compiler (g++), and on a GPU Triton; "
             f"or leave --compile out"

@@ -8,6 +8,8 @@ import ctypes
 import errno
 import os
 import pickle
+import platform
+import re
 import sys
 import threading
 import time
@@ -26,6 +28,8 @@ GPUS_PER_NODE = 8  # an assumption of old scripts that import it; the device fol
 
 # What launchers leave in the environment. SLURM_NTASKS is not among it: a batch script's own shell has it too.
 MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 SIZE_VARIABLES = ("WORLD_SIZE", *MPI_SIZE_VARIABLES, "SLURM_STEP_NUM_TASKS")
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -40,7 +44,12 @@ _cpu_group = None  # where the default group is nccl's: one of CPUs
 
 def launcher_rank():
     """This process's rank by the launcher's environment variables: known before, and without, setup_dist()."""
-    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
+    return _from_environment(RANK_VARIABLES, 0)
+
+
+def _from_environment(names, default):
+    """The number in the first of these variables that is set."""
+    return next((int(os.environ[name]) for name in names if name in os.environ), default)
 
 
 def get_rank():
@@ -59,22 +68,22 @@ def setup_dist():
     Afterwards torch.distributed is initialised, by nccl on GPUs and gloo on CPUs, and an exception that nothing
     catches ends all ranks.
     """
-    global _store
+    global _store, _cpu_group
     if dist.is_initialized():
         return
     sys.excepthook = _end_all_ranks  # for mistakes that show while ranks meet
     rank, world_size, local_size = _meet()
-    backend = "gloo"
     if th.cuda.is_available():
         th.cuda.set_device(_local_rank % th.cuda.device_count())
-        if local_size <= th.cuda.device_count():  # nccl refuses two ranks on one GPU
-            backend = "nccl"
     else:
         _reuse_memory()
+    backend = _choose_backend(_store, rank, world_size)
     if local_size > 1 and "OMP_NUM_THREADS" not in os.environ:  # the node's cores are shared among its ranks
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         th.set_num_threads(max(1, cores // local_size))
     dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    if backend == "nccl":
+        _cpu_group = dist.new_group(backend="gloo")
     sys.excepthook = _end_all_ranks  # in place of torch's own, which would call this one
     atexit.register(_leave)
     if rank == 0:
@@ -89,9 +98,9 @@ def _meet():
         _store = dist.HashStore()
         return 0, 1, 1
     if "MASTER_ADDR" in os.environ and "RANK" in os.environ:  # torchrun, or a cluster that sets what it sets
-        _local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        _local_rank = _from_environment(LOCAL_RANK_VARIABLES, 0)
         _store, rank, world_size = next(dist.rendezvous("env://", int(os.environ["RANK"]), world_size))
-        return rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return rank, world_size, _from_environment(LOCAL_SIZE_VARIABLES, 1)
     if any(name in os.environ for name in MPI_SIZE_VARIABLES):
         return _meet_by_mpi()
     return _meet_by_slurm()
@@ -136,6 +145,37 @@ def _meet_by_slurm():
     _store = dist.TCPStore(host, port, world_size, is_master=rank == 0)
     _local_rank = int(os.environ["SLURM_LOCALID"])
     return rank, world_size, -(-world_size // int(os.environ.get("SLURM_STEP_NUM_NODES", 1)))
+
+
+def _choose_backend(store, rank, world_size):
+    """nccl where each of several ranks has a GPU of its own, which it asks for; otherwise gloo. The same on all ranks.
+
+    :raises InputError: where some ranks have a GPU and others none.
+    """
+    if world_size == 1:
+        return "gloo"  # for nothing: one rank exchanges nothing
+    store.set(f"device of {rank}", _device_name())
+    names = [name.decode() for name in store.multi_get([f"device of {r}" for r in range(world_size)])]
+    without = [r for r, name in enumerate(names) if not name]
+    if without and any(names):
+        raise InputError(
+            f"{len(without)} of {world_size} ranks find no GPU, rank {without[0]} the first: give every rank one, or "
+            f"hide them from all (CUDA_VISIBLE_DEVICES=)"
+        )
+    if without:
+        return "gloo"
+    if len(set(names)) == world_size and dist.is_nccl_available():
+        return "nccl"
+    if rank == 0:
+        print("warning: ranks share a GPU, or torch has no nccl: gradients take the slow way, by gloo", file=sys.stderr)
+    return "gloo"
+
+
+def _device_name():
+    """What tells this rank's GPU from all others; "" without one."""
+    if not th.cuda.is_available():
+        return ""
+    return f"{platform.node()} {th.cuda.get_device_properties(th.cuda.current_device()).uuid}"
 
 
 def _reuse_memory():
@@ -187,6 +227,8 @@ def load_state_dict(path, **kwargs):
     except th.OutOfMemoryError:
         raise
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as e:
+        if "CUDA" in str(e):
+            raise
         if "weights only" in str(e).lower():
             reason = "it holds other things than tensors and plain containers, which could run code when loaded"
         else:
@@ -272,13 +314,10 @@ def from_rank_0(function):
 
 def any_rank(flag):
     """Whether `flag` is true on any rank. Every rank must call it."""
-    global _cpu_group
     if get_world_size() == 1:
         return bool(flag)
-    if _cpu_group is None and dist.get_backend() != "gloo":
-        _cpu_group = dist.new_group(backend="gloo")  # a question that must not wait for the GPU's queue
     votes = th.tensor([int(flag)])
-    dist.all_reduce(votes, group=_cpu_group)
+    dist.all_reduce(votes, group=_cpu_group)  # a question that must not wait for the GPU's queue
     return bool(votes)
 
 
@@ -352,7 +391,14 @@ def _end_all_ranks(kind, error, trace):
 
 
 def _as_mistake(error):
-    """What the system refuses (a full disk, a folder that is read-only) is told in one line, too."""
+    """What the system refuses (memory, a full disk, a folder that is read-only) is told in one line, too."""
+    if isinstance(error, th.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        return InputError(
+            f"out of {'GPU' if isinstance(error, th.OutOfMemoryError) else 'main'} memory"
+            f"{f', where {wanted[1]} more were needed' if wanted else ''}: lower --batch_size; in training, "
+            f"--microbatch and --use_checkpoint True help, too"
+        )
     if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_FULL):
         return InputError(f"{error.filename or 'a file of this run'}: {error.strerror}")
     return error

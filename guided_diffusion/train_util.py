@@ -171,6 +171,8 @@ class TrainLoop:
             )
         self.compiles_next = compile
         if compile:
+            if self.use_ddp and getattr(model, "use_checkpoint", False):
+                th._dynamo.config.optimize_ddp = False  # torch 2.6 cannot part such a graph by DDP's buckets
             self.ddp_model = th.compile(self.ddp_model, dynamic=False)
         self._load_state()
 

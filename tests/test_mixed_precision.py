@@ -241,7 +241,7 @@ def test_the_original_s_optimizer_files_load(kind, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["use_fp16", "use_bf16"])
 def test_copies_are_made_one_precision_at_a_time(kind, monkeypatch):
-    """On CUDA torch 2.6 gives all tensors that it writes the type of the first: mixed ones are written past their ends."""
+    """On CUDA torch 2.6 takes all tensors to be written for the first one's type: it wrote past the ends of others."""
     copy, calls = th._foreach_copy_, []
 
     def checked(targets, sources):

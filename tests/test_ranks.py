@@ -12,6 +12,7 @@ from launch import TINY, run
 from torch.optim import AdamW
 
 from guided_diffusion import dist_util, logger
+from guided_diffusion.errors import InputError
 from guided_diffusion.resample import LossSecondMomentResampler
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.train_util import TrainLoop
@@ -267,6 +268,59 @@ def test_values_pass_in_one_process():
     assert (dist_util.get_rank(), dist_util.get_world_size()) == (0, 1)
 
 
+# How ranks find their devices
+
+
+def backends(names):
+    """What ranks choose who find GPUs of these names, "" for none; or what they are told instead."""
+    store, found = dist_util.dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), {}
+    here = threading.local()
+
+    def choose(rank):
+        here.name = names[rank]
+        client = dist_util.dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        try:
+            found[rank] = dist_util._choose_backend(client, rank, len(names))
+        except InputError as e:
+            found[rank] = str(e)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist_util, "_device_name", lambda: here.name)
+        patch.setattr(dist_util.dist, "is_nccl_available", lambda: True)
+        threads = [threading.Thread(target=choose, args=[rank]) for rank in range(len(names))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return [found[rank] for rank in range(len(names))]
+
+
+@pytest.mark.parametrize(
+    "names, backend",
+    [
+        (["node GPU-0"], "gloo"),
+        (["a GPU-0", "a GPU-1", "b GPU-0"], "nccl"),  # also where each rank sees only its own
+        (["a GPU-0", "a GPU-0"], "gloo"),
+        (["", "", ""], "gloo"),
+    ],
+)
+def test_nccl_where_every_rank_has_a_gpu_of_its_own(names, backend, capfd):
+    assert backends(names) == [backend] * len(names)
+    assert ("ranks share a GPU" in capfd.readouterr().err) == (names == ["a GPU-0", "a GPU-0"])
+
+
+def test_all_ranks_refuse_where_some_find_no_gpu():
+    assert all(text.startswith("1 of 3 ranks find no GPU, rank 1 the first:") for text in backends(["a 0", "", "a 1"]))
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"])
+def test_the_rank_within_the_node(name, monkeypatch):
+    for other in dist_util.LOCAL_RANK_VARIABLES:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "5")
+    assert dist_util._from_environment(dist_util.LOCAL_RANK_VARIABLES, 0) == 5
+
+
 # How jobs end
 
 FAILING = """
@@ -346,3 +400,23 @@ def test_threads_that_wait_for_python_are_let_through_before_the_group_ends(monk
         sys.setswitchinterval(interval)
         thread.join()
     assert seen == [True]
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (
+            th.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has"),
+            "GPU memory, where 2.50 GiB",
+        ),
+        (None, "main memory, where 4000000000000000 bytes"),
+    ],
+)
+def test_want_of_memory_is_said_in_one_line(error, words):
+    if error is None:
+        with pytest.raises(RuntimeError) as caught:
+            th.empty(10**15)
+        error = caught.value
+    mistake = dist_util._as_mistake(error)
+    assert type(mistake) is InputError and words in str(mistake) and "--batch_size" in str(mistake)
+    assert "\n" not in str(mistake)
