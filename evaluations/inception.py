@@ -107,6 +107,10 @@ class InceptionV3(th.nn.Module):
 
         :return: pool features [N, 2048] and spatial features [N, 2023], float32.
         """
+        with th.backends.cudnn.flags(None, None, None, None, allow_tf32=False):  # float32 is what was asked for
+            return self._features(images)
+
+    def _features(self, images):
         x = legacy_resize(images.permute(0, 3, 1, 2).float(), INPUT_SIZE)
         x = x.sub_(128).mul_(1 / 128).to(self.dtype).contiguous(memory_format=th.channels_last)
         for name in ("conv", "conv_1", "conv_2"):

@@ -22,22 +22,34 @@ class Moments:
     Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
     """
 
+    ROWS = 1024  # to be taken in at once: with few, the passes over [dim, dim] take longer than the product
+
     def __init__(self, dim):
         self.n = 0
         self.mean = np.zeros(dim)
         self.scatter = np.zeros((dim, dim))  # the sum of outer products of deviations from the mean
+        self._waiting = []
 
     def update(self, rows):
         """Take in rows [n, dim]."""
-        rows = np.asarray(rows, dtype=np.float64)
+        rows = np.array(rows)  # a copy, as they wait
         if not np.isfinite(rows).all():
             raise ValueError("moments of values that are not finite")
+        self._waiting.append(rows)
+        if sum(map(len, self._waiting)) >= self.ROWS:
+            self._take_in()
+
+    def _take_in(self):
+        rows, self._waiting = self._waiting, []
+        rows = np.concatenate([np.zeros((0, len(self.mean))), *rows])
         if len(rows):
             deviations = rows - rows.mean(axis=0)
             self._add(len(rows), rows.mean(axis=0), deviations.T @ deviations)
 
     def merge(self, other):
         """Take in all that another one has."""
+        self._take_in()
+        other._take_in()
         if other.n:
             self._add(other.n, other.mean, other.scatter)
 
@@ -50,6 +62,7 @@ class Moments:
 
     def state(self):
         """All it knows, as arrays by name."""
+        self._take_in()
         return {"n": self.n, "mean": self.mean, "scatter": self.scatter}
 
     @classmethod
@@ -61,6 +74,7 @@ class Moments:
 
     def statistics(self):
         """The mean [dim] and the unbiased covariance [dim, dim], of at least two rows."""
+        self._take_in()
         if self.n < 2:
             raise ValueError(f"a covariance needs at least two samples, not {self.n}")
         return self.mean, self.scatter / (self.n - 1)

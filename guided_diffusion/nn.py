@@ -24,11 +24,16 @@ class SiLU(nn.Module):
 class GroupNorm32(nn.GroupNorm):
     """Group norm that computes in float32 whatever the input's precision, and returns the input's."""
 
+    MOST = 1024  # samples at once with their own parameters: beyond twice that, their groups are too many for CUDA
+
     def forward(self, x, scale=None, shift=None, silu=False):
         """norm(x) for x [N, C, ...]; or, with `silu`, silu(norm(x) * (1 + scale) + shift) as one operation.
 
         :param scale, shift: adaptive group norm's (ADM, section 3.1), [N, C]; or None, both.
         """
+        if scale is not None and len(x) > self.MOST:
+            parts = zip(*(v.split(self.MOST) for v in (x, scale, shift)))
+            return th.cat([self(*part, silu) for part in parts])
         weight, bias = self.weight, self.bias
         if scale is not None:  # norm(x) * (1 + scale) + shift is a norm of which each sample has its own parameters
             weight, bias = weight * (1 + scale), th.addcmul(shift, bias, 1 + scale)

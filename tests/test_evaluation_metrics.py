@@ -70,7 +70,9 @@ def test_statistics_of_unlike_sizes_are_refused():
 
 
 @pytest.mark.parametrize("chunks", [[100], [1, 99], [37, 0, 63], [25] * 4])
-def test_moments_in_chunks_and_of_several_ranks(chunks):
+@pytest.mark.parametrize("at_once", [1, 30, 1024])
+def test_moments_in_chunks_and_of_several_ranks(chunks, at_once, monkeypatch):
+    monkeypatch.setattr(Moments, "ROWS", at_once)
     rows = (1000 + RNG.standard_normal((100, 6))).astype(np.float32)  # far from zero, where naive sums lose digits
     ends = list(itertools.accumulate(chunks))
     streamed, merged = Moments(6), Moments(6)
@@ -84,6 +86,15 @@ def test_moments_in_chunks_and_of_several_ranks(chunks):
         mean, cov = moments.statistics()
         np.testing.assert_allclose(mean, exact.mean(axis=0), rtol=1e-12)
         np.testing.assert_allclose(cov, np.cov(exact, rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def test_moments_keep_what_they_were_given():
+    moments, buffer = Moments(2), np.zeros((2, 2))
+    for value in (1.0, 3.0):
+        buffer[:] = value  # as a loop may that fills the same array again
+        moments.update(buffer)
+    mean, cov = moments.statistics()
+    assert (mean == 2).all() and np.allclose(cov, 4 / 3)
 
 
 def test_moments_of_one_row_are_refused():

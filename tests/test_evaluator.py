@@ -13,6 +13,7 @@ import torch as th
 from launch import ROOT, clean_environment, run
 from test_evaluation_download import write_graph
 
+from evaluations import inception
 from evaluations.batches import Batch
 from evaluations.errors import EvaluationError
 from evaluations.inception import InceptionV3, legacy_resize, read_graph
@@ -159,6 +160,19 @@ def test_features_depend_neither_on_threads_nor_on_the_batch(stage):
     for (_, count), got in found.items():
         for features, want in zip(got, found[1, 18]):
             assert float((features - want[:count]).norm()) <= 1e-9 * float(want[:count].norm())
+
+
+def test_float32_is_not_rounded_to_tf32_on_a_gpu(stage, monkeypatch):
+    """torch's default lets a GPU do so in convolutions; the setting is the process's, so it is put back."""
+    convolve, seen = inception._convolve, []
+
+    def noting(*args):
+        seen.append(th.backends.cudnn.allow_tf32)
+        return convolve(*args)
+
+    monkeypatch.setattr(inception, "_convolve", noting)
+    network_of(stage)(th.zeros(1, 8, 8, 3, dtype=th.uint8))
+    assert seen and not any(seen) and th.backends.cudnn.allow_tf32
 
 
 def test_resize_looks_at_the_top_left():

@@ -65,6 +65,23 @@ def test_norm_with_silu(name, film, training):
 
 @TRAINING
 @FILM
+def test_norm_of_many_samples_is_taken_in_parts(film, training, monkeypatch):
+    monkeypatch.setattr(GroupNorm32, "MOST", 2)
+    sizes, group_norm = [], th.native_group_norm
+
+    def noting(x, *args):
+        sizes.append(x.shape[:2].numel())
+        return group_norm(x, *args)
+
+    inputs = norm_inputs((5, 64, 3, 3), film)
+    check_norm_silu(inputs, training=training)
+    monkeypatch.setattr(th, "native_group_norm", noting)
+    norm_silu(*(v.requires_grad_() for v in inputs), training=True).sum().backward()
+    assert sizes == ([64, 128, 128] if film else [5 * 64])  # of the second pass, from the last part to the first
+
+
+@TRAINING
+@FILM
 def test_norm_of_single_numbers(film, training):
     # One channel a group and one pixel: nothing but the bias is left, and rounding is magnified by 1 / sqrt(1e-5).
     check_norm_silu(norm_inputs((2, 32, 1, 1), film), tolerance=1e-3, training=training)
