@@ -276,7 +276,8 @@ def timestep_embedding(timesteps, dim, max_period=10000):
 @th.no_grad()
 def update_ema(target_params, source_params, rate=0.99):
     """Move `target_params` towards `source_params` in place: target = rate * target + (1 - rate) * source."""
-    th._foreach_lerp_(list(target_params), list(source_params), 1 - rate)
+    targets = list(target_params)
+    th._foreach_lerp_(targets, [s.type(t.dtype) for t, s in zip(targets, source_params)], 1 - rate)
 
 
 @th.no_grad()

@@ -103,6 +103,13 @@ def test_moving_average():
     th.testing.assert_close(target[1], th.tensor(4.03))
 
 
+@pytest.mark.parametrize("average, weights", [("float32", "float16"), ("float32", "float64"), ("bfloat16", "float32")])
+def test_moving_average_of_weights_of_another_precision(average, weights):
+    target = [th.full((3,), 8.0, dtype=getattr(th, average))]
+    update_ema(target, [th.zeros(3, dtype=getattr(th, weights))], rate=0.75)
+    assert target[0].dtype == getattr(th, average) and (target[0] == 6).all()
+
+
 def doubled(x, dims):
     """x with every element of its last axes (two, in three dimensions) repeated."""
     for axis in range(-min(dims, 2), 0):
