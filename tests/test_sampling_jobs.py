@@ -295,8 +295,8 @@ print(f"\\nrank {dist_util.get_rank()} grew by {peak() - before:.1f} MB", flush=
 
 
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
-    """92 MB of images pass through two ranks and into one file."""
-    outcome, _ = run_ranks(2, [tmp_path, 160, 1200], MEMORY)
+    """184 MB of images pass through two ranks and into one file: 92 each, if they kept theirs."""
+    outcome, _ = run_ranks(2, [tmp_path, 160, 2400], MEMORY)
     grown = [float(mb) for mb in re.findall(r"grew by (.*) MB", outcome.check().output)]
-    assert os.path.getsize(tmp_path / "samples_1200x160x160x3.npz") > 90e6
-    assert len(grown) == 2 and max(grown) < 25, grown
+    assert os.path.getsize(tmp_path / "samples_2400x160x160x3.npz") > 180e6
+    assert len(grown) == 2 and max(grown) < 50, grown  # 5 to 30 by how the allocator cuts its memory
