@@ -299,4 +299,4 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
     outcome, _ = run_ranks(2, [tmp_path, 160, 2400], MEMORY)
     grown = [float(mb) for mb in re.findall(r"grew by (.*) MB", outcome.check().output)]
     assert os.path.getsize(tmp_path / "samples_2400x160x160x3.npz") > 180e6
-    assert len(grown) == 2 and max(grown) < 50, grown  # 5 to 30 by how the allocator cuts its memory
+    assert len(grown) == 2 and max(grown) < 50, grown  # 10 to 35 by how the allocator cuts its memory
