@@ -82,7 +82,7 @@ def setup_dist():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         th.set_num_threads(max(1, cores // local_size))
     dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
-    if backend == "nccl":
+    if backend == "nccl" and world_size > 1:
         _cpu_group = dist.new_group(backend="gloo")
     sys.excepthook = _end_all_ranks  # in place of torch's own, which would call this one
     atexit.register(_leave)
@@ -148,12 +148,10 @@ def _meet_by_slurm():
 
 
 def _choose_backend(store, rank, world_size):
-    """nccl where each of several ranks has a GPU of its own, which it asks for; otherwise gloo. The same on all ranks.
+    """nccl where each rank has a GPU of its own, which it asks for; otherwise gloo. The same on all ranks.
 
     :raises InputError: where some ranks have a GPU and others none.
     """
-    if world_size == 1:
-        return "gloo"  # for nothing: one rank exchanges nothing
     store.set(f"device of {rank}", _device_name())
     names = [name.decode() for name in store.multi_get([f"device of {r}" for r in range(world_size)])]
     without = [r for r, name in enumerate(names) if not name]
@@ -166,7 +164,7 @@ def _choose_backend(store, rank, world_size):
         return "gloo"
     if len(set(names)) == world_size and dist.is_nccl_available():
         return "nccl"
-    if rank == 0:
+    if rank == 0 and world_size > 1:
         print("warning: ranks share a GPU, or torch has no nccl: gradients take the slow way, by gloo", file=sys.stderr)
     return "gloo"
 

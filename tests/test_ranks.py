@@ -298,7 +298,8 @@ def backends(names):
 @pytest.mark.parametrize(
     "names, backend",
     [
-        (["node GPU-0"], "gloo"),
+        (["node GPU-0"], "nccl"),
+        ([""], "gloo"),
         (["a GPU-0", "a GPU-1", "b GPU-0"], "nccl"),  # also where each rank sees only its own
         (["a GPU-0", "a GPU-0"], "gloo"),
         (["", "", ""], "gloo"),
