@@ -20,6 +20,7 @@ class Moments:
     """Mean and covariance of rows that come in chunks, also on several ranks.
 
     Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+    n, mean and scatter lag behind the rows that still wait: state() and statistics() know all.
     """
 
     ROWS = 1024  # to be taken in at once: with few, the passes over [dim, dim] take longer than the product

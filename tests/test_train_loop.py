@@ -10,7 +10,6 @@ from helpers import batch_of, copies, new_loop, new_model, randomize
 
 from guided_diffusion import logger, train_util
 from guided_diffusion.classifier_util import ClassifierTrainLoop, correct_in_top_k
-from guided_diffusion.nn import update_ema
 from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler
 from guided_diffusion.script_util import classifier_and_diffusion_defaults, create_classifier_and_diffusion
 from guided_diffusion.train_util import TrainLoop, find_resume_checkpoint, log_loss_dict
@@ -57,13 +56,6 @@ def test_a_batch_shorter_than_batch_size_counts_as_what_it_is():
         gradients.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*gradients):
         assert th.allclose(a, b, rtol=1e-4, atol=1e-6)
-
-
-def test_ema_formula():
-    target, source = [th.tensor([1.0, 2.0]), th.tensor([[4.0]])], [th.tensor([3.0, 3.0]), th.tensor([[0.0]])]
-    update_ema(target, source, rate=0.75)
-    assert target[0].tolist() == [1.5, 2.25] and target[1].tolist() == [[3.0]]
-    assert source[0].tolist() == [3.0, 3.0]
 
 
 def test_averages_follow_the_weights():
