@@ -10,7 +10,7 @@ import tarfile
 import zlib
 from contextlib import contextmanager
 
-from guided_diffusion.errors import InputError
+from guided_diffusion.errors import InputError, end_quietly
 
 DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
@@ -26,6 +26,7 @@ def run(main):
             raise
         sys.exit(f"error: {e.filename}: {e.strerror}")
     except KeyboardInterrupt:
+        end_quietly()
         print("interrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(130)
 

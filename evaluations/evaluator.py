@@ -39,6 +39,7 @@ def run_evaluation(work, ranks):
     except EvaluationError as e:
         ranks.fail(f"error: {e}", 1)
     except KeyboardInterrupt:
+        sys.unraisablehook = lambda unraisable: None  # nothing about what is half made as it goes: a progress bar
         ranks.fail("interrupted", 130)
 
 

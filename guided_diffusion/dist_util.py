@@ -6,6 +6,7 @@ Jobs start under mpiexec, torchrun, srun or plain python; the environment that t
 import atexit
 import ctypes
 import errno
+import hashlib
 import os
 import pickle
 import platform
@@ -15,13 +16,14 @@ import threading
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 
 import torch as th
 import torch.distributed as dist
 
 from . import files
-from .errors import InputError
+from .errors import InputError, end_quietly
 from .nn import copy_tensors
 
 GPUS_PER_NODE = 8  # an assumption of old scripts that import it; the device follows from the rank within the node
@@ -100,6 +102,8 @@ def _meet():
     if "MASTER_ADDR" in os.environ and "RANK" in os.environ:  # torchrun, or a cluster that sets what it sets
         _local_rank = _from_environment(LOCAL_RANK_VARIABLES, 0)
         _store, rank, world_size = next(dist.rendezvous("env://", int(os.environ["RANK"]), world_size))
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _store = _unused_part(_store, rank, world_size)
         return rank, world_size, _from_environment(LOCAL_SIZE_VARIABLES, 1)
     if any(name in os.environ for name in MPI_SIZE_VARIABLES):
         return _meet_by_mpi()
@@ -145,6 +149,27 @@ def _meet_by_slurm():
     _store = dist.TCPStore(host, port, world_size, is_master=rank == 0)
     _local_rank = int(os.environ["SLURM_LOCALID"])
     return rank, world_size, -(-world_size // int(os.environ.get("SLURM_STEP_NUM_NODES", 1)))
+
+
+def _unused_part(store, rank, world_size):
+    """A part of torchrun's store, the same on all ranks, that holds nothing yet.
+
+    torchrun keeps its store when it starts ranks anew (--max_restarts). What the dead have left there would have the
+    living call them, and wait. So each leaves a word of its own, and a part's name is the words of all: they have met
+    when all have read the same. A dead rank's word, read in place of one to come, makes a name that not all will use.
+    """
+    store.set(f"word of {rank}", os.urandom(8).hex())
+    name, deadline = None, time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        words = b" ".join(store.multi_get([f"word of {r}" for r in range(world_size)]))
+        if words != name:
+            name = words
+            key = hashlib.sha256(name).hexdigest()
+            store.add(key, 1)
+        if store.add(key, 0) == world_size:
+            return dist.PrefixStore(key, store)
+        time.sleep(0.02 + 0.001 * world_size)
+    raise InputError(f"not all {world_size} ranks have come within {COLLECTIVE_TIMEOUT}")
 
 
 def _choose_backend(store, rank, world_size):
@@ -361,13 +386,13 @@ def _end_all_ranks(kind, error, trace):
     error = _as_mistake(error)
     kind = type(error)
     everywhere = issubclass(kind, (InputError, KeyboardInterrupt)) and _all_ranks_failed()
-    if kind is not InputError and isinstance(error, RuntimeError) and _another_said_why():
-        os._exit(status)
-    if not everywhere or (get_rank() if dist.is_initialized() else launcher_rank()) == 0:
+    follows = not everywhere and isinstance(error, RuntimeError) and _another_said_why()
+    if not follows and (not everywhere or (get_rank() if dist.is_initialized() else launcher_rank()) == 0):
         if issubclass(kind, InputError):
             message = f"error: {error}"
         elif issubclass(kind, KeyboardInterrupt):
             message = "interrupted"
+            end_quietly()
         else:
             message = "".join(traceback.format_exception(kind, error, trace))
         if not everywhere and get_world_size() > 1:
@@ -380,9 +405,11 @@ def _end_all_ranks(kind, error, trace):
         return
     if everywhere:
         _wait_for_the_speaker()
-    if _comm is not None and not everywhere:
+    elif _comm is not None:
         time.sleep(0.5)  # for the launcher to pass the message on: aborting drops what it has not read
         _comm.Abort(status)
+    else:
+        _let_others_follow()
     if _comm is not None:
         _finalize_mpi(status)
     os._exit(status)
@@ -403,38 +430,59 @@ def _as_mistake(error):
 
 
 def _another_said_why():
-    """Whether this rank's trouble is only that another one has ended for a user's mistake."""
+    """Whether this rank's trouble is only that another one has ended, which has said why."""
     try:
-        return get_world_size() > 1 and _store is not None and _store.add("failed", 0) > 0
+        return get_world_size() > 1 and _store is not None and _store.add("said", 0) > 0
     except RuntimeError:
         return False
 
 
+def _let_others_follow():
+    """Where this rank has said why it ends: let the others, whose exchanges fail now, hear that, and add nothing."""
+    with suppress(RuntimeError):
+        _store.add("said", 1)
+        if get_rank() > 0:
+            _store.add("heard", 1)
+        elif dist.get_backend() == "gloo":
+            # It may keep the store: so it ends its part in exchanges, and waits for the others.
+            others = get_world_size() - 1
+            threading.Thread(target=dist.destroy_process_group, daemon=True).start()  # may wait for an exchange
+            _counts_to("heard", others)
+
+
 def _all_ranks_failed():
     """Whether every rank ends for a user's mistake within a moment: then one rank speaks for all."""
-    world_size = get_world_size()
-    if world_size == 1 or _store is None:  # what fails before the ranks have met fails on all
+    if get_world_size() == 1 or _store is None:  # what fails before the ranks have met fails on all
         return True
-    return _counts_to("failed", world_size)
+    try:
+        _store.add("failed", 1)
+        return _counts_to("failed", get_world_size())
+    except RuntimeError:  # the store's rank has gone: it has seen all fail, and spoken
+        return True
 
 
 def _wait_for_the_speaker():
-    """Let rank 0 end first: a launcher that sees another rank end may kill it before it has said why."""
-    _counts_to("spoken", 1, add=int(get_rank() == 0))
+    """Let rank 0 say why before others end, whose launcher may kill it then; and it let them hear that it has.
+
+    It may keep the store, and torch's own code prints many lines on a rank that loses the store at a question.
+    """
+    with suppress(RuntimeError):
+        if get_rank() == 0:
+            _store.add("spoken", 1)
+            _counts_to("heard", get_world_size() - 1)
+        else:
+            _counts_to("spoken", 1)
+            _store.add("heard", 1)
 
 
-def _counts_to(key, number, add=1):
-    """Add to a counter that the ranks share, and wait a moment for it to reach a number."""
-    try:
-        _store.add(key, add)
-        deadline = time.monotonic() + GRACE_S
-        while time.monotonic() < deadline:
-            if _store.add(key, 0) >= number:
-                return True
-            time.sleep(0.02)
-        return False
-    except RuntimeError:  # the store's rank has gone: it has seen all fail, and spoken
-        return True
+def _counts_to(key, number):
+    """Wait a moment for a counter that the ranks share to reach a number. Whether it does."""
+    deadline = time.monotonic() + GRACE_S
+    while time.monotonic() < deadline:
+        if _store.add(key, 0) >= number:
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def _finalize_mpi(status):

@@ -1,6 +1,7 @@
 """What the user got wrong, or the machine denies, said in one line."""
 
 import math
+import sys
 
 
 class InputError(ValueError):
@@ -13,6 +14,11 @@ class InputError(ValueError):
 
 class RunStopped(InputError):
     """A run that cannot go on, such as one that diverged or filled its disk. It is said as an InputError is."""
+
+
+def end_quietly():
+    """No more from this process about objects that a Ctrl-C has left half made, such as a progress bar, as they go."""
+    sys.unraisablehook = lambda unraisable: None
 
 
 def choose(what, name, known):

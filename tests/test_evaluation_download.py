@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from launch import clean_environment
+from launch import BAR_INTERRUPTED, clean_environment, run
 
 from evaluations import inception
 from evaluations.errors import EvaluationError
@@ -179,13 +179,26 @@ evaluator.main()
 """
 
 
-def test_ctrl_c_leaves_nothing_behind(server, cache, tmp_path):
+@pytest.fixture
+def interruptible(server, tmp_path):
+    """The evaluator's arguments after a snippet that runs first, and its environment: its download never ends."""
     import numpy as np
 
     np.savez(tmp_path / "images.npz", np.zeros((4, 8, 8, 3), np.uint8))
-    argv = [sys.executable, "-c", INTERRUPTED, server.address("stalls"), *["images.npz"] * 2]
     env = clean_environment(no_proxy="*", XDG_CACHE_HOME=str(tmp_path / "cache"))
-    process = subprocess.Popen(argv, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return [server.address("stalls"), *[str(tmp_path / "images.npz")] * 2], env
+
+
+def check_interrupted(status, output, cache):
+    assert status == 130 and "Traceback" not in output, output
+    assert output.splitlines()[-1] == "interrupted"
+    assert left_in(cache) == []
+
+
+def test_ctrl_c_leaves_nothing_behind(interruptible, cache):
+    args, env = interruptible
+    argv = [sys.executable, "-c", INTERRUPTED, *args]
+    process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + 60
     while not left_in(cache) and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
@@ -193,9 +206,14 @@ def test_ctrl_c_leaves_nothing_behind(server, cache, tmp_path):
     assert partial.endswith(".tmp")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in output, output
-    assert output.splitlines()[-1] == "interrupted"
-    assert left_in(cache) == []
+    check_interrupted(process.returncode, output, cache)
+
+
+def test_ctrl_c_while_a_progress_bar_is_made(interruptible, cache):
+    """The bar, half made, complains when it goes: nobody needs to read that."""
+    args, env = interruptible
+    done = run(["-c", BAR_INTERRUPTED + INTERRUPTED, *args], env=env)
+    check_interrupted(done.returncode, done.output, cache)
 
 
 # What is read of a graph

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from launch import TINY, run
+from sampling import run_ranks
 from torch.optim import AdamW
 
 from guided_diffusion import dist_util, logger
@@ -382,6 +383,35 @@ def test_bad_input_on_all_ranks_is_said_once(launcher):
     assert sum("error: --flag 7" in line for line in lines) == 1
     if launcher == "mpiexec":  # torchrun adds a report of its own
         assert lines == ["error: --flag 7: too many"]
+
+
+ONE_FAILS = """
+import sys
+from guided_diffusion import dist_util
+from guided_diffusion.errors import InputError
+dist_util.setup_dist()
+dist_util.barrier()
+if dist_util.get_rank() == int(sys.argv[1]):
+    raise {}
+dist_util.barrier()
+"""
+
+
+@pytest.mark.parametrize(
+    "rank, failure, said",
+    [
+        (0, 'InputError("image.png: broken")', "error: image.png: broken"),
+        (0, 'ValueError("a bug")', "ValueError: a bug"),
+        (1, 'ValueError("a bug")', "ValueError: a bug"),
+    ],
+)
+def test_only_the_rank_that_fails_says_why(rank, failure, said):
+    """Without a launcher's help, as under srun without MPI: the others lose it, and may lose the store it keeps."""
+    outcome, _ = run_ranks(3, [rank], ONE_FAILS.format(failure))
+    assert outcome.returncode == 1 and outcome.seconds < 10
+    lines = [line for line in outcome.output.splitlines() if line]
+    assert all(line.startswith(f"rank {rank}: ") for line in lines), outcome.output
+    assert lines[-1] == f"rank {rank}: {said}" and (len(lines) == 1) == ("InputError" in failure), outcome.output
 
 
 def test_threads_that_wait_for_python_are_let_through_before_the_group_ends(monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -130,8 +131,11 @@ def test_a_seeded_run_does_not_depend_on_its_split(digits, tmp_path):
 # Runs that are stopped
 
 
-def start(command, ranks):
-    command = [os.path.join(BIN, "mpiexec"), "-n", str(ranks), sys.executable, *command]
+def mpiexec(command):
+    return [os.path.join(BIN, "mpiexec"), "-n", "2", sys.executable, *command]
+
+
+def start(command):
     out = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, env=clean_environment(), start_new_session=True, **out)
 
@@ -187,7 +191,7 @@ def test_killed_runs_end_as_if_they_had_not_been(seed, sampler, digits, tmp_path
 
     rng, options["resume_checkpoint"] = random.Random(seed), "auto"
     for _ in range(3):
-        process = start(train_command(digits, folder, **options), ranks=2)
+        process = start(mpiexec(train_command(digits, folder, **options)))
         for line in process.stdout:  # among steps and saves, which is where all of the time goes from here on
             if "training..." in line:
                 break
@@ -202,12 +206,34 @@ def test_killed_runs_end_as_if_they_had_not_been(seed, sampler, digits, tmp_path
     check_same_end(folder, reference)
 
 
+def test_torchrun_starts_killed_ranks_again(digits, tmp_path):
+    """torchrun keeps the store by which its first ranks met: the next ones must not wait for those."""
+    reference, folder = str(tmp_path / "reference"), str(tmp_path / "killed")
+    options = dict(seed=7, batch_size=6, save_interval=1, resume_checkpoint="auto")
+    run(train_command(digits, reference, **options), ranks=2).check()
+
+    command = [os.path.join(BIN, "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    command += ["--max_restarts", "2", "--monitor_interval", "0.1"]
+    process = start([*command, "--no_python", sys.executable, *train_command(digits, folder, **options)])
+    limit = threading.Timer(90, os.killpg, (process.pid, signal.SIGKILL))
+    limit.start()
+    output = ""
+    for line in process.stdout:
+        output += line
+        if line.startswith("| step ") and (starts := output.count("training...")) < 3:
+            os.kill(ranks_of(folder)[starts - 1], signal.SIGKILL)
+    status = process.wait()
+    limit.cancel()
+    assert status == 0 and output.count("training...") == 3, output
+    check_same_end(folder, reference)
+
+
 @pytest.mark.parametrize("number, to_all", [(signal.SIGTERM, False), (signal.SIGUSR1, False), (signal.SIGTERM, True)])
 def test_a_signal_saves_and_ends_well(number, to_all, digits, tmp_path):
     """A cluster may tell one rank, or everything that runs: the workers that read images, too."""
     folder = str(tmp_path)
     options = dict(batch_size=4, total_steps=100000, save_interval=100000, num_workers=1)
-    process = start(train_command(digits, folder, **options), ranks=2)
+    process = start(mpiexec(train_command(digits, folder, **options)))
     for line in process.stdout:
         if line.startswith("| step "):
             break

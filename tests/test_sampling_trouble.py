@@ -4,9 +4,10 @@ import os
 
 import numpy as np
 import pytest
-from launch import flags, script
+from launch import BAR_INTERRUPTED, flags, script
 from sampling import (
     KNOWN_JOB,
+    RUN_SCRIPT,
     UPSAMPLER,
     pictures,
     read_npz,
@@ -51,6 +52,7 @@ def test_two_ranks_refuse_bad_input_in_one_line(networks, monkeypatch, tmp_path)
         options = {**networks, "num_samples": 2, "log_dir": tmp_path, **changes}
         outcome, _ = run_ranks(2, [script("classifier_sample"), *flags(**options)])
         check_ended(outcome, *words)
+        assert "c10d" not in outcome.output, outcome.output  # torch, of a store that has gone
     np.savez(tmp_path / "base.npz", pictures(range(2), (8, 8, 3)))
     path = save_network(str(tmp_path / "upsampler/model.pt"), UPSAMPLER)
     options = dict(UPSAMPLER, model_path=path, base_samples=tmp_path / "base.npz", log_dir=tmp_path / "large")
@@ -73,6 +75,14 @@ def test_a_network_without_numbers_names_a_sample(networks, tmp_path):
     outcome, _ = run_ranks(2, [script("classifier_sample"), *flags(**options, log_dir=tmp_path / "out")])
     check_ended(outcome, "sample 0 is not finite")
     assert not list((tmp_path / "out").glob("**/*.npz"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_while_a_progress_bar_is_made(ranks, networks, tmp_path):
+    options = {**networks, "num_samples": 2, "log_dir": tmp_path}
+    outcome, _ = run_ranks(ranks, [script("classifier_sample"), *flags(**options)], BAR_INTERRUPTED + RUN_SCRIPT)
+    assert outcome.returncode == (-2 if ranks == 1 else 130)  # Python ends "-c" by the signal
+    assert "Traceback" not in outcome.output and outcome.output.splitlines()[-1] == "interrupted", outcome.output
 
 
 def test_a_truncated_shard_is_made_again_with_a_warning(networks, monkeypatch, tmp_path):
