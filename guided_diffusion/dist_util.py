@@ -6,7 +6,6 @@ Jobs start under mpiexec, torchrun, srun or plain python; the environment that t
 import atexit
 import ctypes
 import errno
-import hashlib
 import os
 import pickle
 import platform
@@ -25,33 +24,18 @@ import torch.distributed as dist
 from . import files
 from .errors import InputError, end_quietly
 from .nn import copy_tensors
+from .rendezvous import launcher_rank, meet
+from .watch import ENDS_WELL, FAILS, Watch
 
 GPUS_PER_NODE = 8  # an assumption of old scripts that import it; the device follows from the rank within the node
-
-# What launchers leave in the environment. SLURM_NTASKS is not among it: a batch script's own shell has it too.
-MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
-LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
-SIZE_VARIABLES = ("WORLD_SIZE", *MPI_SIZE_VARIABLES, "SLURM_STEP_NUM_TASKS")
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 GRACE_S = 3.0  # how long a rank with bad input waits to learn whether all have it
 
 _comm = None  # MPI's communicator, under an MPI launcher
 _store = None  # the key-value store through which ranks met
-_local_rank = 0
 _cpu_group = None  # where the default group is nccl's: one of CPUs
-
-
-def launcher_rank():
-    """This process's rank by the launcher's environment variables: known before, and without, setup_dist()."""
-    return _from_environment(RANK_VARIABLES, 0)
-
-
-def _from_environment(names, default):
-    """The number in the first of these variables that is set."""
-    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+_watch = None  # over another rank, where the launcher keeps none
 
 
 def get_rank():
@@ -70,106 +54,31 @@ def setup_dist():
     Afterwards torch.distributed is initialised, by nccl on GPUs and gloo on CPUs, and an exception that nothing
     catches ends all ranks.
     """
-    global _store, _cpu_group
+    global _comm, _store, _cpu_group, _watch
     if dist.is_initialized():
         return
     sys.excepthook = _end_all_ranks  # for mistakes that show while ranks meet
-    rank, world_size, local_size = _meet()
+    job = meet()
+    _comm, _store = job.comm, job.store
     if th.cuda.is_available():
-        th.cuda.set_device(_local_rank % th.cuda.device_count())
+        th.cuda.set_device(job.local_rank % th.cuda.device_count())
     else:
         _reuse_memory()
-    backend = _choose_backend(_store, rank, world_size)
-    if local_size > 1 and "OMP_NUM_THREADS" not in os.environ:  # the node's cores are shared among its ranks
+    backend = _choose_backend(job.store, job.rank, job.world_size)
+    if job.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:  # the node's cores are shared among its ranks
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        th.set_num_threads(max(1, cores // local_size))
-    dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
-    if backend == "nccl" and world_size > 1:
+        th.set_num_threads(max(1, cores // job.local_size))
+    dist.init_process_group(
+        backend, store=job.store, rank=job.rank, world_size=job.world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+    if backend == "nccl" and job.world_size > 1:
         _cpu_group = dist.new_group(backend="gloo")
+    if not job.guarded:
+        _watch = Watch(_cpu_group or dist.group.WORLD)
     sys.excepthook = _end_all_ranks  # in place of torch's own, which would call this one
     atexit.register(_leave)
-    if rank == 0:
-        _store.set("seed", str(int.from_bytes(os.urandom(6), "little")))
-
-
-def _meet():
-    """Open the store that all ranks share: (rank, world size, ranks on this node)."""
-    global _store, _local_rank
-    world_size = max((int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ), default=1)
-    if world_size == 1:
-        _store = dist.HashStore()
-        return 0, 1, 1
-    if "MASTER_ADDR" in os.environ and "RANK" in os.environ:  # torchrun, or a cluster that sets what it sets
-        _local_rank = _from_environment(LOCAL_RANK_VARIABLES, 0)
-        _store, rank, world_size = next(dist.rendezvous("env://", int(os.environ["RANK"]), world_size))
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            _store = _unused_part(_store, rank, world_size)
-        return rank, world_size, _from_environment(LOCAL_SIZE_VARIABLES, 1)
-    if any(name in os.environ for name in MPI_SIZE_VARIABLES):
-        return _meet_by_mpi()
-    return _meet_by_slurm()
-
-
-def _meet_by_mpi():
-    global _comm, _store, _local_rank
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as e:
-        raise InputError(
-            f"started by an MPI launcher, but mpi4py finds no MPI library ({str(e).splitlines()[0]}): "
-            f"pip install mpi4py mpich, or use the launcher and library of the cluster"
-        ) from None
-    _comm = MPI.COMM_WORLD
-    node = _comm.Split_type(MPI.COMM_TYPE_SHARED)
-    _local_rank = node.Get_rank()
-    rank, world_size = _comm.Get_rank(), _comm.Get_size()
-    one_node = _comm.allreduce(node.Get_size(), MPI.MIN) == world_size
-    host = "127.0.0.1" if one_node else _own_address()
-    if rank == 0:
-        _store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-    host, port = _comm.bcast((host, _store.port) if rank == 0 else None)
-    if rank != 0:
-        _store = dist.TCPStore(host, port, is_master=False)
-    return rank, world_size, node.Get_size()
-
-
-def _meet_by_slurm():
-    """Under srun without MPI: rank 0's node is the first of the step's, the port follows from the job's number."""
-    global _store, _local_rank
-    import subprocess
-
-    rank, world_size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
-    nodes = os.environ["SLURM_STEP_NODELIST"]
-    if "[" in nodes or "," in nodes:
-        nodes = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        ).stdout
-    host = os.environ.get("MASTER_ADDR") or nodes.split()[0]
-    port = int(os.environ.get("MASTER_PORT") or 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)
-    _store = dist.TCPStore(host, port, world_size, is_master=rank == 0)
-    _local_rank = int(os.environ["SLURM_LOCALID"])
-    return rank, world_size, -(-world_size // int(os.environ.get("SLURM_STEP_NUM_NODES", 1)))
-
-
-def _unused_part(store, rank, world_size):
-    """A part of torchrun's store, the same on all ranks, that holds nothing yet.
-
-    torchrun keeps its store when it starts ranks anew (--max_restarts). What the dead have left there would have the
-    living call them, and wait. So each leaves a word of its own, and a part's name is the words of all: they have met
-    when all have read the same. A dead rank's word, read in place of one to come, makes a name that not all will use.
-    """
-    store.set(f"word of {rank}", os.urandom(8).hex())
-    name, deadline = None, time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
-    while time.monotonic() < deadline:
-        words = b" ".join(store.multi_get([f"word of {r}" for r in range(world_size)]))
-        if words != name:
-            name = words
-            key = hashlib.sha256(name).hexdigest()
-            store.add(key, 1)
-        if store.add(key, 0) == world_size:
-            return dist.PrefixStore(key, store)
-        time.sleep(0.02 + 0.001 * world_size)
-    raise InputError(f"not all {world_size} ranks have come within {COLLECTIVE_TIMEOUT}")
+    if job.rank == 0:
+        job.store.set("seed", str(int.from_bytes(os.urandom(6), "little")))
 
 
 def _choose_backend(store, rank, world_size):
@@ -214,13 +123,6 @@ def _reuse_memory():
         libc.mallopt(mmap_max, 0)
     except (OSError, AttributeError):  # another system's library
         pass
-
-
-def _own_address():
-    """This node's address as other nodes see it."""
-    import socket
-
-    return socket.gethostbyname(socket.getfqdn())
 
 
 def dev():
@@ -374,6 +276,9 @@ def _leave():
     group's end waits for that thread, in torch before 2.13 without letting go of the lock: a deadlock. And asking for
     the lock of an interpreter that is shutting down aborts the process. So let go of it for a moment first.
     """
+    if _watch is not None:
+        _watch.tell(ENDS_WELL)
+        _watch.wait(GRACE_S)
     if dist.is_initialized():
         if get_world_size() > 1:
             time.sleep(0.1)
@@ -404,6 +309,8 @@ def _end_all_ranks(kind, error, trace):
     if get_world_size() == 1:
         return
     if everywhere:
+        if _watch is not None:
+            _watch.tell(ENDS_WELL)  # or the next rank's might end it before it has spoken
         _wait_for_the_speaker()
     elif _comm is not None:
         time.sleep(0.5)  # for the launcher to pass the message on: aborting drops what it has not read
@@ -432,6 +339,9 @@ def _as_mistake(error):
 def _another_said_why():
     """Whether this rank's trouble is only that another one has ended, which has said why."""
     try:
+        if _watch is not None:
+            _watch.wait(GRACE_S)  # it then ends this rank
+            return False
         return get_world_size() > 1 and _store is not None and _store.add("said", 0) > 0
     except RuntimeError:
         return False
@@ -440,14 +350,10 @@ def _another_said_why():
 def _let_others_follow():
     """Where this rank has said why it ends: let the others, whose exchanges fail now, hear that, and add nothing."""
     with suppress(RuntimeError):
-        _store.add("said", 1)
-        if get_rank() > 0:
-            _store.add("heard", 1)
-        elif dist.get_backend() == "gloo":
-            # It may keep the store: so it ends its part in exchanges, and waits for the others.
-            others = get_world_size() - 1
-            threading.Thread(target=dist.destroy_process_group, daemon=True).start()  # may wait for an exchange
-            _counts_to("heard", others)
+        if _watch is not None:
+            _watch.tell(FAILS)
+        else:
+            _store.add("said", 1)
 
 
 def _all_ranks_failed():

@@ -67,6 +67,23 @@ def test_a_launcher_without_its_library_is_told_in_one_line():
     assert len(done.output.strip().splitlines()) == 1 and done.output.startswith("error: started by an MPI launcher")
 
 
+@pytest.mark.parametrize(
+    "job",
+    [
+        dict(WORLD_SIZE="2", RANK="0"),
+        dict(SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_NODELIST="n", SLURM_JOB_ID="7"),
+    ],
+)
+def test_a_port_that_is_taken_is_named(job):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run(["-c", REPORT], env=dict(job, MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+    assert done.returncode == 1
+    assert len(done.output.strip().splitlines()) == 1 and done.output.startswith(
+        f"error: ranks cannot meet at port {port}"
+    )
+
+
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
 def test_threads_are_shared_among_a_node_s_ranks(launcher):
     snippet = "import os; os.environ.pop('OMP_NUM_THREADS', None)\n" + REPORT

@@ -12,7 +12,7 @@ from launch import TINY, run
 from sampling import run_ranks
 from torch.optim import AdamW
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import dist_util, logger, rendezvous
 from guided_diffusion.errors import InputError
 from guided_diffusion.resample import LossSecondMomentResampler
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
@@ -317,10 +317,10 @@ def test_all_ranks_refuse_where_some_find_no_gpu():
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"])
 def test_the_rank_within_the_node(name, monkeypatch):
-    for other in dist_util.LOCAL_RANK_VARIABLES:
+    for other in rendezvous.LOCAL_RANK_VARIABLES:
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, "5")
-    assert dist_util._from_environment(dist_util.LOCAL_RANK_VARIABLES, 0) == 5
+    assert rendezvous._from_environment(rendezvous.LOCAL_RANK_VARIABLES, 0) == 5
 
 
 # How jobs end
@@ -386,32 +386,42 @@ def test_bad_input_on_all_ranks_is_said_once(launcher):
 
 
 ONE_FAILS = """
-import sys
+import os, signal, sys, time
 from guided_diffusion import dist_util
 from guided_diffusion.errors import InputError
 dist_util.setup_dist()
 dist_util.barrier()
-if dist_util.get_rank() == int(sys.argv[1]):
-    raise {}
-dist_util.barrier()
+if dist_util.get_rank() == {rank}:
+    {failure}
+{others}
 """
+BUSY, WAITING = "time.sleep(60)", "dist_util.barrier()"
 
 
 @pytest.mark.parametrize(
-    "rank, failure, said",
+    "rank, failure, others, says, last",
     [
-        (0, 'InputError("image.png: broken")', "error: image.png: broken"),
-        (0, 'ValueError("a bug")', "ValueError: a bug"),
-        (1, 'ValueError("a bug")', "ValueError: a bug"),
+        (0, 'raise InputError("image.png: broken")', BUSY, 0, "error: image.png: broken"),
+        (0, 'raise ValueError("a bug")', WAITING, 0, "ValueError: a bug"),
+        (1, 'raise ValueError("a bug")', BUSY, 1, "ValueError: a bug"),
+        (1, 'raise RuntimeError("a bug")', WAITING, 1, "RuntimeError: a bug"),
+        (0, "os.kill(os.getpid(), signal.SIGKILL)", WAITING, 1, "error: rank 0 has died, so the job ends"),
+        (2, "os.kill(os.getpid(), signal.SIGKILL)", BUSY, 0, "error: rank 2 has died, so the job ends"),
     ],
 )
-def test_only_the_rank_that_fails_says_why(rank, failure, said):
-    """Without a launcher's help, as under srun without MPI: the others lose it, and may lose the store it keeps."""
-    outcome, _ = run_ranks(3, [rank], ONE_FAILS.format(failure))
-    assert outcome.returncode == 1 and outcome.seconds < 10
+def test_one_rank_s_end_is_the_job_s_and_one_says_why(rank, failure, others, says, last):
+    """Without a launcher's help, as under srun without MPI."""
+    outcome, _ = run_ranks(3, [], ONE_FAILS.format(rank=rank, failure=failure, others=others))
+    assert outcome.returncode != 0 and outcome.seconds < 8
     lines = [line for line in outcome.output.splitlines() if line]
-    assert all(line.startswith(f"rank {rank}: ") for line in lines), outcome.output
-    assert lines[-1] == f"rank {rank}: {said}" and (len(lines) == 1) == ("InputError" in failure), outcome.output
+    assert all(line.startswith(f"rank {says}: ") for line in lines), outcome.output
+    assert lines[-1] == f"rank {says}: {last}" and (len(lines) == 1) == ("Error(" not in failure or "Input" in failure)
+
+
+@pytest.mark.parametrize("way", ["pass", "import torch; torch.distributed.destroy_process_group()"])
+def test_ranks_may_leave_before_others(way):
+    outcome, _ = run_ranks(3, [], ONE_FAILS.format(rank=1, failure=f"{way}; sys.exit()", others="time.sleep(4)"))
+    assert outcome.returncode == 0 and not outcome.output
 
 
 def test_threads_that_wait_for_python_are_let_through_before_the_group_ends(monkeypatch):
