@@ -4,29 +4,35 @@ import argparse
 import os
 
 import numpy as np
+from _common import make_folder, run, write_png
 from PIL import Image
+
+from guided_diffusion.errors import InputError, check_at_least
 
 HELD_OUT_EVERY = 5
 
 
 def main():
     args = create_argparser().parse_args()
+    check_at_least(1, size=args.size)
     images, labels = load_digit_images(args.size)
     numbers = {args.out_dir: range(len(images))}
     if args.held_out_dir:
         numbers[args.held_out_dir] = numbers[args.out_dir][::HELD_OUT_EVERY]
         numbers[args.out_dir] = sorted(set(numbers[args.out_dir]) - set(numbers[args.held_out_dir]))
     for folder, members in numbers.items():
-        os.makedirs(folder, exist_ok=True)
+        make_folder(folder)
         for i in members:
-            Image.fromarray(images[i]).save(os.path.join(folder, f"{labels[i]}_{i:04d}.png"))
+            write_png(os.path.join(folder, f"{labels[i]}_{i:04d}.png"), Image.fromarray(images[i]))
         print(f"wrote {len(members)} digits of {args.size}x{args.size} pixels to {folder}")
 
 
 def load_digit_images(size):
     """The digits, white on black: uint8 [1797, size, size], and their labels int64 [1797]."""
-    from sklearn.datasets import load_digits
-
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise InputError("the digits are scikit-learn's: pip install scikit-learn") from None
     digits = load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 8x8, with 17 grey levels
     resized = [np.asarray(Image.fromarray(g).resize((size, size), Image.BICUBIC)) for g in grey]
@@ -44,4 +50,4 @@ def create_argparser():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,11 +5,13 @@ a diffusion model, nor the classifier that guides one.
 """
 
 import argparse
-import os
-import sys
+import zipfile
 
 import numpy as np
+from _common import run
 from digits import load_digit_images
+
+from guided_diffusion.errors import InputError
 
 
 def main():
@@ -22,12 +24,19 @@ def main():
 
 def read_samples(path):
     """The images uint8 [N, H, W, C] and labels [N] of an .npz of samples."""
-    if not os.path.exists(path):
-        sys.exit(f"error: {path}: no such file")
-    with np.load(path) as samples:
-        if "arr_1" not in samples:
-            sys.exit(f"error: {path}: has no labels (arr_1)")
-        return samples["arr_0"], samples["arr_1"]
+    try:
+        with np.load(path) as samples:
+            images, labels = samples["arr_0"], samples["arr_1"]
+    except KeyError as e:
+        raise InputError(f"{path}: has no {e}: give samples of digits with their labels, arr_0 and arr_1") from None
+    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile):
+        raise InputError(f"{path}: not an .npz, or damaged: give samples of digits with their labels") from None
+    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[1] % 8 or len(images) != len(labels):
+        raise InputError(
+            f"{path}: has images {images.shape} and labels {labels.shape}: give square images, with sides of a multiple "
+            f"of 8 pixels, and a label for each"
+        )
+    return images, labels
 
 
 def train_judge(size):
@@ -57,4 +66,4 @@ def create_argparser():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

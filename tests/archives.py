@@ -21,7 +21,9 @@ sys.path.append(DATASETS)
 
 import _common  # noqa: E402
 import cifar10  # noqa: E402
+import digits  # noqa: E402, F401
 import imagenet  # noqa: E402
+import judge_digits  # noqa: E402, F401
 import lsun_bedroom  # noqa: E402
 
 # In the archives' order, which is not the sorted one.

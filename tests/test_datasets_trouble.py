@@ -7,6 +7,7 @@ import sys
 import tarfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from archives import (
     COMMANDS,
@@ -17,8 +18,10 @@ from archives import (
     cifar_files,
     cifar_tar,
     command,
+    digits,
     encode,
     imagenet,
+    judge_digits,
     lsun_bedroom,
     noise,
     tar_bytes,
@@ -85,6 +88,33 @@ def test_ctrl_c_while_a_progress_bar_is_made(archives, tmp_path):
     done = run(["-c", folder + BAR_INTERRUPTED + RUN_SCRIPT, module.__file__, *args])
     assert done.returncode == 130 and "Traceback" not in done.output, done.output
     assert done.output.splitlines()[-1] == "interrupted: the same command goes on from here"
+
+
+@pytest.mark.parametrize(
+    "arrays, words",
+    [
+        (None, ["No such file"]),
+        (b"no archive", ["not an .npz"]),
+        ({"arr_0": np.zeros((2, 16, 16, 1), np.uint8)}, ["arr_1", "labels"]),
+        ({"arr_0": np.zeros((2, 12, 12, 1), np.uint8), "arr_1": np.zeros(2, int)}, ["(2, 12, 12, 1)", "8 pixels"]),
+        ({"arr_0": np.zeros((2, 16, 16, 1), np.uint8), "arr_1": np.zeros(3, int)}, ["(3,)"]),
+    ],
+)
+def test_the_judge_of_digits_refuses_what_it_cannot_judge(arrays, words, tmp_path):
+    path = tmp_path / "samples.npz"
+    if isinstance(arrays, dict):
+        np.savez(path, **arrays)
+    elif arrays:
+        path.write_bytes(arrays)
+    check_refused(call(judge_digits, path), [str(path), *words])
+
+
+def test_digits_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    check_refused(call(digits, tmp_path / "file"), [str(tmp_path / "file"), "cannot be made a folder"])
+    check_refused(call(digits, tmp_path, "--size", 0), ["--size 0"])
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    check_refused(call(digits, tmp_path), ["pip install scikit-learn"])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
