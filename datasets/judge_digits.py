@@ -33,7 +33,7 @@ def read_samples(path):
         raise InputError(f"{path}: not an .npz, or damaged: give samples of digits with their labels") from None
     if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[1] % 8 or len(images) != len(labels):
         raise InputError(
-            f"{path}: has images {images.shape} and labels {labels.shape}: give square images, with sides of a multiple "
+            f"{path}: has images {images.shape} and labels {labels.shape}: give square images, their sides a multiple "
             f"of 8 pixels, and a label for each"
         )
     return images, labels
