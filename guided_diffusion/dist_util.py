@@ -24,18 +24,19 @@ import torch.distributed as dist
 from . import files
 from .errors import InputError, end_quietly
 from .nn import copy_tensors
-from .rendezvous import launcher_rank, meet
+from .rendezvous import NoMeeting, launcher_rank, meet
 from .watch import ENDS_WELL, FAILS, Watch
 
 GPUS_PER_NODE = 8  # an assumption of old scripts that import it; the device follows from the rank within the node
+BROKEN = "broken"  # in place of a GPU's name
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 GRACE_S = 3.0  # how long a rank with bad input waits to learn whether all have it
 
-_comm = None  # MPI's communicator, under an MPI launcher
-_store = None  # the key-value store through which ranks met
+_job = None  # the Meeting of this job's ranks
 _cpu_group = None  # where the default group is nccl's: one of CPUs
 _watch = None  # over another rank, where the launcher keeps none
+_pid = None  # of the process that joined: what it forks ends by itself
 
 
 def get_rank():
@@ -54,17 +55,15 @@ def setup_dist():
     Afterwards torch.distributed is initialised, by nccl on GPUs and gloo on CPUs, and an exception that nothing
     catches ends all ranks.
     """
-    global _comm, _store, _cpu_group, _watch
+    global _job, _cpu_group, _watch, _pid
     if dist.is_initialized():
         return
     sys.excepthook = _end_all_ranks  # for mistakes that show while ranks meet
-    job = meet()
-    _comm, _store = job.comm, job.store
-    if th.cuda.is_available():
-        th.cuda.set_device(job.local_rank % th.cuda.device_count())
-    else:
+    _pid = os.getpid()
+    _job = job = meet()
+    if not th.cuda.is_available():
         _reuse_memory()
-    backend = _choose_backend(job.store, job.rank, job.world_size)
+    backend = _choose_backend(job.store, job.rank, job.world_size, job.local_rank)
     if job.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:  # the node's cores are shared among its ranks
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         th.set_num_threads(max(1, cores // job.local_size))
@@ -73,21 +72,27 @@ def setup_dist():
     )
     if backend == "nccl" and job.world_size > 1:
         _cpu_group = dist.new_group(backend="gloo")
-    if not job.guarded:
-        _watch = Watch(_cpu_group or dist.group.WORLD)
+    if not job.guarded and _watch is None:
+        _watch = Watch()
     sys.excepthook = _end_all_ranks  # in place of torch's own, which would call this one
     atexit.register(_leave)
     if job.rank == 0:
         job.store.set("seed", str(int.from_bytes(os.urandom(6), "little")))
 
 
-def _choose_backend(store, rank, world_size):
+def _choose_backend(store, rank, world_size, local_rank):
     """nccl where each rank has a GPU of its own, which it asks for; otherwise gloo. The same on all ranks.
 
-    :raises InputError: where some ranks have a GPU and others none.
+    :raises InputError: where some ranks have a GPU and others none, or one that does not work.
     """
-    store.set(f"device of {rank}", _device_name())
+    try:
+        store.set(f"device of {rank}", _choose_device(local_rank))
+    except RuntimeError:
+        store.set(f"device of {rank}", BROKEN)  # others must not wait
+        raise
     names = [name.decode() for name in store.multi_get([f"device of {r}" for r in range(world_size)])]
+    if BROKEN in names:
+        raise InputError(f"rank {names.index(BROKEN)} cannot use its GPU, and says why")
     without = [r for r, name in enumerate(names) if not name]
     if without and any(names):
         raise InputError(
@@ -103,10 +108,11 @@ def _choose_backend(store, rank, world_size):
     return "gloo"
 
 
-def _device_name():
-    """What tells this rank's GPU from all others; "" without one."""
+def _choose_device(local_rank):
+    """Take this rank's GPU: what tells it from all others; "" without one."""
     if not th.cuda.is_available():
         return ""
+    th.cuda.set_device(local_rank % th.cuda.device_count())
     return f"{platform.node()} {th.cuda.get_device_properties(th.cuda.current_device()).uuid}"
 
 
@@ -257,7 +263,7 @@ def gather_objects(value):
 
 def job_seed():
     """A random number that is the same on all ranks of a job and differs from job to job. Not a collective."""
-    return int(_store.get("seed")) if _store is not None else int.from_bytes(os.urandom(6), "little")
+    return int(_job.store.get("seed")) if _job is not None else int.from_bytes(os.urandom(6), "little")
 
 
 def barrier():
@@ -276,50 +282,67 @@ def _leave():
     group's end waits for that thread, in torch before 2.13 without letting go of the lock: a deadlock. And asking for
     the lock of an interpreter that is shutting down aborts the process. So let go of it for a moment first.
     """
+    if os.getpid() != _pid:
+        return
     if _watch is not None:
         _watch.tell(ENDS_WELL)
-        _watch.wait(GRACE_S)
     if dist.is_initialized():
         if get_world_size() > 1:
             time.sleep(0.1)
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # before the wait: who still wants an exchange must not wait for this rank
+    if _watch is not None:
+        _watch.wait()
 
 
 def _end_all_ranks(kind, error, trace):
     """The hook for uncaught exceptions: say what happened, once where all ranks failed alike, and end every rank."""
+    if _pid not in (None, os.getpid()):
+        return sys.__excepthook__(kind, error, trace)
     status = 130 if issubclass(kind, KeyboardInterrupt) else 1
     error = _as_mistake(error)
     kind = type(error)
     everywhere = issubclass(kind, (InputError, KeyboardInterrupt)) and _all_ranks_failed()
     follows = not everywhere and isinstance(error, RuntimeError) and _another_said_why()
-    if not follows and (not everywhere or (get_rank() if dist.is_initialized() else launcher_rank()) == 0):
-        if issubclass(kind, InputError):
-            message = f"error: {error}"
-        elif issubclass(kind, KeyboardInterrupt):
-            message = "interrupted"
-            end_quietly()
-        else:
-            message = "".join(traceback.format_exception(kind, error, trace))
-        if not everywhere and get_world_size() > 1:
-            # On a line of its own: rank 0's progress bar may have left the cursor within one.
-            message = "\n" + "\n".join(f"rank {get_rank()}: {line}" for line in message.splitlines())
-        print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if get_world_size() == 1:
+    if not follows and (not everywhere or _rank() == 0 or isinstance(error, NoMeeting)):
+        with suppress(OSError, ValueError):  # nobody may be reading any more
+            print(_last_words(kind, error, trace, everywhere), file=sys.stderr)
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if _job is None or _job.world_size == 1:
         return
     if everywhere:
         if _watch is not None:
             _watch.tell(ENDS_WELL)  # or the next rank's might end it before it has spoken
         _wait_for_the_speaker()
-    elif _comm is not None:
+    elif _job.comm is not None:
         time.sleep(0.5)  # for the launcher to pass the message on: aborting drops what it has not read
-        _comm.Abort(status)
+        _job.comm.Abort(status)
     else:
         _let_others_follow()
-    if _comm is not None:
+    if _job.comm is not None:
         _finalize_mpi(status)
     os._exit(status)
+
+
+def _rank():
+    """This process's rank, also before and after there is a process group."""
+    return launcher_rank() if _job is None else _job.rank
+
+
+def _last_words(kind, error, trace, everywhere):
+    """What to tell the user of an exception."""
+    if issubclass(kind, InputError):
+        text = f"error: {error}"
+    elif issubclass(kind, KeyboardInterrupt):
+        text = "interrupted"
+        end_quietly()
+    else:
+        text = "".join(traceback.format_exception(kind, error, trace))
+    if everywhere or _job is None or _job.world_size == 1:
+        return text
+    # On a line of its own: rank 0's progress bar may have left the cursor within one.
+    return "\n" + "\n".join(f"rank {_rank()}: {line}" for line in text.splitlines())
 
 
 def _as_mistake(error):
@@ -342,7 +365,7 @@ def _another_said_why():
         if _watch is not None:
             _watch.wait(GRACE_S)  # it then ends this rank
             return False
-        return get_world_size() > 1 and _store is not None and _store.add("said", 0) > 0
+        return _job is not None and _job.world_size > 1 and _job.store.add("said", 0) > 0
     except RuntimeError:
         return False
 
@@ -353,39 +376,41 @@ def _let_others_follow():
         if _watch is not None:
             _watch.tell(FAILS)
         else:
-            _store.add("said", 1)
+            _job.store.add("said", 1)
 
 
 def _all_ranks_failed():
     """Whether every rank ends for a user's mistake within a moment: then one rank speaks for all."""
-    if get_world_size() == 1 or _store is None:  # what fails before the ranks have met fails on all
+    if _job is None or _job.world_size == 1:  # what fails before the ranks have met fails on all
         return True
     try:
-        _store.add("failed", 1)
-        return _counts_to("failed", get_world_size())
-    except RuntimeError:  # the store's rank has gone: it has seen all fail, and spoken
-        return True
+        _job.store.add("failed", 1)
+        return _counts_to("failed", _job.world_size)
+    except RuntimeError:  # the store is another rank's, which has gone
+        return False
 
 
 def _wait_for_the_speaker():
     """Let rank 0 say why before others end, whose launcher may kill it then; and it let them hear that it has.
 
-    It may keep the store, and torch's own code prints many lines on a rank that loses the store at a question.
+    It may keep the store, and torch's own code prints many lines on a rank that loses the store at a question. MPI lets
+    all go at the same time.
     """
     with suppress(RuntimeError):
-        if get_rank() == 0:
-            _store.add("spoken", 1)
-            _counts_to("heard", get_world_size() - 1)
+        if _job.rank == 0:
+            _job.store.add("spoken", 1)
+            if _job.comm is None:
+                _counts_to("heard", _job.world_size - 1)
         else:
             _counts_to("spoken", 1)
-            _store.add("heard", 1)
+            _job.store.add("heard", 1)
 
 
 def _counts_to(key, number):
     """Wait a moment for a counter that the ranks share to reach a number. Whether it does."""
     deadline = time.monotonic() + GRACE_S
     while time.monotonic() < deadline:
-        if _store.add(key, 0) >= number:
+        if _job.store.add(key, 0) >= number:
             return True
         time.sleep(0.02)
     return False

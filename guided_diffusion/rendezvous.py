@@ -20,6 +20,10 @@ RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RA
 PATIENCE = timedelta(minutes=30)  # with ranks that are still to come
 
 
+class NoMeeting(InputError):
+    """Where a rank could not join the others. Each rank says it for itself."""
+
+
 @dataclass
 class Meeting:
     """What a rank knows of its job when all have met.
@@ -27,7 +31,7 @@ class Meeting:
     :ivar store: the key-value store that all ranks share.
     :ivar local_rank, local_size: its number among its node's ranks, and how many those are.
     :ivar comm: MPI's communicator, under an MPI launcher.
-    :ivar guarded: whether the launcher ends all ranks when one dies.
+    :ivar guarded: whether the launcher is known to end all ranks when one dies.
     """
 
     store: dist.Store
@@ -68,10 +72,10 @@ def _meet_by_variables(world_size):
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     with _where(os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT")):
         store, rank, world_size = next(dist.rendezvous("env://", int(os.environ["RANK"]), world_size))
-    if torchrun:
-        store = _unused_part(store, rank, world_size)
+    store = _unused_part(store, rank, world_size)
     local_rank, local_size = _from_environment(LOCAL_RANK_VARIABLES, 0), _from_environment(LOCAL_SIZE_VARIABLES, 1)
-    return Meeting(store, rank, world_size, local_rank, local_size, guarded=torchrun)
+    guarded = torchrun and local_size == world_size  # one on several nodes ends the ranks of its own only
+    return Meeting(store, rank, world_size, local_rank, local_size, guarded=guarded)
 
 
 def _meet_by_mpi():
@@ -92,7 +96,8 @@ def _meet_by_mpi():
     host, port = comm.bcast((host, store.port) if rank == 0 else None)
     if rank != 0:
         store = dist.TCPStore(host, port, is_master=False)
-    return Meeting(store, rank, world_size, node.Get_rank(), node.Get_size(), comm)
+    guarded = "SLURM_STEP_ID" not in os.environ  # srun may be the launcher
+    return Meeting(store, rank, world_size, node.Get_rank(), node.Get_size(), comm, guarded)
 
 
 def _meet_by_slurm():
@@ -120,7 +125,7 @@ def _where(host, port):
     try:
         yield
     except (RuntimeError, ValueError) as e:
-        raise InputError(
+        raise NoMeeting(
             f"ranks cannot meet at port {port} of {host} ({str(e).splitlines()[0]}): set MASTER_ADDR to rank 0's node "
             f"and MASTER_PORT to a free port there, the same for all ranks"
         ) from None
@@ -134,11 +139,12 @@ def _own_address():
 
 
 def _unused_part(store, rank, world_size):
-    """A part of torchrun's store, the same on all ranks, that holds nothing yet.
+    """A part of the store, the same on all ranks, that holds nothing yet.
 
-    torchrun keeps its store when it starts ranks anew (--max_restarts). What the dead have left there would have the
-    living call them, and wait. So each leaves a word of its own, and a part's name is the words of all: they have met
-    when all have read the same. A dead rank's word, read in place of one to come, makes a name that not all will use.
+    torchrun keeps its store when it starts ranks anew (--max_restarts), as do ranks that meet again. What the dead have
+    left there would have the living call them, and wait. So each leaves a word of its own, and a part's name is the
+    words of all: they have met when all have read the same. A dead rank's word, read in place of one to come, makes a
+    name that not all will use.
     """
     store.set(f"word of {rank}", os.urandom(8).hex())
     words, deadline = None, time.monotonic() + PATIENCE.total_seconds()
@@ -150,4 +156,4 @@ def _unused_part(store, rank, world_size):
         if store.add(name, 0) == world_size:
             return dist.PrefixStore(name, store)
         time.sleep(0.02 + 0.001 * world_size)
-    raise InputError(f"torchrun: not all of {world_size} ranks have started within {PATIENCE}")
+    raise NoMeeting(f"not all of {world_size} ranks have started within {PATIENCE}")

@@ -7,6 +7,7 @@ from contextlib import suppress
 from datetime import timedelta
 
 import torch as th
+import torch.distributed as dist
 
 ENDS_WELL, FAILS = 1, 2
 
@@ -15,16 +16,17 @@ class Watch:
     """Ends this process when the rank before it dies, or fails; that ends the next one, and so round the circle.
 
     For launchers that let the others go on, as srun does unless told otherwise. The others may be far from the next
-    exchange with the dead; and one over nccl waits half an hour.
-
-    :param group: a gloo process group of all ranks.
+    exchange with the dead; and one over nccl waits half an hour. Every rank must make its own.
     """
 
-    def __init__(self, group):
-        self.group, self.rank = group, group.rank()
-        self.before, self.after = ((self.rank + step) % group.size() for step in (-1, 1))
-        self.word = th.zeros(1, dtype=th.uint8)
-        self.work = group.recv([self.word], self.before, 0)
+    def __init__(self):
+        # A group of its own: gloo breaks all connections of a group in which an exchange takes too long, and in the
+        # default group a user's messages could be taken for the watch's.
+        self.group = dist.new_group(backend="gloo")
+        self.rank, size = self.group.rank(), self.group.size()
+        self.before, self.after = (self.rank - 1) % size, (self.rank + 1) % size
+        self.word = th.zeros(1, dtype=th.uint8, device="cpu")
+        self.work = self.group.recv([self.word], self.before, 0)
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
 
@@ -32,17 +34,24 @@ class Watch:
         try:
             self.work.wait(timedelta(days=3650))
         except RuntimeError:
-            said = f"\nrank {self.rank}: error: rank {self.before} has died, so the job ends"
-            print(said, file=sys.stderr, flush=True)
+            with suppress(OSError, ValueError):  # nobody may be reading any more
+                said = f"\nrank {self.rank}: error: rank {self.before} has died, so the job ends"
+                print(said, file=sys.stderr, flush=True)
         if self.word.item() != ENDS_WELL:
             self.tell(FAILS)
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()
             os._exit(1)
 
     def tell(self, word):
         """Say how this rank ends: ENDS_WELL, or FAILS where the user has been told why."""
         with suppress(RuntimeError):
-            self.group.send([th.tensor([word], dtype=th.uint8)], self.after, 0).wait(timedelta(seconds=3))
+            word = th.tensor([word], dtype=th.uint8, device="cpu")
+            self.group.send([word], self.after, 0).wait(timedelta(seconds=3))
 
-    def wait(self, seconds):
-        """Wait for the rank before to end, at most so long."""
+    def wait(self, seconds=None):
+        """Wait until the rank before ends, at most so long.
+
+        Interpreters must not end before: the thread would want one that is shutting down, which aborts the process.
+        """
         self.thread.join(seconds)

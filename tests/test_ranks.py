@@ -275,18 +275,21 @@ def test_values_pass_in_one_process():
 def backends(names):
     """What ranks choose who find GPUs of these names, "" for none; or what they are told instead."""
     store, found = dist_util.dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), {}
-    here = threading.local()
+
+    def choose_device(local_rank):
+        if names[local_rank] is None:
+            raise RuntimeError("CUDA error: out of order")
+        return names[local_rank]
 
     def choose(rank):
-        here.name = names[rank]
         client = dist_util.dist.TCPStore("127.0.0.1", store.port, is_master=False)
         try:
-            found[rank] = dist_util._choose_backend(client, rank, len(names))
-        except InputError as e:
+            found[rank] = dist_util._choose_backend(client, rank, len(names), rank)
+        except (InputError, RuntimeError) as e:
             found[rank] = str(e)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist_util, "_device_name", lambda: here.name)
+        patch.setattr(dist_util, "_choose_device", choose_device)
         patch.setattr(dist_util.dist, "is_nccl_available", lambda: True)
         threads = [threading.Thread(target=choose, args=[rank]) for rank in range(len(names))]
         for thread in threads:
@@ -313,6 +316,11 @@ def test_nccl_where_every_rank_has_a_gpu_of_its_own(names, backend, capfd):
 
 def test_all_ranks_refuse_where_some_find_no_gpu():
     assert all(text.startswith("1 of 3 ranks find no GPU, rank 1 the first:") for text in backends(["a 0", "", "a 1"]))
+
+
+def test_all_ranks_end_where_one_has_a_broken_gpu():
+    told = "rank 1 cannot use its GPU, and says why"
+    assert backends(["a 0", None, "a 2"]) == [told, "CUDA error: out of order", told]
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"])
@@ -387,8 +395,10 @@ def test_bad_input_on_all_ranks_is_said_once(launcher):
 
 ONE_FAILS = """
 import os, signal, sys, time
+import torch.distributed as dist
 from guided_diffusion import dist_util
 from guided_diffusion.errors import InputError
+dist_util.GRACE_S = 1
 dist_util.setup_dist()
 dist_util.barrier()
 if dist_util.get_rank() == {rank}:
@@ -396,6 +406,7 @@ if dist_util.get_rank() == {rank}:
 {others}
 """
 BUSY, WAITING = "time.sleep(60)", "dist_util.barrier()"
+DEATH = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
 @pytest.mark.parametrize(
@@ -405,8 +416,8 @@ BUSY, WAITING = "time.sleep(60)", "dist_util.barrier()"
         (0, 'raise ValueError("a bug")', WAITING, 0, "ValueError: a bug"),
         (1, 'raise ValueError("a bug")', BUSY, 1, "ValueError: a bug"),
         (1, 'raise RuntimeError("a bug")', WAITING, 1, "RuntimeError: a bug"),
-        (0, "os.kill(os.getpid(), signal.SIGKILL)", WAITING, 1, "error: rank 0 has died, so the job ends"),
-        (2, "os.kill(os.getpid(), signal.SIGKILL)", BUSY, 0, "error: rank 2 has died, so the job ends"),
+        (0, DEATH, WAITING, 1, "error: rank 0 has died, so the job ends"),
+        (2, DEATH, BUSY, 0, "error: rank 2 has died, so the job ends"),
     ],
 )
 def test_one_rank_s_end_is_the_job_s_and_one_says_why(rank, failure, others, says, last):
@@ -418,10 +429,59 @@ def test_one_rank_s_end_is_the_job_s_and_one_says_why(rank, failure, others, say
     assert lines[-1] == f"rank {says}: {last}" and (len(lines) == 1) == ("Error(" not in failure or "Input" in failure)
 
 
-@pytest.mark.parametrize("way", ["pass", "import torch; torch.distributed.destroy_process_group()"])
-def test_ranks_may_leave_before_others(way):
-    outcome, _ = run_ranks(3, [], ONE_FAILS.format(rank=1, failure=f"{way}; sys.exit()", others="time.sleep(4)"))
-    assert outcome.returncode == 0 and not outcome.output
+DEAF = "r, w = os.pipe(); os.close(r); os.dup2(w, 2); import time; time.sleep(60)"
+
+
+@pytest.mark.parametrize("failure", ["os.fork() or sys.exit(); os.wait(); os.kill(os.getpid(), signal.SIGKILL)", DEATH])
+def test_a_death_is_noticed_in_spite_of(failure):
+    """A child that ended well before, and with its parent's connections; ranks whose words nobody reads."""
+    outcome, _ = run_ranks(3, [], ONE_FAILS.format(rank=1, failure=failure, others=BUSY if "fork" in failure else DEAF))
+    assert outcome.returncode != 0 and outcome.seconds < 8
+    assert outcome.output.split("\n")[1:2] == (
+        ["rank 2: error: rank 1 has died, so the job ends"] * ("fork" in failure)
+    )
+
+
+def test_a_mistake_after_the_group_s_end_is_said():
+    failure = 'dist.destroy_process_group(); raise InputError("image.png: broken")'
+    outcome, _ = run_ranks(3, [], ONE_FAILS.format(rank=1, failure=failure, others=BUSY))
+    assert outcome.returncode == 1 and outcome.output == "\nrank 1: error: image.png: broken\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "if rank == 1: time.sleep(3.4)",
+        "if rank == 1: dist.destroy_process_group(); sys.exit()\nif rank == 0: time.sleep(1)",
+        "x = th.ones(4)\ndist.send(x, (rank + 1) % 3) if rank == 0 else dist.recv(x, rank - 1) if rank == 1 else None",
+        "th.set_default_device('meta')",
+        "dist.destroy_process_group(); dist_util.setup_dist(); dist_util.barrier()",
+        "os.fork() or sys.exit(); os.wait(); dist_util.barrier()",
+    ],
+)
+def test_healthy_jobs_end_well(code):
+    """Some ranks earlier than others; with messages of the user's own; without the group, or with a second one."""
+    start = "import os, sys, time, torch as th, torch.distributed as dist\nfrom guided_diffusion import dist_util\n"
+    outcome, _ = run_ranks(3, [], f"{start}dist_util.setup_dist(); rank = dist_util.get_rank()\n{code}\n")
+    assert outcome.returncode == 0 and not outcome.output, outcome.output
+
+
+def test_torchrun_on_several_nodes_does_not_end_them_all(monkeypatch):
+    """Each node's one ends its own ranks: so a rank watches another one there."""
+    store = dist_util.dist.HashStore()
+    monkeypatch.setattr(rendezvous.dist, "rendezvous", lambda *args: iter([(store, 0, 2)]))
+    monkeypatch.setattr(rendezvous, "_unused_part", lambda *args: store)
+    for local_size, guarded in [("1", False), ("2", True)]:
+        for name, value in dict(
+            MASTER_ADDR="a",
+            MASTER_PORT="1",
+            RANK="0",
+            WORLD_SIZE="2",
+            TORCHELASTIC_RUN_ID="x",
+            LOCAL_WORLD_SIZE=local_size,
+        ).items():
+            monkeypatch.setenv(name, value)
+        assert rendezvous.meet().guarded == guarded
 
 
 def test_threads_that_wait_for_python_are_let_through_before_the_group_ends(monkeypatch):
@@ -429,6 +489,7 @@ def test_threads_that_wait_for_python_are_let_through_before_the_group_ends(monk
     awake, through, seen = threading.Event(), threading.Event(), []
     thread = threading.Thread(target=lambda: (awake.wait(), through.set()))
     thread.start()
+    monkeypatch.setattr(dist_util, "_pid", os.getpid())
     monkeypatch.setattr(dist_util, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist_util.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist_util.dist, "destroy_process_group", lambda: seen.append(through.is_set()))
