@@ -4,17 +4,20 @@ import argparse
 import os
 
 import numpy as np
-from _common import make_folder, run, write_png
+from _common import check_count, make_folder, run, write_png
 from PIL import Image
 
 from guided_diffusion.errors import InputError, check_at_least
 
 HELD_OUT_EVERY = 5
+OWN_NAMES = r"\d_\d{4}\.png"
 
 
 def main():
     args = create_argparser().parse_args()
     check_at_least(1, size=args.size)
+    if args.held_out_dir and os.path.realpath(args.held_out_dir) == os.path.realpath(args.out_dir):
+        raise InputError(f"--held_out_dir {args.held_out_dir}: the same folder as {args.out_dir}: give another one")
     images, labels = load_digit_images(args.size)
     numbers = {args.out_dir: range(len(images))}
     if args.held_out_dir:
@@ -24,6 +27,8 @@ def main():
         make_folder(folder)
         for i in members:
             write_png(os.path.join(folder, f"{labels[i]}_{i:04d}.png"), Image.fromarray(images[i]))
+        # Digits of an earlier run with another --held_out_dir, or none, would be both trained on and validated on.
+        check_count(folder, OWN_NAMES, len(members), "the digits for it")
         print(f"wrote {len(members)} digits of {args.size}x{args.size} pixels to {folder}")
 
 

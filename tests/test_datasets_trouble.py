@@ -117,6 +117,20 @@ def test_digits_that_cannot_be_written(tmp_path, monkeypatch):
     check_refused(call(digits, tmp_path), ["pip install scikit-learn"])
 
 
+def test_digits_to_validate_on_are_not_trained_on(tmp_path):
+    out, held_out, link = tmp_path / "out", tmp_path / "held_out", tmp_path / "link"
+    link.symlink_to(out)
+    for same in (out, f"{out}/", link):
+        check_refused(call(digits, out, "--size", 8, "--held_out_dir", same), [f"--held_out_dir {same}", "same folder"])
+    for _ in range(2):
+        call(digits, out, "--size", 8, "--held_out_dir", held_out).check()
+        assert len(tree(out)) == 1437 and len(tree(held_out)) == 360
+        assert not set(tree(out)) & set(tree(held_out))
+    call(digits, out, "--size", 8).check()  # now all of them
+    done = call(digits, out, "--size", 8, "--held_out_dir", held_out)
+    check_refused(done, [f"{out}: holds 1,797 images", "1,437"])
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_lost_and_emptied_files_come_back(name, archives, unpacked, tmp_path):
     """Some file systems leave empty files after a power cut. All is checked, also where a run has ended well."""
