@@ -117,12 +117,16 @@ class _Walk:
         self.scanned += 1
         images, folders = [], []
         for name, may_be_folder in files.scan_dir(folder):
-            if "." in name and name.rsplit(".", 1)[1].lower() in EXTENSIONS:
+            if _is_image(name):
                 images.append(name)
                 self.bar.update()
             elif may_be_folder():
                 folders.append(name)
         return [stamp, sorted(images), sorted(folders)]
+
+
+def _is_image(name):
+    return "." in name and name.rsplit(".", 1)[1].lower() in EXTENSIONS
 
 
 def _stat_folder(path):
@@ -206,8 +210,9 @@ def image_classes(data_dir, paths, labels="name"):
     """The class of each image, by name, and all classes in the order of their labels. Every rank must call it.
 
     :param labels: "name": a file's class is its name up to the first underscore. "folder": the name of the folder it
-        lies in. Or the path of a CSV file with lines path,label, where path is relative to data_dir. Classes are
-        numbered in the order of their names as strings; but whole numbers in a CSV file are the labels themselves.
+        lies in. Or the path of a CSV file with lines path,label, where path is relative to data_dir; a header, whatever
+        its words, is passed over. Classes are numbered in the order of their names as strings; but whole numbers in a
+        CSV file are the labels themselves.
     """
     check_labels(labels)
     if _is_csv(labels):
@@ -310,17 +315,33 @@ def _read_csv(labels):
     try:
         with files.open_file(labels) as f:
             rows = csv.reader(io.StringIO(f.read().decode("utf-8-sig"), newline=""))
-        by_path = {}
-        for row in rows:
-            if not row or (rows.line_num == 1 and [cell.strip().lower() for cell in row] == ["path", "label"]):
-                continue
+        by_path, first_of_kind = {}, {}
+        for i, row in enumerate(filter(None, rows)):
             if len(row) != 2 or not all(cell.strip() for cell in row):
                 raise InputError(f"--labels {labels}: line {rows.line_num} is not path,label")
+            # A header can name no image of any folder. The line of an image that is merely gone keeps its class.
+            if i == 0 and not _is_image(row[0].strip()):
+                continue
             path, label = posixpath.normpath(row[0]), sys.intern(row[1].strip())
             if by_path.setdefault(path, label) != label:
                 raise InputError(f"--labels {labels}: line {rows.line_num}: {path} has another label further up")
+            first_of_kind.setdefault(label.isascii() and label.isdigit(), (rows.line_num, label))
+        _check_one_kind(labels, first_of_kind)
         return by_path
     except FileNotFoundError:
         raise InputError(f"--labels {labels}: no such file") from None
     except (UnicodeDecodeError, csv.Error, *files.read_errors(labels)) as e:
         raise InputError(f"--labels {labels}: cannot read it as CSV in UTF-8 ({_one_line(e)})") from None
+
+
+def _check_one_kind(labels, first_of_kind):
+    """Refuse whole numbers among words: one word more or less would give all the numbers another meaning.
+
+    :param first_of_kind: the line and the label of the first whole number (True) and the first word (False).
+    """
+    if len(first_of_kind) == 2:
+        (line, number), (word_line, word) = first_of_kind[True], first_of_kind[False]
+        raise InputError(
+            f"--labels {labels}: line {word_line}: the label {word} is no whole number, but line {line}'s, {number}, "
+            f"is: make all labels whole numbers, or none"
+        )

@@ -59,7 +59,7 @@ def test_classes_by_csv(tmp_path):
     expected = (["dog", "cat", "dog"], ["cat", "dog"])
     assert labelled(tmp_path, "path,label\nb/1.png,dog\na.png,cat\nc.png,dog\n") == expected
     assert labelled(tmp_path, "c.png, dog \r\n\r\n./a.png,cat\r\nb//1.png,dog", encoding="utf-8-sig") == expected
-    assert labelled(tmp_path, 'a.png,"cat, big"\nb/1.png,7\nc.png,7')[1] == ["7", "cat, big"]
+    assert labelled(tmp_path, 'a.png,"cat, big"\nb/1.png,ant\nc.png,ant')[1] == ["ant", "cat, big"]
 
 
 def test_whole_numbers_in_a_csv_are_the_labels_themselves(tmp_path):
@@ -67,8 +67,16 @@ def test_whole_numbers_in_a_csv_are_the_labels_themselves(tmp_path):
     classes, table = labelled(tmp_path, "a.png,9\nb/1.png,10\nc.png,03\n")
     assert table == [str(i) for i in range(11)]
     assert classes == ["10", "9", "3"]
-    assert labelled(tmp_path, "a.png,9\nb/1.png,10\nc.png,x\n")[1] == ["10", "9", "x"]
     assert labelled(tmp_path, "a.png,20240101\nb/1.png,9\nc.png,9\n")[1] == ["20240101", "9"]  # no table of millions
+
+
+@pytest.mark.parametrize("header", ["filename,label", "image,class", "Path, Label", "\nid,breed", "file.name,kind"])
+def test_a_header_of_a_csv_is_no_class(header, tmp_path, monkeypatch):
+    monkeypatch.setattr(logger, "warn", pytest.fail)
+    words = (["dog", "cat", "cat"], ["cat", "dog"])
+    assert labelled(tmp_path, f"{header}\na.png,cat\nb/1.png,dog\nc.png,cat\n") == words
+    numbers = (["10", "0", "9"], [str(i) for i in range(11)])
+    assert labelled(tmp_path, f"{header}\na.png,0\nb/1.png,10\nc.png,9\n") == numbers
 
 
 def test_a_csv_may_tell_of_more_images_than_there_are(tmp_path, monkeypatch):
@@ -77,6 +85,7 @@ def test_a_csv_may_tell_of_more_images_than_there_are(tmp_path, monkeypatch):
     # The table does not change with what is missing.
     assert labelled(tmp_path, "a.png,x\nb/1.png,y\nc.png,z\ngone.png,w\n")[1] == ["w", "x", "y", "z"]
     assert len(warnings) == 1 and "1 of 4 lines" in warnings[0] and "gone.png" in warnings[0]
+    assert labelled(tmp_path, "gone.png,w\na.png,x\nb/1.png,y\nc.png,z\n")[1] == ["w", "x", "y", "z"]  # no header
 
 
 @pytest.mark.parametrize(
@@ -88,6 +97,10 @@ def test_a_csv_may_tell_of_more_images_than_there_are(tmp_path, monkeypatch):
         ("a.png,cat\nb/1.png,dog,3\n", ["line 2 is not path,label"]),
         ("a.png,cat\nb/1.png, \n", ["line 2 is not path,label"]),
         ("a.png,cat\nb/1.png,dog\nc.png,x\na.png,dog\n", ["line 4", "a.png", "another label"]),
+        ("a.png;cat\nb/1.png;dog\nc.png;x\n", ["line 1 is not path,label"]),
+        ("path,label\na.png,9\nb/1.png,10\n\nc.png,x\n", ["line 5: the label x", "line 2's, 9,"]),
+        ("a.png,cat\nb/1.png,20240101\nc.png,7\n", ["line 1: the label cat", "line 2's, 20240101,"]),
+        ("gone.png,label\na.png,0\nb/1.png,1\nc.png,2\n", ["line 1: the label label", "line 2's, 0,"]),
     ],
 )
 def test_a_csv_that_does_not_fit_is_refused(text, words, tmp_path):
