@@ -6,6 +6,7 @@ a diffusion model, nor the classifier that guides one.
 
 import argparse
 import zipfile
+import zlib
 
 import numpy as np
 from _common import run
@@ -23,15 +24,21 @@ def main():
 
 
 def read_samples(path):
-    """The images uint8 [N, H, W, C] and labels [N] of an .npz of samples."""
+    """The images uint8 [N, H, W, C] and labels [N], whole numbers, of an .npz of samples."""
     try:
         with np.load(path) as samples:
             images, labels = samples["arr_0"], samples["arr_1"]
     except KeyError as e:
         raise InputError(f"{path}: has no {e}: give samples of digits with their labels, arr_0 and arr_1") from None
-    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile):
+    except (ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error):  # TypeError: an .npy
         raise InputError(f"{path}: not an .npz, or damaged: give samples of digits with their labels") from None
-    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[1] % 8 or len(images) != len(labels):
+    if not images.size or images.dtype != np.uint8 or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(
+            f"{path}: has images {images.dtype} {images.shape} and labels {labels.dtype} {labels.shape}: give at least "
+            f"one image, of uint8, and labels that are whole numbers"
+        )
+    square = images.ndim == 4 and images.shape[1] == images.shape[2]
+    if not square or images.shape[1] % 8 or labels.shape != images.shape[:1]:
         raise InputError(
             f"{path}: has images {images.shape} and labels {labels.shape}: give square images, their sides a multiple "
             f"of 8 pixels, and a label for each"
@@ -41,8 +48,10 @@ def read_samples(path):
 
 def train_judge(size):
     """A classifier of 8x8 digits, trained on the real ones after they went through images of `size` pixels."""
-    from sklearn.svm import SVC
-
+    try:
+        from sklearn.svm import SVC
+    except ImportError:
+        raise InputError("the judge is scikit-learn's: pip install scikit-learn") from None
     images, labels = load_digit_images(size)
     return SVC(gamma=0.001).fit(features(images[..., None]), labels)
 

@@ -98,6 +98,11 @@ def test_ctrl_c_while_a_progress_bar_is_made(archives, tmp_path):
         ({"arr_0": np.zeros((2, 16, 16, 1), np.uint8)}, ["arr_1", "labels"]),
         ({"arr_0": np.zeros((2, 12, 12, 1), np.uint8), "arr_1": np.zeros(2, int)}, ["(2, 12, 12, 1)", "8 pixels"]),
         ({"arr_0": np.zeros((2, 16, 16, 1), np.uint8), "arr_1": np.zeros(3, int)}, ["(3,)"]),
+        ({"arr_0": np.zeros((2, 16, 16, 1), np.uint8), "arr_1": np.zeros((2, 1), int)}, ["(2, 1)"]),
+        ({"arr_0": np.zeros((2, 16, 16, 1), np.uint8), "arr_1": np.array(3)}, ["labels ()"]),
+        ({"arr_0": np.zeros((2, 16, 16, 1), np.uint8), "arr_1": np.zeros(2)}, ["labels float64", "whole numbers"]),
+        ({"arr_0": np.zeros((0, 16, 16, 1), np.uint8), "arr_1": np.zeros(0, int)}, ["(0, 16, 16, 1)", "one image"]),
+        ({"arr_0": np.zeros((2, 16, 16, 1)), "arr_1": np.zeros(2, int)}, ["images float64", "uint8"]),
     ],
 )
 def test_the_judge_of_digits_refuses_what_it_cannot_judge(arrays, words, tmp_path):
@@ -107,6 +112,25 @@ def test_the_judge_of_digits_refuses_what_it_cannot_judge(arrays, words, tmp_pat
     elif arrays:
         path.write_bytes(arrays)
     check_refused(call(judge_digits, path), [str(path), *words])
+
+
+def test_the_judge_of_digits_refuses_an_npy(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((2, 16, 16, 1), np.uint8))
+    check_refused(call(judge_digits, tmp_path / "a.npy"), [str(tmp_path / "a.npy"), "not an .npz"])
+
+
+def test_the_judge_of_digits_refuses_a_damaged_npz(tmp_path):
+    np.savez_compressed(tmp_path / "damaged.npz", arr_0=noise(0, 2, 16, 16, 1), arr_1=np.zeros(2, int))
+    data = bytearray((tmp_path / "damaged.npz").read_bytes())
+    data[60:160] = b"\xff" * 100  # of what is compressed
+    (tmp_path / "damaged.npz").write_bytes(data)
+    check_refused(call(judge_digits, tmp_path / "damaged.npz"), [str(tmp_path / "damaged.npz"), "damaged"])
+
+
+def test_the_judge_of_digits_lacks_scikit_learn(tmp_path, monkeypatch):
+    np.savez(tmp_path / "samples.npz", np.zeros((2, 16, 16, 1), np.uint8), np.zeros(2, int))
+    monkeypatch.setitem(sys.modules, "sklearn.svm", None)
+    check_refused(call(judge_digits, tmp_path / "samples.npz"), ["pip install scikit-learn"])
 
 
 def test_digits_that_cannot_be_written(tmp_path, monkeypatch):
