@@ -51,11 +51,12 @@ class SampleStore:
         """Take stock of what is there already.
 
         :return: the samples that are missing: a sorted list of (start, stop).
-        :raises InputError: when the folder holds another job's samples.
+        :raises InputError: when the folder holds another job's samples, or a finished file that is damaged.
         """
         job_path = files.join(self.shards, JOB)
         if files.exists(f"{self.stem}.npz"):
             self._check_job(f"{self.stem}.json")
+            self._check_whole(f"{self.stem}.npz")
             self._check_labels(f"{self.stem}.npz", (0, self.shape[0]))
             self._remove_leftovers(self.folder, self.name)
             if not self._list_shards() or self._read_job(job_path) == self.job:
@@ -221,6 +222,22 @@ class SampleStore:
                     f"give another --log_dir, or the flag they were made with"
                 )
 
+    def _check_whole(self, path):
+        """Refuse a finished file that is damaged. All that is wanted of it is read, a block at a time."""
+        wanted = {"arr_0.npy": (self.shape, np.dtype(np.uint8))}
+        if self.labels is not None:
+            wanted["arr_1.npy"] = (self.shape[:1], np.dtype(np.int64))
+        try:
+            with files.open_file(path) as f, zipfile.ZipFile(f) as archive:
+                for member, (shape, dtype) in wanted.items():
+                    *header, start = _read_checked_header(archive, member)
+                    size = start + math.prod(shape) * dtype.itemsize
+                    if header != [shape, False, dtype] or archive.getinfo(member).file_size != size:
+                        raise ValueError(f"{member} is not what was written")
+        except DAMAGED as e:
+            reason = " ".join(str(e).split()) or "cut short"
+            raise InputError(f"{path}: damaged ({reason}): remove it and run this again") from None
+
     def _check_labels(self, path, span):
         """Refuse samples of the same flags with other labels, as a changed file of classes gives."""
         if self.labels is None:
@@ -282,11 +299,7 @@ def _open_member(path, member):
     """Something to index that reads an array in an archive: see NpzArray."""
     archive = zipfile.ZipFile(path)
     info = archive.getinfo(member)
-    with archive.open(info) as content:  # positions count from the member's first byte
-        shape, fortran, dtype = _read_header(content)
-        start = content.tell()
-        while content.read(2**20):  # to its end, where the checksum is
-            pass
+    shape, fortran, dtype, start = _read_checked_header(archive, info)
     if fortran or 0 in shape or not shape:
         return np.lib.format.read_array(archive.open(info), allow_pickle=False)
     if info.compress_type != zipfile.ZIP_STORED:
@@ -296,6 +309,15 @@ def _open_member(path, member):
     local = file.read(30)
     start += info.header_offset + len(local) + sum(int.from_bytes(local[i : i + 2], "little") for i in (26, 28))
     return _Rows(file, start, shape, dtype)
+
+
+def _read_checked_header(archive, member):
+    """The shape, Fortran order and dtype of an array in an archive, and where in the member its first row begins."""
+    with archive.open(member) as content:  # first: numpy's errors at a damaged header are of many kinds
+        while content.read(2**20):  # to its end, where the checksum is
+            pass
+    with archive.open(member) as content:
+        return *_read_header(content), content.tell()
 
 
 def _read_header(f):

@@ -13,6 +13,7 @@ from helpers import refused
 from sampling import picture, pictures
 
 from guided_diffusion import logger
+from guided_diffusion.errors import InputError
 from guided_diffusion.sample_store import NpzArray, SampleStore
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
@@ -131,6 +132,63 @@ def test_a_damaged_shard_is_made_again_and_others_are_kept(labelled, tmp_path, m
         else:  # a bit in which nobody is interested, such as one of the file's date
             assert not said and (store.images(range(20)) == pictures(range(20))).all()
     assert noticed > 120
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_damaged_finished_file_is_not_called_complete(labelled, tmp_path):
+    labels, path, noticed = "index" if labelled else None, tmp_path / "samples_20x2x3x3.npz", 0
+    store = new_store(tmp_path, labels=labels)
+    store.open()
+    fill(store, [(0, 20)])
+    store.assemble()
+    store.remove_shards()
+    whole = path.read_bytes()
+    for content in damaged_versions(whole, random.Random(3)):
+        path.write_bytes(content)
+        try:
+            assert new_store(tmp_path, labels=labels).open() == []
+        except InputError:
+            noticed += 1
+            refused(new_store(tmp_path, labels=labels).open, path, "damaged", "remove it and run this again")
+        else:  # a bit in which nobody is interested
+            found = read(path)
+            assert (found["arr_0"] == pictures(range(20))).all()
+            assert not labelled or (found["arr_1"] == store.labels).all()
+        assert path.read_bytes() == content  # it is the user's to remove
+    assert noticed > 100
+    path.unlink()
+    assert new_store(tmp_path, labels=labels).open() == [(0, 20)]
+
+
+def test_a_finished_file_with_other_arrays_is_damaged(tmp_path):
+    path, images, labels = tmp_path / "samples_20x2x3x3.npz", pictures(range(20)), np.arange(20) % 7
+    (tmp_path / "samples_20x2x3x3.json").write_text(json.dumps(JOB))
+    write_npz(path, arr_0=images, arr_1=labels)
+    assert new_store(tmp_path).open() == []
+    others = [(images[:19], labels), (images.astype(float), labels), (images, labels[1:]), (images, labels + 0.5)]
+    for arr_0, arr_1 in others:
+        write_npz(path, arr_0=arr_0, arr_1=arr_1)
+        refused(new_store(tmp_path).open, path, "damaged", "remove it and run this again")
+    write_npz(path, arr_0=images)  # no labels, where they are wanted
+    refused(new_store(tmp_path).open, path, "damaged", "arr_1", "remove it and run this again")
+
+
+def test_a_big_finished_file_is_checked_by_the_block(tmp_path):
+    images = np.repeat(pictures(range(40), (32, 32, 3)), 200, axis=0)  # 24 MB
+    (tmp_path / "samples_8000x32x32x3.json").write_text(json.dumps(JOB))
+    path = tmp_path / "samples_8000x32x32x3.npz"
+    write_npz(path, arr_0=images)
+    tracemalloc.start()
+    try:
+        assert SampleStore(str(tmp_path), images.shape, JOB).open() == []
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < images.nbytes / 4
+    with open(path, "rb+") as f:  # and to its end
+        f.seek(images.nbytes - 1000)
+        f.write(b"damage")
+    refused(SampleStore(str(tmp_path), images.shape, JOB).open, path, "damaged")
 
 
 def test_a_job_s_record_that_is_damaged_or_gone_is_not_taken_for_granted(tmp_path):

@@ -60,6 +60,19 @@ def test_two_ranks_refuse_bad_input_in_one_line(networks, monkeypatch, tmp_path)
     check_ended(outcome, "--base_samples", "no labels")
 
 
+def test_two_ranks_refuse_a_damaged_finished_file_in_one_line(networks, monkeypatch, tmp_path):
+    options = {**networks, "num_samples": 2, "log_dir": tmp_path / "out", "save_images": tmp_path / "images"}
+    run_here(monkeypatch, "classifier_sample", **options)
+    victim = tmp_path / "out" / "samples_2x8x8x3.npz"
+    os.truncate(victim, victim.stat().st_size - 7)
+    outcome, _ = run_ranks(2, [script("classifier_sample"), *flags(**options)])
+    check_ended(outcome, victim, "damaged", "remove it and run this again")
+    assert "complete" not in outcome.output
+    victim.unlink()
+    run_ranks(2, [script("classifier_sample"), *flags(**options)])[0].check()
+    assert len(read_npz(tmp_path / "out")["arr_0"]) == 2
+
+
 @pytest.mark.parametrize("index, kept", [(6, [0, 8]), (13, [0, 4, 8, 16])])
 def test_a_sample_without_a_number_on_one_rank_ends_all_and_keeps_the_others_batches(index, kept, tmp_path):
     outcome, _ = run_ranks(3, [tmp_path, 20, 4, index], KNOWN_JOB)
