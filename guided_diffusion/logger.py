@@ -63,6 +63,9 @@ class HumanOutputFormat(KVWriter):
         self._write(" ".join(map(str, seq)))
 
     def _write(self, text):
+        # A file's name may be in another encoding than the terminal's or the log's: what does not fit is escaped.
+        encoding = getattr(self.file, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
         if self.file is sys.stdout and "tqdm" in sys.modules:
             sys.modules["tqdm"].tqdm.write(text, file=self.file)  # above a progress bar, not through it
         else:
@@ -114,8 +117,11 @@ class CSVOutputFormat(KVWriter):
         self.keys = []
         _cut_torn_line(filename)
         if os.path.exists(filename):
-            with open(filename, newline="") as f:
-                self.keys = next(csv.reader(f), [])
+            try:
+                with open(filename, newline="") as f:
+                    self.keys = [*csv.reader(f), []][0]  # all rows are read: new columns and rewind need them later
+            except (UnicodeDecodeError, csv.Error) as e:
+                raise InputError(f"{filename}: not a CSV file ({e}): remove it, or give another --log_dir") from None
 
     def writekvs(self, kvs):
         new = sorted(kvs.keys() - set(self.keys))

@@ -5,11 +5,13 @@ import io
 import json
 import os
 import re
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch as th
+import tqdm
 
 from guided_diffusion import logger
 from guided_diffusion.errors import InputError
@@ -123,6 +125,21 @@ def test_messages_to_an_open_file():
     output.writeseq(["a", 1])
     output.close()
     assert file.getvalue() == "a 1\n"  # and not closed: it is not the logger's
+
+
+def test_names_in_another_encoding_are_escaped(tmp_path, monkeypatch):
+    name = os.fsdecode(b"caf\xe9_0.png")  # as the file system gives it where names are UTF-8
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    logger.configure(str(tmp_path), format_strs=["stdout", "log"])
+    for imported in (True, False):  # tqdm writes above its bars, where there are any
+        monkeypatch.setitem(sys.modules, "tqdm", tqdm) if imported else monkeypatch.delitem(sys.modules, "tqdm")
+        logger.warn(name, "caf\u00e9")
+    logger.logkv(name, 1)
+    logger.dumpkvs()
+    said = terminal.buffer.getvalue().decode("ascii")
+    assert said.count("caf\\udce9_0.png caf\\xe9\n") == 2 and "| caf\\udce9_0.png | 1 |" in said
+    assert (tmp_path / "log.txt").read_text().count("caf\\udce9_0.png caf") == 2
 
 
 def test_csv_columns_that_appear_later(tmp_path):
@@ -281,6 +298,13 @@ def test_bad_formats_and_folders_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/run"):
         logger.configure(str(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize("rows", [0, 5000])
+def test_a_csv_that_is_not_text_is_refused(rows, tmp_path):
+    (tmp_path / "progress.csv").write_bytes(b"0.5,1\n" * rows + b"\x89PNG\xff\n")
+    with pytest.raises(InputError, match=r"^[^\n]*progress\.csv: not a CSV file [^\n]*--log_dir$"):
+        logger.configure(str(tmp_path), format_strs=["csv"])
 
 
 def test_scoped_configure(tmp_path):
