@@ -16,8 +16,9 @@ OWN_NAMES = r"\d_\d{4}\.png"
 def main():
     args = create_argparser().parse_args()
     check_at_least(1, size=args.size)
-    if args.held_out_dir and os.path.realpath(args.held_out_dir) == os.path.realpath(args.out_dir):
-        raise InputError(f"--held_out_dir {args.held_out_dir}: the same folder as {args.out_dir}: give another one")
+    out_dir, held_out_dir = (os.path.join(os.path.realpath(d), "") for d in (args.out_dir, args.held_out_dir))
+    if args.held_out_dir and held_out_dir.startswith(out_dir):  # training looks into the folders of a folder, too
+        raise InputError(f"--held_out_dir {args.held_out_dir}: is {args.out_dir}, or in it: give another folder")
     images, labels = load_digit_images(args.size)
     numbers = {args.out_dir: range(len(images))}
     if args.held_out_dir:

@@ -16,8 +16,13 @@ class Ranks:
     def __init__(self):
         self.comm, self.rank, self.size, self.local_rank = None, 0, 1, 0
         if max(int(os.environ.get(name, 1)) for name in SIZE_VARIABLES) > 1:
-            from mpi4py import MPI
-
+            try:
+                from mpi4py import MPI
+            except (ImportError, RuntimeError) as e:
+                sys.exit(
+                    f"error: started by an MPI launcher, but mpi4py finds no MPI library ({str(e).splitlines()[0]}): "
+                    f"pip install mpi4py mpich, or start one process"
+                )
             self.comm = MPI.COMM_WORLD
             self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
             self.local_rank = self.comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()

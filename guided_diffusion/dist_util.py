@@ -354,6 +354,18 @@ def _as_mistake(error):
             f"{f', where {wanted[1]} more were needed' if wanted else ''}: lower --batch_size; in training, "
             f"--microbatch and --use_checkpoint True help, too"
         )
+    if isinstance(error, MemoryError):
+        return InputError(f"out of main memory ({error or 'no more to be had'}): lower --image_size or --batch_size")
+    if isinstance(error, RuntimeError) and "unable to allocate shared memory" in str(error):
+        return InputError(
+            "/dev/shm is full, through which --num_workers pass images: give a container more of it (docker run "
+            "--shm-size), or use --num_workers 0"
+        )
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return InputError(
+            f"a process that reads images has died ({str(error).splitlines()[0]}): main memory may be full: lower "
+            f"--num_workers"
+        )
     if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_FULL):
         return InputError(f"{error.filename or 'a file of this run'}: {error.strerror}")
     return error

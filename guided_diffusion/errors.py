@@ -17,7 +17,7 @@ class RunStopped(InputError):
 
 
 def end_quietly():
-    """No more from this process about objects that a Ctrl-C has left half made, such as a progress bar, as they go."""
+    """No more from this process about objects that are half made as it ends, such as a progress bar at a Ctrl-C."""
     sys.unraisablehook = lambda unraisable: None
 
 

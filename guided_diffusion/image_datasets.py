@@ -3,6 +3,7 @@
 import atexit
 import copy
 import math
+import multiprocessing
 import random
 import signal
 import warnings
@@ -15,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
 from . import dist_util, files, logger
-from .errors import InputError, check_at_least, choose
+from .errors import InputError, check_at_least, choose, end_quietly
 from .image_listing import (  # noqa: F401  others import them from here
     EXTENSIONS,
     _list_image_files_recursively,
@@ -180,7 +181,14 @@ def _leave_signals_to_the_rank(worker):
 
 def _started(loader):
     """The loader's iterator; its worker processes will not outlive this one."""
-    batches = iter(loader)
+    before = set(multiprocessing.active_children())
+    try:
+        batches = iter(loader)
+    except OSError as e:
+        for worker in set(multiprocessing.active_children()) - before:
+            worker.kill()
+        end_quietly()  # the loader, half made, would complain
+        raise InputError(f"--num_workers {loader.num_workers}: cannot start them ({e.strerror}): use fewer") from None
     if not _workers:
         atexit.register(_kill_workers)
     _workers.update(getattr(batches, "_workers", []))

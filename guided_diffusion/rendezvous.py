@@ -104,6 +104,14 @@ def _meet_by_slurm():
     """Under srun without MPI: on the step's first node, at a port that follows from the job's and the step's number."""
     import subprocess
 
+    missing = [
+        name for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST") if name not in os.environ
+    ]
+    if missing:
+        raise NoMeeting(
+            "the environment tells of several ranks (WORLD_SIZE or its like), but not which this is: start them by "
+            "mpiexec, torchrun or srun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        )
     rank, world_size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
     nodes = os.environ["SLURM_STEP_NODELIST"]
     if "[" in nodes or "," in nodes:

@@ -58,6 +58,8 @@ def guide(classifier, diffusion, classifier_scale, guidance_interval=""):
 
     :param guidance_interval: "a,b" guides only from a to b of the process, where 0 is its clean end, 1 its noisy one.
     """
+    if not abs(classifier_scale) < float(np.finfo(np.float32).max):
+        raise InputError(f"--classifier_scale {classifier_scale}: must be finite")
     ends = parse_numbers("guidance_interval", guidance_interval, float)
     if ends and (len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1):
         raise InputError(f"--guidance_interval {guidance_interval}: give two numbers from 0 to 1, such as 0.2,0.8")

@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import sys
 import time
 from collections import Counter
 
@@ -286,6 +287,27 @@ def test_workers_end_with_their_stream(tmp_path):
     del data  # without waiting for the garbage collector, or for workers that it has cut off
     assert len(multiprocessing.active_children()) == before
     assert time.monotonic() - start < 4
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+def test_too_many_workers_are_a_mistake_and_those_that_started_end(tmp_path, monkeypatch):
+    write_numbered(tmp_path, 8)
+    process, started = multiprocessing.process.BaseProcess, []
+    start = process.start
+
+    def start_two(self):
+        if len(started) == 2:
+            raise OSError(24, "Too many open files")
+        start(self)
+        started.append(self)
+
+    monkeypatch.setattr(process, "start", start_two)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # to have it back afterwards
+    with pytest.raises(InputError, match=r"--num_workers 3: .*Too many open files"):
+        next(load(tmp_path, 4, num_workers=3))
+    for worker in started:
+        worker.join(timeout=10)
+    assert len(started) == 2 and not any(worker.is_alive() for worker in started)
 
 
 def error_of(data):

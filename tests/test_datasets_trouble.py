@@ -144,8 +144,10 @@ def test_digits_that_cannot_be_written(tmp_path, monkeypatch):
 def test_digits_to_validate_on_are_not_trained_on(tmp_path):
     out, held_out, link = tmp_path / "out", tmp_path / "held_out", tmp_path / "link"
     link.symlink_to(out)
-    for same in (out, f"{out}/", link):
-        check_refused(call(digits, out, "--size", 8, "--held_out_dir", same), [f"--held_out_dir {same}", "same folder"])
+    for within in (out, f"{out}/", link, out / "held_out"):
+        check_refused(
+            call(digits, out, "--size", 8, "--held_out_dir", within), [f"--held_out_dir {within}", "or in it"]
+        )
     for _ in range(2):
         call(digits, out, "--size", 8, "--held_out_dir", held_out).check()
         assert len(tree(out)) == 1437 and len(tree(held_out)) == 360

@@ -317,3 +317,10 @@ def test_no_network_and_no_graph(stage, tmp_path):
     done = run(argv, env=env)
     refused(done, "classify_image_graph_def.pb", "https://", "--inception_path", str(tmp_path))
     assert not any(name.endswith(".tmp") for _, _, names in os.walk(tmp_path) for name in names)
+
+
+def test_a_launcher_without_its_library_is_told_in_one_line():
+    argv = [os.path.join(ROOT, "evaluations", "evaluator.py"), "a.npz", "b.npz"]
+    done = run(argv, env=dict(PMI_SIZE="2", PMI_RANK="0", MPI4PY_LIBMPI="/nonexistent/libmpi.so"))
+    assert done.returncode == 1 and done.output.count("\n") == 1
+    assert done.output.startswith("error: started by an MPI launcher") and "pip install mpi4py mpich" in done.output

@@ -1,6 +1,7 @@
 """Guidance as the scripts apply it: when the classifier runs, in what precision, and what distribution it leads to."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -102,6 +103,20 @@ def test_intervals_that_cannot_be(interval):
     diffusion = create_gaussian_diffusion(timestep_respacing="5")
     for scale in (1.0, 0.0):
         refused(lambda s=scale: guide(lambda x, t: x, diffusion, s, interval), "--guidance_interval")
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 1e45])
+def test_scales_that_cannot_be(scale):
+    refused(lambda: guide(lambda x, t: x, create_gaussian_diffusion(), scale), f"--classifier_scale {scale}")
+
+
+def test_a_classifier_of_clean_images_is_warned_of(networks, monkeypatch, tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_bytes(open(networks["classifier_path"], "rb").read())
+    (tmp_path / "config.json").write_text('{"flags": {"noised": false}}')
+    options = dict(networks, classifier_path=path, num_samples=2, timestep_respacing=2, log_dir=tmp_path / "out")
+    run_here(monkeypatch, "classifier_sample", **options)
+    assert f"warning: {path} has only seen clean images" in (tmp_path / "out" / "log.txt").read_text()
 
 
 # The precisions of the two networks, for conditional models and for others

@@ -84,6 +84,12 @@ def test_a_port_that_is_taken_is_named(job):
     )
 
 
+def test_a_number_of_ranks_alone_is_refused():
+    done = run(["-c", REPORT], env=dict(WORLD_SIZE="2"))
+    assert done.returncode == 1 and done.output.count("\n") == 1
+    assert done.output.startswith("error: the environment tells of several ranks") and "RANK" in done.output
+
+
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
 def test_threads_are_shared_among_a_node_s_ranks(launcher):
     snippet = "import os; os.environ.pop('OMP_NUM_THREADS', None)\n" + REPORT

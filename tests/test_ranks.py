@@ -507,6 +507,22 @@ def test_threads_that_wait_for_python_are_let_through_before_the_group_ends(monk
 @pytest.mark.parametrize(
     "error, words",
     [
+        (MemoryError("Unable to allocate 2.73 TiB"), ["main memory (Unable to allocate 2.73 TiB)", "--image_size"]),
+        (
+            RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
+            ["/dev/shm", "--num_workers 0"],
+        ),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), ["pid 7", "--num_workers"]),
+    ],
+)
+def test_what_the_system_denies_is_a_mistake(error, words):
+    mistake = dist_util._as_mistake(error)
+    assert type(mistake) is InputError and all(word in str(mistake) for word in words) and "\n" not in str(mistake)
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
         (
             th.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has"),
             "GPU memory, where 2.50 GiB",
