@@ -90,17 +90,30 @@ class JSONOutputFormat(KVWriter):
 
     def __init__(self, filename):
         self.filename = filename
-        _cut_torn_line(filename)
         self.file = open(filename, "a")
+        self.mended = False
+
+    def _mend(self):
+        if not self.mended:  # not before the first row: a command that fails leaves the file as it is
+            _end_last_line(self.filename, cut=self._has_steps())
+            self.mended = True
+
+    def _has_steps(self):
+        with open(self.filename, errors="replace") as f:
+            return any("step" in _parsed(line, damaged={}) for line in f)
 
     def rewind(self, step):
+        self._mend()
+        if not self._has_steps():
+            return
         self.file.close()
         with open(self.filename) as f:
-            lines = [line for line in f if _is_before(_parsed(line), step)]
+            lines = [line for line in f if _is_before(_parsed(line, damaged={"step": math.inf}), step)]
         _rewrite(self.filename, lambda f: f.writelines(lines))
         self.file = open(self.filename, "a")
 
     def writekvs(self, kvs):
+        self._mend()
         plain = {k: v.item() if hasattr(v, "item") else v for k, v in sorted(kvs.items())}
         self.file.write(json.dumps(plain) + "\n")
         self.file.flush()
@@ -115,7 +128,7 @@ class CSVOutputFormat(KVWriter):
     def __init__(self, filename):
         self.filename = filename
         self.keys = []
-        _cut_torn_line(filename)
+        self.mended = False
         if os.path.exists(filename):
             try:
                 with open(filename, newline="") as f:
@@ -123,7 +136,13 @@ class CSVOutputFormat(KVWriter):
             except (UnicodeDecodeError, csv.Error) as e:
                 raise InputError(f"{filename}: not a CSV file ({e}): remove it, or give another --log_dir") from None
 
+    def _mend(self):
+        if not self.mended:  # not before the first row: a command that fails leaves the file as it is
+            _end_last_line(self.filename, cut="step" in self.keys)
+            self.mended = True
+
     def writekvs(self, kvs):
+        self._mend()
         new = sorted(kvs.keys() - set(self.keys))
         if new:
             self._add_columns(new)
@@ -139,7 +158,7 @@ class CSVOutputFormat(KVWriter):
         self._write_all(rows)
 
     def _rows(self):
-        if not self.keys:
+        if not os.path.exists(self.filename):
             return []
         with open(self.filename, newline="") as f:
             return list(csv.reader(f))[1:]
@@ -149,32 +168,36 @@ class CSVOutputFormat(KVWriter):
         _rewrite(self.filename, lambda f: csv.writer(f, lineterminator="\n").writerows([self.keys, *padded]))
 
     def rewind(self, step):
-        if self.keys:
+        self._mend()
+        if "step" in self.keys:
             self._write_all([row for row in self._rows() if _is_before(dict(zip(self.keys, row)), step)])
 
 
-def _cut_torn_line(filename):
-    """Drop a last line without an end, which a full disk or a kill has left: the next row would run on from it."""
+def _end_last_line(filename, cut):
+    """End a last line without an end, which a full disk or a kill has left: the next row would run on from it.
+
+    :param cut: drop the line. For a run's records; in another file it may be whole.
+    """
     if os.path.exists(filename):
         with open(filename, "rb+") as f:
             text = f.read()
-            if not text.endswith(b"\n"):
-                f.truncate(text.rfind(b"\n") + 1)
+            if text and not text.endswith(b"\n"):
+                f.truncate(text.rfind(b"\n") + 1) if cut else f.write(b"\n")
 
 
-def _parsed(line):
-    """A row of JSON; a damaged one counts as later than all steps."""
+def _parsed(line, damaged):
+    """A row of JSON; `damaged` for what is none."""
     try:
         row = json.loads(line)
-        return row if isinstance(row, dict) else {"step": math.inf}
+        return row if isinstance(row, dict) else damaged
     except ValueError:
-        return {"step": math.inf}
+        return damaged
 
 
 def _is_before(row, step):
     try:
-        return float(row.get("step") or 0) < step
-    except ValueError:
+        return float(row["step"]) < step
+    except (KeyError, TypeError, ValueError):  # a row without a step is of no run's curve
         return True
 
 
@@ -238,6 +261,7 @@ class Logger:
         self.dir = dir
         self.output_formats = output_formats
         self.comm = comm
+        self.rewind_to = None
 
     def logkv(self, key, val):
         self.name2val[key] = val
@@ -253,6 +277,7 @@ class Logger:
         if self.comm is not None:
             values, write = self._average_over_ranks(), self.comm.rank == 0
         if write:
+            self.do_rewind()
             for writer in self.output_formats:
                 with self._disk_errors():
                     writer.writekvs(values)
@@ -290,9 +315,20 @@ class Logger:
         return self.dir
 
     def rewind(self, step):
-        """Forget the rows from `step` on: a run that resumes from there will write them again."""
+        """Have the rows from `step` on forgotten: a run that resumes from there will write them again.
+
+        They stay until the next row, or do_rewind: a run that fails before it has anything of its own removes nothing.
+        """
+        self.rewind_to = step
+
+    def do_rewind(self):
+        """Forget the rows now, if `rewind` was called."""
+        if self.rewind_to is None:
+            return
         for writer in self.output_formats:
-            writer.rewind(step)
+            with self._disk_errors():
+                writer.rewind(self.rewind_to)
+        self.rewind_to = None
 
     def close(self):
         for writer in self.output_formats:

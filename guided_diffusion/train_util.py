@@ -436,6 +436,7 @@ class TrainLoop:
         """Write the checkpoint files from rank 0, each whole or not at all, the model's last. Every rank must call."""
         start, state = time.time(), self._state()
         path = dist_util.from_rank_0(lambda: self._write_checkpoint(state))
+        logger.get_current().do_rewind()  # or a run that goes on from here would take rows of another for its own
         self.last_checkpoint = self.last_checkpoint if self.bad_steps else path
         logger.log(f"saved step {self.steps_done} to {get_blob_logdir()} in {time.time() - start:.1f} s")
 

@@ -211,6 +211,39 @@ def test_torn_lines_are_dropped(tmp_path):
     assert (tmp_path / "progress.csv").read_text().splitlines() == ["loss,step", "0.5,1", "0.25,2"]
 
 
+def test_nothing_is_forgotten_before_something_takes_its_place(tmp_path):
+    """A command that fails on a typo has asked to rewind, and written no row: what was there is all there is."""
+    before = {"progress.json": '{"step": 1, "loss": 0.5}\n{"step": 2, "lo', "progress.csv": "loss,step\n0.5,1\n0.2"}
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+    logger.configure(str(tmp_path), format_strs=["csv", "json"])
+    logger.get_current().rewind(0)
+    logger.reset()
+    assert {name: (tmp_path / name).read_text() for name in before} == before
+
+    logger.configure(str(tmp_path), format_strs=["csv", "json"])
+    logger.get_current().rewind(0)
+    logger.get_current().do_rewind()  # as a checkpoint does that comes before a row
+    logger.reset()
+    assert {name: (tmp_path / name).read_text() for name in before} == {
+        "progress.json": "",
+        "progress.csv": "loss,step\n",
+    }
+
+
+def test_rows_of_others_stay(tmp_path):
+    """A file without steps is no run's: a new run adds to it, and takes nothing, not even a line without an end."""
+    for name, text in [("json", '{"name": "a"}\n{"name": "b"}'), ("csv", "name\na\nb")]:
+        (tmp_path / f"progress.{name}").write_text(text)
+    logger.configure(str(tmp_path), format_strs=["csv", "json"])
+    logger.get_current().rewind(0)
+    logger.logkv("step", 0)
+    logger.dumpkvs()
+    logger.reset()
+    assert read_json(tmp_path / "progress.json") == [{"name": "a"}, {"name": "b"}, {"step": 0}]
+    assert (tmp_path / "progress.csv").read_text().splitlines() == ["name,step", "a,", "b,", ",0"]
+
+
 def test_a_run_that_goes_on_appends(tmp_path):
     for part in (1, 2):
         logger.configure(str(tmp_path), format_strs=["log", "csv", "json"])

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch as th
-from launch import BIN, ROOT, clean_environment, flags, run, script
+from launch import BIN, ROOT, clean_environment, flags, run, run_forked, script
 
 from guided_diffusion import dist_util
 from guided_diffusion.image_datasets import ImageStream
@@ -281,6 +281,17 @@ def test_a_run_that_was_killed_before_its_first_save_starts_its_records_anew(dig
     run(train_command(digits, folder, batch_size=4, total_steps=2, resume_checkpoint="auto")).check()
     lines = [line.split(",") for line in (tmp_path / "progress.csv").read_text().splitlines()]
     assert [line[lines[0].index("step")] for line in lines[1:]] == ["0", "1"]
+
+
+def test_a_command_with_a_mistake_leaves_the_records_as_they_are(digits, tmp_path):
+    records = tmp_path / "run" / "progress.csv"
+    records.parent.mkdir()
+    records.write_text("step,loss\n0,1.0\n1,0.9\n2,0.")
+    mistakes = {"data_dir": "nope", "lr": -1}
+    jobs = {name: train_command(digits, str(records.parent), **{name: value}) for name, value in mistakes.items()}
+    for name, done in run_forked(jobs, tmp_path).items():
+        assert done.returncode == 1 and f"--{name} {mistakes[name]}" in done.output, done.output
+        assert records.read_text() == "step,loss\n0,1.0\n1,0.9\n2,0.", name
 
 
 def test_a_resumed_run_keeps_flags_that_were_not_given(digits, tmp_path):
