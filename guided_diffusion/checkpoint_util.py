@@ -290,6 +290,28 @@ def read_weights(model, path, device="cpu"):
     return state_dict
 
 
+def read_weights_to_train(model, path, device="cpu"):
+    """read_weights, which are refused where they are not finite: no step mends them."""
+    state_dict = read_weights(model, path, device)
+    if bad := not_finite(state_dict):
+        raise InputError(
+            f"{path}: refused: {len(bad)} of {len(state_dict)} tensors are not finite, the first {bad[0]}: take an "
+            f"earlier checkpoint (--resume_checkpoint auto does once this step's files are moved away)"
+        )
+    return state_dict
+
+
+@th.no_grad()
+def not_finite(state_dict):
+    """The names of the tensors that hold a number that is not finite."""
+    named = {name: v for name, v in state_dict.items() if v.is_floating_point() and v.numel()}
+    if not named:
+        return []
+    # Both extremes are NaN where one element is. They need no memory, and all tensors together one word from the GPU.
+    extremes = th.stack([th.stack(v.aminmax()).float() for v in named.values()])
+    return [name for name, finite in zip(named, extremes.isfinite().all(dim=1).tolist()) if not finite]
+
+
 def load_weights(model, path):
     """Load a checkpoint into `model`: see read_weights."""
     model.load_state_dict(read_weights(model, path), strict=True)

@@ -182,7 +182,8 @@ class TrainLoop:
         if self.resume_checkpoint:
             checkpoint_util.require_path("resume_checkpoint", self.resume_checkpoint)
             logger.log(f"resuming from {self.resume_checkpoint}, after step {self.resume_step}")
-            checkpoint_util.load_weights(self.model, self.resume_checkpoint)
+            weights = checkpoint_util.read_weights_to_train(self.model, self.resume_checkpoint)
+            self.model.load_state_dict(weights, strict=True)
         dist_util.sync_params(self.model.parameters())
 
     def _load_optimizer(self):
@@ -209,7 +210,7 @@ class TrainLoop:
             if self.resume_checkpoint:
                 logger.warn(f"no moving average {rate} beside {self.resume_checkpoint}: it starts from the weights")
             return copy.deepcopy(self.mp_trainer.master_params)
-        state_dict = checkpoint_util.read_weights(self.model, path, dist_util.dev())
+        state_dict = checkpoint_util.read_weights_to_train(self.model, path, dist_util.dev())
         params = self.mp_trainer.state_dict_to_master_params(state_dict)
         dist_util.sync_params(params)
         return params
@@ -413,11 +414,17 @@ class TrainLoop:
             if rank == 0 or not math.isfinite(value)
         ]
         culprits = self.mp_trainer.not_finite()
-        raise RunStopped(
-            f"step {self.steps_done}: the loss or gradient was not finite in {self.bad_steps} steps in a row "
+        raise self._diverged(
+            f"the loss or gradient was not finite in {self.bad_steps} steps in a row "
             f"(--max_bad_steps), and all of them were skipped. Loss terms: {', '.join(terms) or 'none logged'}. "
             f"Gradients that are not finite: {len(culprits)} of {len(self.mp_trainer.model_params)}, the first "
-            f"{culprits[0] if culprits else 'none'}. Last good checkpoint: {self.last_checkpoint or 'none yet'}. "
+            f"{culprits[0] if culprits else 'none'}"
+        )
+
+    def _diverged(self, trouble):
+        """The error that says what has gone wrong by this step, where the run can go back to, and what may help."""
+        return RunStopped(
+            f"step {self.steps_done}: {trouble}. Last good checkpoint: {self.last_checkpoint or 'none yet'}. "
             f"A lower --lr, --max_grad_norm 1, or --use_bf16 in place of --use_fp16 may help"
         )
 
@@ -433,7 +440,10 @@ class TrainLoop:
         logger.logkv("samples", (self.steps_done + 1) * self.global_batch)
 
     def save(self):
-        """Write the checkpoint files from rank 0, each whole or not at all, the model's last. Every rank must call."""
+        """Write the checkpoint files from rank 0, each whole or not at all, the model's last. Every rank must call.
+
+        :raises InputError: on every rank, when weights or averages are not finite; then nothing is written.
+        """
         start, state = time.time(), self._state()
         path = dist_util.from_rank_0(lambda: self._write_checkpoint(state))
         logger.get_current().do_rewind()  # or a run that goes on from here would take rows of another for its own
@@ -441,17 +451,23 @@ class TrainLoop:
         logger.log(f"saved step {self.steps_done} to {get_blob_logdir()} in {time.time() - start:.1f} s")
 
     def _write_checkpoint(self, state):
-        def averages():
-            for rate, params in zip(self.ema_rate, self.ema_params):
-                state_dict = self.mp_trainer.master_params_to_state_dict(params)
-                yield checkpoint_util.ema_name(rate, self.steps_done), state_dict
-
-        trained = self.mp_trainer.master_params_to_state_dict(self.mp_trainer.master_params)
+        in_form = self.mp_trainer.master_params_to_state_dict
+        model = (checkpoint_util.model_name(self.steps_done), in_form(self.mp_trainer.master_params))
+        averages = [
+            (checkpoint_util.ema_name(rate, self.steps_done), in_form(params))
+            for rate, params in zip(self.ema_rate, self.ema_params)
+        ]
+        for name, weights in (model, *averages):
+            if bad := checkpoint_util.not_finite(weights):  # no later step mends them
+                raise self._diverged(
+                    f"weights are not finite, and {name} is not written: {len(bad)} of {len(weights)} tensors, the "
+                    f"first {bad[0]}"
+                )
         files = [
             (checkpoint_util.opt_name(self.steps_done), self.opt.state_dict()),
-            *averages(),
+            *averages,
             (checkpoint_util.state_name(self.steps_done), state),
-            (checkpoint_util.model_name(self.steps_done), trained),
+            model,
         ]
         path = checkpoint_util.save_set(files, last_good=self.last_checkpoint)
         if not self.bad_steps:

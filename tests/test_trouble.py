@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch as th
-from helpers import batch_of, copies, new_loop, new_model, quick_half_convolutions
+from helpers import batch_of, copies, new_loop, new_model, quick_half_convolutions, refused
 from launch import TINY, clean_environment, flags, run, script
 
 from guided_diffusion import logger
@@ -103,6 +103,44 @@ def test_trouble_does_not_push_out_good_checkpoints(quiet):
     saved = sorted(name for name in os.listdir(quiet) if name.startswith("model"))
     assert saved == ["model000004.pt", "model000009.pt"]
     assert loop.last_checkpoint.endswith("model000004.pt")
+
+
+@pytest.mark.parametrize("end, step", [("total_steps", 4), ("a signal", 4), ("save_interval", 3)])
+@pytest.mark.parametrize("precision", PRECISIONS[:2], ids=str)
+def test_weights_without_a_number_are_never_saved(precision, end, step, quiet):
+    """The step that spoils them is good by its loss and gradient: only the next would be bad."""
+    loop = new_loop(*new_model(), data=endless([batch_of(6)]), save_interval=2, total_steps=2, **precision)
+    loop.run_loop()
+    saved, good = sorted(os.listdir(quiet)), os.path.join(quiet, "model000002.pt")
+    loop = new_loop(
+        *new_model(), data=endless([batch_of(6)]), resume_checkpoint=good, lr=1e38, weight_decay=10.0,
+        save_interval=3 if end == "save_interval" else 100, total_steps=4 if end == "total_steps" else 100, **precision,
+    )  # fmt: skip
+    if end == "a signal":
+        loop.after_step = lambda: setattr(loop, "_stop_signal", 15 if loop.step else None)
+    with pytest.raises(RunStopped) as caught:
+        loop.run_loop()
+    message = str(caught.value)
+    assert "\n" not in message and f"step {step}: weights are not finite" in message, message
+    assert f"Last good checkpoint: {good}" in message and sorted(os.listdir(quiet)) == saved
+
+
+def test_averages_without_a_number_are_never_saved(quiet):
+    loop = new_loop(*new_model(), data=endless([batch_of(6)]), total_steps=3)
+    with th.no_grad():
+        loop.ema_params[0][0].view(-1)[0] = -math.inf
+    refused(loop.run_loop, "step 3: weights are not finite", "ema_0.9_000003.pt", "1 of ", "none yet")
+    assert os.listdir(quiet) == []
+
+
+@pytest.mark.parametrize("name", ["model000002.pt", "ema_0.9_000002.pt"])
+def test_weights_without_a_number_are_not_resumed_from(name, quiet):
+    new_loop(*new_model(), data=endless([batch_of(6)]), total_steps=2).run_loop()
+    path = os.path.join(quiet, name)
+    weights = th.load(path)
+    weights["out.2.bias"][0] = math.nan
+    th.save(weights, path)
+    refused(lambda: new_loop(*new_model(), resume_checkpoint="auto"), f"{path}: refused: 1 of", "the first out.2.bias")
 
 
 def test_importance_sampling_learns_nothing_from_a_bad_loss():
@@ -199,6 +237,16 @@ def test_trouble_on_one_rank_ends_all_with_one_message(tmp_path):
     assert done.returncode != 0 and "Traceback" not in done.output
     lines = [line for line in done.output.splitlines() if "error:" in line]
     assert len(lines) == 1 and "step 6:" in lines[0] and "loss nan on rank 1" in lines[0], done.output
+
+
+def test_weights_without_a_number_end_all_ranks_with_one_message(tmp_path):
+    env = {"PYTHONPATH": os.path.dirname(__file__) + os.pathsep + clean_environment()["PYTHONPATH"]}
+    spoilt = PLANTED.replace("max_bad_steps=3,", "max_bad_steps=0, lr=1e38, weight_decay=10.0,")
+    done = run(["-c", spoilt, str(tmp_path), "fp32", "-1"], ranks=2, env=env)
+    assert done.returncode != 0 and "Traceback" not in done.output
+    lines = [line for line in done.output.splitlines() if "error:" in line]
+    assert len(lines) == 1 and "step 10: weights are not finite" in lines[0], done.output
+    assert not list(tmp_path.glob("*.pt"))
 
 
 # Disks that fill
