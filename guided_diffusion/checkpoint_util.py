@@ -209,9 +209,23 @@ def read_config(checkpoint):
         with files.open_file(path) as f:
             config = json.loads(f.read())
         config["flags"].items()
+        classes, global_batch = config.get("classes") or [], config.get("global_batch", 1)
+        if not all(isinstance(name, str) for name in classes) or type(global_batch) is not int or global_batch < 1:
+            raise ValueError
         return config
     except (ValueError, KeyError, AttributeError, TypeError):
         raise InputError(f"{path}: not the config.json of a training run; restore it or remove it") from None
+
+
+def check_recorded(source, name, value, like):
+    """Refuse a flag's value of another kind than `like`, as a hand may have put it into a config.json: "false"."""
+    kinds = {bool: (bool, "true or false"), int: (int, "a whole number"), float: ((int, float), "a number")}
+    kind, expected = kinds.get(type(like), (str, "a text"))
+    if like is not None and (not isinstance(value, kind) or isinstance(value, bool) != isinstance(like, bool)):
+        raise InputError(
+            f"{source}: {name} is {json.dumps(value)}, where {expected} was expected: put it right, or remove the file "
+            f"and give all flags"
+        )
 
 
 def fingerprint(path):
@@ -265,6 +279,7 @@ def adopt_config(args, settled, flag, names, prefix=""):
         recorded.pop("num_classes", None)  # of no meaning for such a model; a classifier beside it has its own
     for name in names:
         if name in recorded:
+            check_recorded(source, name, recorded[name], getattr(args, prefix + name, None))
             settle(args, settled, prefix + name, recorded[name], source)
 
 

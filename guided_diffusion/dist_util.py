@@ -366,6 +366,8 @@ def _as_mistake(error):
             f"a process that reads images has died ({str(error).splitlines()[0]}): main memory may be full: lower "
             f"--num_workers"
         )
+    if type(error).__module__.split(".")[0] == "blobfile":
+        return InputError(" ".join(str(error).split()))
     if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_FULL):
         return InputError(f"{error.filename or 'a file of this run'}: {error.strerror}")
     return error

@@ -353,6 +353,8 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
     """
     global _current
     dir = os.path.expanduser(dir or default_dir())
+    if files.is_url(dir):
+        raise InputError(f"--log_dir {dir}: must be a local folder; the variable DIFFUSION_BLOB_LOGDIR may be a URL")
     try:
         os.makedirs(dir, exist_ok=True)
     except OSError as e:

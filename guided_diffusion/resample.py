@@ -6,7 +6,7 @@ import numpy as np
 import torch as th
 
 from . import dist_util
-from .errors import choose
+from .errors import InputError, choose
 
 
 def create_named_schedule_sampler(name, diffusion):
@@ -98,7 +98,13 @@ class LossSecondMomentResampler(LossAwareSampler):
         return {"history": th.from_numpy(self._loss_history.copy()), "counts": th.from_numpy(self._loss_counts.copy())}
 
     def load_state_dict(self, state_dict):
-        self._loss_history = state_dict["history"].numpy().copy()
+        history = state_dict["history"].numpy()
+        if history.shape != self._loss_history.shape:
+            raise InputError(
+                f"--timestep_respacing: the run to resume has recorded losses of {len(history)} timesteps, and this "
+                f"process has {len(self._loss_history)}: give what it had, or --schedule_sampler uniform"
+            )
+        self._loss_history = history.copy()
         self._loss_counts = state_dict["counts"].numpy().copy()
         self._loss_counts[~np.isfinite(self._loss_history).all(axis=1)] = 0
 

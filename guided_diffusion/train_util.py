@@ -1,7 +1,6 @@
 """The training loop: steps, averages of the weights, logs, checkpoints and resuming."""
 
 import copy
-import inspect
 import math
 import os
 import signal
@@ -12,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch as th
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
 
 from . import checkpoint_util, dist_util, logger
 from .checkpoint_util import (  # others import these from here
@@ -23,7 +21,7 @@ from .checkpoint_util import (  # others import these from here
 )
 from .compile_util import compiling
 from .errors import InputError, RunStopped, check_at_least
-from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
+from .fp16_util import INITIAL_LOG_LOSS_SCALE, LeanAdamW, MixedPrecisionTrainer
 from .logger import progress_bar
 from .monitor import Pace, log_loss_dict
 from .nn import copy_tensors, update_ema
@@ -38,13 +36,6 @@ __all__ = [
     "log_loss_dict",
     "parse_resume_step_from_filename",
 ]
-
-
-class _LeanAdamW(AdamW):
-    """AdamW without the decorators by which making it and its first step load torch's compiler: 60 MB, and a second."""
-
-    add_param_group = inspect.unwrap(AdamW.add_param_group)
-    step = th.no_grad()(inspect.unwrap(AdamW.step))
 
 
 class TrainLoop:
@@ -159,7 +150,7 @@ class TrainLoop:
             use_bf16=use_bf16,
             max_grad_norm=max_grad_norm,
         )
-        self.opt = _LeanAdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, fused=True)
+        self.opt = LeanAdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, fused=True)
         self._load_optimizer()
         self.ema_params = [self._load_ema(rate) for rate in self.ema_rate]
 

@@ -66,6 +66,8 @@ def set_up_training(parser, network_flags):
         checkpoint_util.adopt_config(args, dict(given), "resume_checkpoint", identity_flags(network_flags))
         config = checkpoint_util.read_config(args.resume_checkpoint) or {}
         for name in RUNTIME_FLAGS & network_flags.keys() & config.get("flags", {}).keys() - given.keys():
+            source = checkpoint_util.beside(args.resume_checkpoint, checkpoint_util.CONFIG_NAME)
+            checkpoint_util.check_recorded(source, name, config["flags"][name], getattr(args, name))
             setattr(args, name, config["flags"][name])  # by hand, these may change from run to run
         record["flags"] = dict(vars(args))
         _keep_global_batch(args, config)
@@ -125,6 +127,11 @@ def record_run(record, kind, classes):
     former = record.pop("former_classes", None)
     if classes and former and classes != former:
         logger.warn("the classes are numbered by this run's data, and not as in the run that it resumes from")
+    room = record["flags"].get("num_classes")
+    if classes and room and room > len(classes):
+        logger.warn(
+            f"the data have {len(classes)} classes, fewer than --num_classes {room}: no image teaches the others"
+        )
     checkpoint_util.write_config(**{**record, "classes": classes}, kind=kind)
     if classes:
         named = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:10]))

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch as th
 
-from guided_diffusion import checkpoint_util, files
-from guided_diffusion.checkpoint_util import adopt_config
+from guided_diffusion import checkpoint_util, files, logger
+from guided_diffusion.checkpoint_util import adopt_config, read_config
 from guided_diffusion.errors import InputError
 from guided_diffusion.script_util import identity_flags, model_and_diffusion_defaults
 from guided_diffusion.train_util import find_ema_checkpoint, parse_resume_step_from_filename
+from guided_diffusion.training_setup import record_run
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
@@ -105,6 +106,46 @@ def test_adopt_config(tmp_path):
     assert settled["width"][0] == 10
     with pytest.raises(InputError, match="--width 5 on the command line contradicts .*, which says width 10"):
         adopt_config(args, {"width": (5, "on the command line")}, "model_path", ["width"])
+
+
+@pytest.mark.parametrize(
+    "name, value, default, expected",
+    [
+        ("predict_xstart", "false", False, "true or false"),  # which is true, as a text
+        ("predict_xstart", 0, False, "true or false"),
+        ("num_channels", "32", 128, "a whole number"),
+        ("num_channels", 32.0, 128, "a whole number"),
+        ("num_channels", None, 128, "a whole number"),
+        ("num_channels", True, 128, "a whole number"),
+        ("dropout", "x", 0.0, "a number"),
+        ("channel_mult", 1, "", "a text"),
+    ],
+)
+def test_values_of_another_kind_are_refused(name, value, default, expected, tmp_path):
+    path = write_record(tmp_path / "model", **{name: value})
+    with pytest.raises(InputError, match=rf"config.json: {name} is .*, where {expected} was expected"):
+        adopt_config(SimpleNamespace(model_path=path, **{name: default}), {}, "model_path", [name])
+
+
+def test_whole_numbers_may_stand_for_others(tmp_path):
+    args = SimpleNamespace(model_path=write_record(tmp_path / "model", dropout=0), dropout=0.1)
+    adopt_config(args, {}, "model_path", ["dropout"])
+    assert args.dropout == 0
+
+
+@pytest.mark.parametrize("extra", [{"classes": 5}, {"classes": [1, 2]}, {"global_batch": "4"}, {"global_batch": -8}])
+def test_records_of_another_kind_are_refused(extra, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"flags": {}, **extra}))
+    with pytest.raises(InputError, match="not the config.json of a training run"):
+        read_config(str(tmp_path / "model.pt"))
+
+
+@pytest.mark.parametrize("num_classes, warned", [(2, False), (1000, True)])
+def test_room_for_more_classes_than_the_data_have_is_warned_of(num_classes, warned, monkeypatch, tmp_path):
+    logger.configure(str(tmp_path), format_strs=["log"])
+    record_run({"flags": {"num_classes": num_classes}}, "diffusion", ["cat", "dog"])
+    logger.reset()
+    assert ("2 classes, fewer than --num_classes" in (tmp_path / "log.txt").read_text()) == warned
 
 
 def test_a_checkpoint_without_a_record_changes_nothing(tmp_path):

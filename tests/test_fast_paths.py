@@ -28,9 +28,9 @@ from launch import clean_environment, run
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from guided_diffusion.fp16_util import LeanAdamW
 from guided_diffusion.nn import Conv1d, Conv2d, Linear
 from guided_diffusion.script_util import create_gaussian_diffusion
-from guided_diffusion.train_util import _LeanAdamW
 from guided_diffusion.unet import ResBlock, UNetModel, Upsample
 
 needs_onednn = pytest.mark.skipif(not th.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -266,9 +266,7 @@ def test_a_sample_depends_neither_on_its_batch_nor_on_threads(loop):
 )
 def test_the_optimizer_takes_adamw_s_steps(options):
     lean, plain = ([nn.Parameter(randn(i, *shape)) for i, shape in enumerate([(3, 4), (5,), ()])] for _ in range(2))
-    optimizers = [
-        kind(params[:2], lr=1e-2, **options) for kind, params in ((_LeanAdamW, lean), (th.optim.AdamW, plain))
-    ]
+    optimizers = [kind(params[:2], lr=1e-2, **options) for kind, params in ((LeanAdamW, lean), (th.optim.AdamW, plain))]
     for optimizer, params in zip(optimizers, (lean, plain)):
         optimizer.add_param_group({"params": params[2:], "lr": 1e-3})
         steps = []

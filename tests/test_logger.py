@@ -331,6 +331,8 @@ def test_bad_formats_and_folders_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/run"):
         logger.configure(str(tmp_path / "file" / "run"))
+    with pytest.raises(InputError, match="--log_dir s3://b/run: must be a local folder"):
+        logger.configure("s3://b/run")
 
 
 @pytest.mark.parametrize("rows", [0, 5000])

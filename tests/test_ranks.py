@@ -5,6 +5,7 @@ import sys
 import threading
 from types import SimpleNamespace
 
+import blobfile
 import numpy as np
 import pytest
 import torch as th
@@ -512,6 +513,7 @@ def test_threads_that_wait_for_python_are_let_through_before_the_group_ends(monk
             RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"),
             ["/dev/shm", "--num_workers 0"],
         ),
+        (blobfile.Error("Unrecognized path: 's3://b/m.pt'"), ["Unrecognized path: 's3://b/m.pt'"]),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), ["pid 7", "--num_workers"]),
     ],
 )

@@ -1,6 +1,7 @@
 """Timestep samplers: the distributions they draw from, and the weights that make up for it."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch as th
 from helpers import SIGMAS, assert_mean
 
 from guided_diffusion.errors import InputError
-from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.resample import LossSecondMomentResampler, create_named_schedule_sampler
 from guided_diffusion.script_util import create_gaussian_diffusion
 
 
@@ -96,6 +97,13 @@ def test_local_losses_are_all_losses_on_one_rank(eight_steps):
         told.update_with_all_losses(list(range(8)), losses.tolist())
     assert np.ptp(told.weights()) > 0
     np.testing.assert_array_equal(local.weights(), told.weights())
+
+
+def test_losses_of_another_process_are_refused(eight_steps):
+    state = LossSecondMomentResampler(eight_steps).state_dict()
+    other = LossSecondMomentResampler(SimpleNamespace(num_timesteps=4))
+    with pytest.raises(InputError, match="--timestep_respacing: .* 8 timesteps, and this process has 4"):
+        other.load_state_dict(state)
 
 
 def test_unknown_samplers_are_refused(eight_steps):
