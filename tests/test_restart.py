@@ -221,7 +221,8 @@ def test_torchrun_starts_killed_ranks_again(digits, tmp_path):
     for line in process.stdout:
         output += line
         if line.startswith("| step ") and (starts := output.count("training...")) < 3:
-            os.kill(ranks_of(folder)[starts - 1], signal.SIGKILL)
+            ranks = [pid for pid, parent in processes_of(folder).items() if parent == process.pid]
+            os.kill(sorted(ranks)[starts - 1], signal.SIGKILL)
     status = process.wait()
     limit.cancel()
     assert status == 0 and output.count("training...") == 3, output
