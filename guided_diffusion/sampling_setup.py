@@ -187,7 +187,7 @@ def load_guide(args):
     """The classifier that guides, of a script's own flags."""
     config = checkpoint_util.read_config(args.classifier_path) or {}
     if config.get("flags", {}).get("noised") is False:
-        logger.log(f"warning: {args.classifier_path} has only seen clean images (--noised False): it cannot guide well")
+        logger.warn(f"{args.classifier_path} has only seen clean images (--noised False): it cannot guide well")
     return load_classifier(args, args.classifier_path, batch_to_compile(args))
 
 

@@ -116,7 +116,7 @@ def test_a_classifier_of_clean_images_is_warned_of(networks, monkeypatch, tmp_pa
     (tmp_path / "config.json").write_text('{"flags": {"noised": false}}')
     options = dict(networks, classifier_path=path, num_samples=2, timestep_respacing=2, log_dir=tmp_path / "out")
     run_here(monkeypatch, "classifier_sample", **options)
-    assert f"warning: {path} has only seen clean images" in (tmp_path / "out" / "log.txt").read_text()
+    assert f"{path} has only seen clean images" in (tmp_path / "out" / "log.txt").read_text()
 
 
 # The precisions of the two networks, for conditional models and for others
