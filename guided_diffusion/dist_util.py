@@ -23,7 +23,6 @@ import torch.distributed as dist
 
 from . import files
 from .errors import InputError, end_quietly
-from .nn import copy_tensors
 from .rendezvous import NoMeeting, launcher_rank, meet
 from .watch import ENDS_WELL, FAILS, Watch
 
@@ -192,7 +191,8 @@ def average_gradients(params):
         flat = th.cat([g.reshape(-1).float() for g in grads])
         dist.all_reduce(flat)
         flat /= get_world_size()
-        copy_tensors(grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads)])
+        for g, f in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(f.view_as(g))
 
 
 def _exchange_device():

@@ -1,41 +1,30 @@
-"""Training with a torso in half precision: loss scaling, and float32 master weights that the optimiser works on."""
+"""Training with a torso in half precision: loss scaling, and float32 master weights for the optimizer."""
 
-import inspect
 import math
 
-import numpy as np
 import torch as th
-import torch.nn as nn
-from torch.optim import AdamW
 
 from . import logger
-from .nn import copy_tensors
+from .nn import CONVOLUTIONS
 
 INITIAL_LOG_LOSS_SCALE = 20.0
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its count of steps
-
-
-class LeanAdamW(AdamW):
-    """AdamW without the decorators by which making it and its first step load torch's compiler: 60 MB, and a second."""
-
-    add_param_group = inspect.unwrap(AdamW.add_param_group)
-    step = th.no_grad()(inspect.unwrap(AdamW.step))
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside its number of steps
 
 
 def convert_module_to_f16(l):
-    """Cast a convolution to float16. For use with Module.apply: other modules stay as they are."""
-    if isinstance(l, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    """Cast a convolution to float16. For Module.apply: other modules are left as they are."""
+    if isinstance(l, CONVOLUTIONS):
         l.half()
 
 
 def convert_module_to_f32(l):
     """Cast a convolution to float32, undoing convert_module_to_f16."""
-    if isinstance(l, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if isinstance(l, CONVOLUTIONS):
         l.float()
 
 
 def get_param_groups_and_shapes(named_params):
-    """Part parameters into scalars-and-vectors and the rest; each group becomes one flat master parameter.
+    """Divide parameters into scalars and vectors, and the rest. Each group becomes one flat master parameter.
 
     :return: a list of (list of (name, parameter), flat shape).
     """
@@ -46,16 +35,16 @@ def get_param_groups_and_shapes(named_params):
 
 
 class MixedPrecisionTrainer:
-    """Holds what the optimiser works on and takes its steps, in float32 or with a torso in half precision.
+    """Holds the master parameters and takes the optimizer's steps, in float32 or with a torso in half precision.
 
     In float32 the master parameters are the model's own. With use_fp16 or use_bf16 they are two flat float32 tensors,
-    as in the original's optimiser files: of the model's vectors and of its matrices; the model's convolutions are
-    converted and get the masters' values after each step. In float16 the loss is scaled by 2**lg_loss_scale before the
-    backward pass, and a step whose gradients overflowed is skipped and lowers the scale; bfloat16 needs no scale. In
-    any precision a step whose loss or gradient is not finite is skipped.
+    as in the original's optimizer files: one of the model's vectors, one of its matrices. The model's convolutions are
+    converted, and the model gets the masters' values after each step. In float16 the loss is multiplied by
+    2**lg_loss_scale before the backward pass; gradients that overflow skip the step and lower the scale. bfloat16 needs
+    no scale. In any precision, a step whose loss or gradient is not finite is skipped.
 
-    :param fp16_scale_growth: how much a step without overflow adds to lg_loss_scale.
-    :param max_grad_norm: shrink longer gradients to this L2 norm; 0 leaves all as they are.
+    :param fp16_scale_growth: the increase of lg_loss_scale in a step without overflow.
+    :param max_grad_norm: scale larger gradients down to this L2 norm; 0 disables it.
     """
 
     def __init__(
@@ -84,27 +73,26 @@ class MixedPrecisionTrainer:
 
     @property
     def flat(self):
-        """Whether the masters are two flat tensors, rather than the model's own parameters."""
+        """Whether the masters are two flat tensors instead of the model's own parameters."""
         return self.param_groups_and_shapes is not None
 
     def zero_grad(self):
-        """Drop the gradients."""
-        for p in self.model_params:
-            p.grad = None
+        """Remove the gradients."""
+        self.model.zero_grad()
 
     @property
     def _loss_scale(self):
         return 2**self.lg_loss_scale if self.use_fp16 else 1.0
 
     def backward(self, loss: th.Tensor):
-        """Add to the gradients those of a scalar loss; all of them NaN if it is not finite.
+        """Add the gradients of a scalar loss to the parameters' gradients. A loss that is not finite makes them NaN.
 
-        So the ranks' common gradient shows to every rank that one rank's loss is bad, without a word more between them.
+        After averaging over the ranks, every rank then sees that one rank's loss was bad, without extra communication.
         """
         (loss * th.where(loss.isfinite(), self._loss_scale, math.nan)).backward()
 
     def optimize(self, opt: th.optim.Optimizer):
-        """Take a step with the gradients at hand.
+        """Take a step with the parameters' gradients.
 
         :return: whether it was taken: False if a gradient is not finite.
         """
@@ -112,7 +100,7 @@ class MixedPrecisionTrainer:
             logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
         grads = self._master_gradients()
         grad_norm = _norm(grads) / self._loss_scale
-        took_step = bool(np.isfinite(grad_norm))
+        took_step = math.isfinite(grad_norm)
         if took_step:
             logger.logkv_mean("grad_norm", grad_norm)
             logger.logkv_mean("param_norm", _norm(self.master_params))
@@ -120,7 +108,8 @@ class MixedPrecisionTrainer:
             if 0 < self.max_grad_norm < grad_norm:
                 factor *= self.max_grad_norm / grad_norm
             if factor != 1:
-                th._foreach_mul_(grads, factor)
+                for grad in grads:
+                    grad.mul_(factor)
             opt.step()
             if self.flat:
                 self._copy_masters_to_model()
@@ -131,8 +120,7 @@ class MixedPrecisionTrainer:
         else:
             logger.log("the loss or a gradient is not finite: skipped a step")
         if self.flat:
-            for p in self.master_params:
-                p.grad = None
+            opt.zero_grad()
         return took_step
 
     def _master_gradients(self):
@@ -144,26 +132,30 @@ class MixedPrecisionTrainer:
         return [p.grad for p in self.master_params if p.grad is not None]
 
     def not_finite(self):
-        """The names of the model's parameters whose gradient, of the last backward pass, is not finite."""
+        """The names of the model's parameters whose gradient from the last backward pass is not finite."""
         named = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
         return [name for name, grad in named if not grad.isfinite().all()]
 
+    def _named(self, master_params):
+        """The master parameters (or averages of them) by the names of the model's parameters."""
+        if not self.flat:
+            return {name: value.detach() for (name, _), value in zip(self.model.named_parameters(), master_params)}
+        return {
+            name: value.detach()
+            for master, (group, _) in zip(master_params, self.param_groups_and_shapes)
+            for (name, _), value in zip(group, _unflatten(master, group))
+        }
+
+    @th.no_grad()
     def _copy_masters_to_model(self):
-        for master, (group, _) in zip(self.master_params, self.param_groups_and_shapes):
-            copy_tensors([p for _, p in group], _unflatten(master, group))
+        masters = self._named(self.master_params)
+        for name, p in self.model.named_parameters():
+            p.copy_(masters[name])
 
     def master_params_to_state_dict(self, master_params):
         """A state_dict of the model, in float32, with the given master parameters (or averages of them)."""
         state_dict = self.model.state_dict()
-        if not self.flat:
-            named = zip((name for name, _ in self.model.named_parameters()), master_params)
-        else:
-            named = (
-                (name, value)
-                for master, (group, _) in zip(master_params, self.param_groups_and_shapes)
-                for (name, _), value in zip(group, _unflatten(master, group))
-            )
-        state_dict.update((name, value.detach()) for name, value in named)
+        state_dict.update(self._named(master_params))
         return state_dict
 
     def state_dict_to_master_params(self, state_dict):
@@ -171,15 +163,15 @@ class MixedPrecisionTrainer:
         if not self.flat:
             return [state_dict[name] for name, _ in self.model.named_parameters()]
         return [
-            nn.Parameter(_flatten([state_dict[name].detach().float() for name, _ in group]).view(shape))
+            th.nn.Parameter(_flatten([state_dict[name].detach().float() for name, _ in group]).view(shape))
             for group, shape in self.param_groups_and_shapes
         ]
 
     def adapt_moments(self, moments):
-        """Bring Adam's moments, as a run in another precision saved them, into the form of these master parameters.
+        """Convert Adam's moments that a run in another precision saved to the layout of these master parameters.
 
-        :param moments: the "state" of an optimiser's state_dict: {number of the parameter: {"exp_avg": tensor, ...}}.
-        :return: the same for these masters; what already has their form, or none at all, is returned as it is.
+        :param moments: the "state" of an optimizer's state_dict: {index of the parameter: {"exp_avg": tensor, ...}}.
+        :return: the same for these masters. Moments that have their layout already are returned as they are.
         """
         if not moments or self.flat == self._are_flat(moments):
             return moments
@@ -189,13 +181,10 @@ class MixedPrecisionTrainer:
         for i, (group, shape) in enumerate(groups):
             if self.flat:
                 members = [moments.get(number[name]) for name, _ in group]
-                adapted[i] = {
-                    key: _flatten([p.new_zeros(p.shape) if m is None else m[key] for m, (_, p) in zip(members, group)])
-                    .float()
-                    .view(shape)
-                    for key in MOMENTS
-                }
-                adapted[i]["step"] = max((float(m["step"]) for m in members if m is not None), default=0.0)
+                adapted[i] = {"step": max((float(m["step"]) for m in members if m is not None), default=0.0)}
+                for key in MOMENTS:
+                    pieces = [p.new_zeros(p.shape) if m is None else m[key] for m, (_, p) in zip(members, group)]
+                    adapted[i][key] = _flatten(pieces).float().view(shape)
             else:
                 pieces = zip(group, *(_unflatten(moments[i][key], group) for key in MOMENTS))
                 for (name, _), *values in pieces:
@@ -203,9 +192,8 @@ class MixedPrecisionTrainer:
         return dict(sorted(adapted.items()))
 
     def _are_flat(self, moments):
-        shapes = {i: tuple(m["exp_avg"].shape) for i, m in moments.items()}
-        own = [tuple(p.shape) for p in self.model_params]
-        return not all(i < len(own) and shape == own[i] for i, shape in shapes.items())
+        own = [p.shape for p in self.model_params]
+        return any(i >= len(own) or m["exp_avg"].shape != own[i] for i, m in moments.items())
 
 
 def _flatten(tensors):
@@ -219,5 +207,5 @@ def _unflatten(master, group):
 
 @th.no_grad()
 def _norm(tensors):
-    """The L2 norm of all elements together, as a float."""
-    return float(th.linalg.vector_norm(th.stack(th._foreach_norm([t.detach() for t in tensors]))))
+    """The L2 norm of all elements of all tensors, as a float."""
+    return float(th.nn.utils.get_total_norm([t.detach() for t in tensors]))

@@ -1,16 +1,18 @@
 """The Gaussian diffusion process: noising, denoising steps, samplers, training losses and the likelihood bound.
 
-Names follow the papers: x_start is the data, x_t the data noised up to timestep t (counted from 0), eps the noise.
+Names follow the papers: x_start is the data, x_t the data noised to timestep t (counted from 0), eps the noise.
 "DDPM" is Ho et al. 2020 (arXiv 2006.11239), "Improved DDPM" Nichol & Dhariwal 2021 (2102.09672), "DDIM" Song et al.
 2020 (2010.02502), "ADM" Dhariwal & Nichol 2021 (2105.05233).
 
-From top to bottom: schedules, what a process is parameterised by, GaussianDiffusion: its tables, the forward process,
-the model's view of the reverse process, steps, loops, training and likelihood.
+From top to bottom: schedules, the choices that parameterise a process, sampling loops, GaussianDiffusion: its tables,
+the forward process, the model's view of the reverse process, steps, loops, training and likelihood.
 """
 
 import enum
+import functools
+import inspect
 import math
-from functools import partial
+import warnings
 
 import numpy as np
 import torch as th
@@ -21,9 +23,9 @@ from .nn import mean_flat
 
 
 def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
-    """The betas of a schedule, "linear" (DDPM) or "cosine" (Improved DDPM, eq. 17): float64 [num_diffusion_timesteps].
+    """The betas of the schedule "linear" (DDPM) or "cosine" (Improved DDPM, eq. 17): float64 [num_diffusion_timesteps].
 
-    Both are defined for any number of timesteps, such that their limit for many is the same process.
+    Both are scaled to the number of timesteps: for many timesteps they approach the same continuous process.
     """
     return choose("--noise_schedule", schedule_name, SCHEDULES)(num_diffusion_timesteps)
 
@@ -44,7 +46,7 @@ def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
     """Discretise a continuous schedule.
 
     :param alpha_bar: the cumulative product of (1 - beta) as a function of time in [0, 1].
-    :param max_beta: an upper limit on each beta, which keeps the last ones from being singular.
+    :param max_beta: an upper limit on each beta, so that the last ones are not singular.
     :return: float64 [num_diffusion_timesteps].
     """
     n = num_diffusion_timesteps
@@ -60,10 +62,10 @@ class ModelMeanType(enum.Enum):
 
 
 class ModelVarType(enum.Enum):
-    """What the variance of a denoising step is. A model with a learned one has twice the data's channels."""
+    """The variance of a denoising step. If it is learned, the model's output has twice the data's channels."""
 
-    LEARNED = enum.auto()  # the model gives its logarithm
-    FIXED_SMALL = enum.auto()  # the posterior's given x_start: the lower bound
+    LEARNED = enum.auto()  # the model predicts its logarithm
+    FIXED_SMALL = enum.auto()  # the variance of the posterior given x_start: the lower bound
     FIXED_LARGE = enum.auto()  # beta_t: the upper bound
     LEARNED_RANGE = enum.auto()  # the model interpolates between the two (Improved DDPM, eq. 15)
 
@@ -71,10 +73,10 @@ class ModelVarType(enum.Enum):
 class LossType(enum.Enum):
     """What training minimises."""
 
-    MSE = enum.auto()  # the mean squared error; for a learned variance also the bound, which is its only teacher
+    MSE = enum.auto()  # mean squared error; for a learned variance plus the variational bound, which alone trains it
     RESCALED_MSE = enum.auto()  # the same, with the bound scaled by T / 1000
-    KL = enum.auto()  # the variational bound: one of its T terms
-    RESCALED_KL = enum.auto()  # the same, scaled by T: an estimate of their sum
+    KL = enum.auto()  # one of the T terms of the variational bound
+    RESCALED_KL = enum.auto()  # the same, scaled by T: an estimate of the whole bound
 
     def is_vb(self):
         return self in (LossType.KL, LossType.RESCALED_KL)
@@ -83,13 +85,105 @@ class LossType(enum.Enum):
 LEARNED_VARIANCES = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
 
+# Sampling loops: their signature is written once, in _sample
+
+
+def _sample(
+    self,
+    step,
+    model,
+    shape,
+    noise=None,
+    clip_denoised=True,
+    denoised_fn=None,
+    cond_fn=None,
+    model_kwargs=None,
+    device=None,
+    progress=False,
+    **step_options,
+):
+    """Sample from noise to data, yielding the dict of "sample" and "pred_xstart" that each step returns.
+
+    :param shape: (N, C, ...) of the samples.
+    :param noise: x_T, of that shape; by default drawn from torch's generator.
+    :param clip_denoised, denoised_fn, model_kwargs: see p_mean_variance.
+    :param cond_fn: returns the gradient of log p(y | x_t), for guidance.
+    :param device: where to sample; by default the noise's device, else that of the model's parameters.
+    :param progress: show a progress bar.
+    :param step_options: more keyword arguments of the step, such as randn_like.
+    """
+    if device is None:
+        device = noise.device if noise is not None else next(model.parameters()).device
+    x = th.randn(*shape, device=device) if noise is None else noise
+    options = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn, **step_options}
+    for i in _countdown(self.num_timesteps, "sampling", progress):
+        t = th.full((shape[0],), i, device=device)
+        with th.no_grad():
+            out = step(model, x, t, model_kwargs=model_kwargs, **options)
+        yield out
+        x = out["sample"]
+
+
+def _countdown(num_timesteps, what, progress):
+    """All timesteps from the last to the first, with a progress bar if asked for."""
+    timesteps = range(num_timesteps)[::-1]
+    if not progress:
+        return timesteps
+    from tqdm.auto import tqdm
+
+    return tqdm(timesteps, desc=what)
+
+
+def _progressive_loop(step, **options):
+    """Make the method STEP_loop_progressive: _sample with the method named `step`.
+
+    :param options: the step's own options and their defaults, which follow _sample's parameters.
+    """
+    name = f"{step}_loop_progressive"
+    self, _, *shared, more = inspect.signature(_sample).parameters.values()
+    own = [inspect.Parameter(o, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=options[o]) for o in options]
+    signature = inspect.Signature([self, *shared, *own, more])
+
+    def loop(self, *args, **kwargs):
+        step_method = getattr(self, step)
+        try:
+            arguments = signature.bind(self, *args, **kwargs).arguments
+            step_options = arguments.pop("step_options", {})
+            inspect.signature(step_method).bind_partial(**step_options)
+        except TypeError as e:
+            raise TypeError(f"{name}: {e}") from None
+        if step == "ddim_sample" and arguments.get("cond_fn") is not None:
+            self._warn_of_guidance_in_pure_noise()
+        return _sample(step=step_method, **arguments, **step_options)
+
+    loop.__name__, loop.__qualname__ = name, f"GaussianDiffusion.{name}"
+    loop.__doc__, loop.__signature__ = _sample.__doc__, signature
+    return loop
+
+
+def _last_of(progressive):
+    """Make the method that returns the last sample, [N, C, ...], of a progressive loop. Its arguments are the same."""
+
+    @functools.wraps(progressive)
+    def loop(self, *args, **kwargs):
+        for out in getattr(self, progressive.__name__)(*args, **kwargs):
+            pass
+        return out["sample"]
+
+    loop.__name__ = progressive.__name__.removesuffix("_progressive")
+    loop.__qualname__ = f"GaussianDiffusion.{loop.__name__}"
+    loop.__doc__ = f"The last sample, [N, C, ...], of {progressive.__name__}, whose arguments it takes."
+    return loop
+
+
 class GaussianDiffusion:
-    """A diffusion process and all that training and sampling do with it.
+    """A diffusion process, with everything that training and sampling do with it.
 
-    The tables (`betas`, `alphas_cumprod`, ...) are float64 numpy arrays [num_timesteps].
+    The tables (`betas`, `alphas_cumprod`, ...) are read-only float64 numpy arrays [num_timesteps]. To change one,
+    assign another array.
 
-    In all methods, x, x_start and x_t are [N, C, ...] float32 and t is [N] int64 in 0..num_timesteps-1. A model is
-    called as model(x_t, timesteps, **model_kwargs), a cond_fn likewise.
+    In all methods x, x_start and x_t are [N, C, ...] floats, and t is int64 in 0..num_timesteps-1: [N], or [1] for all
+    samples. A model is called as model(x_t, timesteps, **model_kwargs), and a cond_fn likewise.
 
     :param betas: a 1D array with one beta in (0, 1] for each timestep, from the data to the noise.
     :param rescale_timesteps: show the model timesteps scaled to 0..1000, as floats.
@@ -111,107 +205,77 @@ class GaussianDiffusion:
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
 
-        # q(x_t | x_start) and what inverts it
+        # q(x_t | x_start) and its inverse
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
-        self._one_minus_alphas_cumprod = 1.0 - self.alphas_cumprod
         self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
         self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
 
-        # q(x_{t-1} | x_t, x_start), DDPM eq. 6 and 7. Its variance at t = 0 is zero: the log takes that of t = 1 there.
+        # q(x_{t-1} | x_t, x_start), DDPM eq. 6 and 7. The variance at t=0 is 0: its logarithm there is that of t=1.
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
-        self.posterior_log_variance_clipped = self._log_but_first(self.posterior_variance)
+        variance = np.append(self.posterior_variance[1], self.posterior_variance[1:]) if len(betas) > 1 else betas
+        self.posterior_log_variance_clipped = np.log(variance)
         self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
         self.posterior_mean_coef2 = (1.0 - self.alphas_cumprod_prev) * np.sqrt(alphas) / (1.0 - self.alphas_cumprod)
 
-        self._log_betas = np.log(betas)
-        if model_var_type == ModelVarType.FIXED_LARGE:
-            # beta_t, but for t = 0, where the decoder's likelihood is better with the posterior's variance of t = 1
-            self._fixed_variance = np.append(self.posterior_variance[1:2], betas[1:]) if len(betas) > 1 else betas
-            self._fixed_log_variance = np.log(self._fixed_variance)
-        elif model_var_type == ModelVarType.FIXED_SMALL:
-            self._fixed_variance = self.posterior_variance
-            self._fixed_log_variance = self.posterior_log_variance_clipped
-        self._middle_log_variance = (self._log_betas + self.posterior_log_variance_clipped) / 2
-        self._half_log_range = (self._log_betas - self.posterior_log_variance_clipped) / 2
-        self._posterior_deviation = np.sqrt(self.posterior_variance)  # DDIM's sigma at eta = 1
-        self._one_minus_alphas_cumprod_prev = 1.0 - self.alphas_cumprod_prev
-        self._sqrt_alphas_cumprod_prev = np.sqrt(self.alphas_cumprod_prev)
-        self._sqrt_one_minus_alphas_cumprod_prev = np.sqrt(self._one_minus_alphas_cumprod_prev)
-        self._noisy = (np.arange(len(betas)) > 0).astype(np.float64)  # the last step's noise would only blur the image
+        for value in vars(self).values():
+            if isinstance(value, np.ndarray):
+                value.flags.writeable = False
         self._device_tables = {}
-        self._looked_up = None, None, None, None
-        tables = [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]
-        self._table_names = {name: place for place, name in enumerate(tables)}
 
-    def _log_but_first(self, variance):
-        return np.log(np.append(variance[1], variance[1:])) if len(variance) > 1 else np.log(self.betas)
+    def __getstate__(self):
+        """The attributes for a copy or pickle, without the tables' float32 copies."""
+        return {**vars(self), "_device_tables": {}}
 
-    def _at(self, name, t, like):
-        """The entries t of the table `name` as float32, shaped to broadcast over `like`.
+    def _at(self, name, t, x):
+        """The entries t of the table `name`: float32, shaped to broadcast over x."""
+        array = getattr(self, name)
+        source, table = self._device_tables.get((name, t.device), (None, None))
+        if source is not array:  # looked up for the first time, or replaced since
+            array.flags.writeable = False
+            with th.inference_mode(False):  # training cannot use tensors made in inference mode
+                table = th.as_tensor(np.float32(array), device=t.device)
+            self._device_tables[name, t.device] = array, table
+        return table[t].reshape(-1, *[1] * (x.ndim - 1))
 
-        All tables are kept as one on each device they were asked for on, so that a step copies nothing from the host;
-        and what they hold at t is looked up once for all, however many of them a step asks for.
-        """
-        last, version, ndim, entries = self._looked_up
-        if last is not t or version != t._version or ndim != like.ndim:  # t may have been overwritten in place
-            entries = self._entries(t, like.ndim)
-            if not t.is_inference():  # of those nobody counts versions
-                self._looked_up = t, t._version, like.ndim, entries
-        return entries[self._table_names[name]]
-
-    def _entries(self, t, ndim):
-        """The entries t of all tables: float32 [tables, N, 1, ...]."""
-        sources = [getattr(self, name) for name in self._table_names]
-        cached, table = self._device_tables.get(t.device, ((), None))
-        if table is None or any(a is not b for a, b in zip(cached, sources)):
-            table = th.as_tensor(np.stack(sources), dtype=th.float32, device=t.device)
-            self._device_tables[t.device] = sources, table
-        return table[:, t].reshape(len(sources), -1, *[1] * (ndim - 1))
+    def _scale_timesteps(self, t):
+        """The timesteps that a model or cond_fn is shown for t. SpacedDiffusion maps them instead, by _wrap_model."""
+        return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
 
     def model_timesteps(self, t):
-        """What a model or cond_fn is shown for the process's timesteps t. Every call of either goes through here."""
-        return self._rescale(t, self.num_timesteps)
-
-    def _rescale(self, t, num_timesteps):
-        return t.float() * (1000.0 / num_timesteps) if self.rescale_timesteps else t
+        """The timesteps that sampling and training show a model for t. For training a classifier outside this class."""
+        return self._scale_timesteps(t)
 
     # The forward process
 
     def q_mean_variance(self, x_start, t):
         """The mean, variance and log-variance of q(x_t | x_start) (DDPM, eq. 4), each of x_start's shape."""
         mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
-        log_variance = self._at("log_one_minus_alphas_cumprod", t, x_start).expand(x_start.shape)
-        variance = self._at("_one_minus_alphas_cumprod", t, x_start).expand(x_start.shape)
-        return mean, variance, log_variance
+        variance = self._at("sqrt_one_minus_alphas_cumprod", t, x_start) ** 2  # more digits than 1 - alphas_cumprod
+        log_variance = self._at("log_one_minus_alphas_cumprod", t, x_start)
+        return mean, variance.expand(x_start.shape), log_variance.expand(x_start.shape)
 
     def q_sample(self, x_start, t, noise=None):
-        """Noise the data up to timestep t: a draw from q(x_t | x_start).
+        """Noise the data to timestep t: a draw from q(x_t | x_start).
 
-        :param noise: the standard normal noise to use; drawn from torch's generator by default.
+        :param noise: standard normal noise of x_start's shape; by default drawn from torch's generator.
         """
         if noise is None:
             noise = th.randn_like(x_start)
         if noise.shape != x_start.shape:
             raise ValueError(f"noise of shape {tuple(noise.shape)} for data of shape {tuple(x_start.shape)}")
-        return (
-            self._at("sqrt_alphas_cumprod", t, x_start) * x_start
-            + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
-        )
+        alpha, sigma = self._at("sqrt_alphas_cumprod", t, x_start), self._at("sqrt_one_minus_alphas_cumprod", t, x_start)
+        return alpha * x_start + sigma * noise
 
     def q_posterior_mean_variance(self, x_start, x_t, t):
         """The mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_start) (DDPM, eq. 6 and 7)."""
         if x_start.shape != x_t.shape:
             raise ValueError(f"x_start of shape {tuple(x_start.shape)} for x_t of shape {tuple(x_t.shape)}")
-        mean = self._posterior_mean(x_start, x_t, t)
+        mean = self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
         variance = self._at("posterior_variance", t, x_t).expand(x_t.shape)
         log_variance = self._at("posterior_log_variance_clipped", t, x_t).expand(x_t.shape)
         return mean, variance, log_variance
-
-    def _posterior_mean(self, x_start, x_t, t):
-        mean = self._at("posterior_mean_coef1", t, x_t) * x_start
-        return mean.addcmul_(self._at("posterior_mean_coef2", t, x_t), x_t)
 
     # The model's view of the reverse process
 
@@ -223,51 +287,55 @@ class GaussianDiffusion:
         :param model_kwargs: keyword arguments for the model, such as labels y.
         :return: a dict of "mean", "variance", "log_variance" and "pred_xstart", each of x's shape.
         """
-        output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
-        return self._interpret(output, x, t, clip_denoised, denoised_fn)
-
-    def _interpret(self, output, x, t, clip_denoised=True, denoised_fn=None):
-        """Read the model's output for x_t as p_mean_variance describes."""
-        output, variance, log_variance = self._split_variance(output, x, t)
-
-        def process(pred_xstart):
-            if denoised_fn is not None:
-                pred_xstart = denoised_fn(pred_xstart)
-            return pred_xstart.clamp(-1, 1) if clip_denoised else pred_xstart
+        output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        self._check_output(output, x)
+        output, *variance_values = output.split(x.shape[1], dim=1)
+        variance, log_variance = self._variance(x, t, *variance_values)
 
         if self.model_mean_type == ModelMeanType.PREVIOUS_X:
-            pred_xstart = process(self._predict_xstart_from_xprev(x, t, output))
+            pred_xstart = self._predict_xstart_from_xprev(x, t, output)
+        elif self.model_mean_type == ModelMeanType.EPSILON:
+            pred_xstart = self._predict_xstart_from_eps(x, t, output)
+        else:
+            pred_xstart = output
+        if denoised_fn is not None:
+            pred_xstart = denoised_fn(pred_xstart)
+        if clip_denoised:
+            pred_xstart = pred_xstart.clamp(-1, 1)
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X:
             mean = output
         else:
-            if self.model_mean_type == ModelMeanType.EPSILON:
-                output = self._predict_xstart_from_eps(x, t, output)
-            pred_xstart = process(output)
-            mean = self._posterior_mean(pred_xstart, x, t)
+            mean, _, _ = self.q_posterior_mean_variance(x_start=pred_xstart, x_t=x, t=t)
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": pred_xstart}
 
-    def _split_variance(self, output, x, t):
-        """Part the model's output into the prediction proper and the step's variance and log-variance."""
-        learned = self.model_var_type in LEARNED_VARIANCES
-        channels = x.shape[1] * (2 if learned else 1)
+    def _check_output(self, output, x):
+        channels = x.shape[1] * (2 if self.model_var_type in LEARNED_VARIANCES else 1)
         if output.shape != (x.shape[0], channels, *x.shape[2:]):
             raise ValueError(
-                f"the model gave {tuple(output.shape)} for x of shape {tuple(x.shape)}, where {channels} channels were "
-                f"expected: learn_sigma must be what the model was built with"
+                f"the model returned {tuple(output.shape)} for x of shape {tuple(x.shape)}, where {channels} channels "
+                f"were expected: learn_sigma must have the value that the model was built with"
             )
-        if not learned:
-            variance, log_variance = self._at("_fixed_variance", t, x), self._at("_fixed_log_variance", t, x)
-            return output, variance.expand(x.shape), log_variance.expand(x.shape)
 
-        output, log_variance = output.split(x.shape[1], dim=1)
+    def _variance(self, x, t, values=None):
+        """The variance and log-variance of a step, of x's shape, from the model's `values` if they are learned."""
+        if self.model_var_type == ModelVarType.LEARNED:
+            return values.exp(), values
+        lower = self._at("posterior_log_variance_clipped", t, x)
+        upper = self._at("betas", t, x).log()
         if self.model_var_type == ModelVarType.LEARNED_RANGE:
-            # The model's -1 is the lower bound, the posterior's, and its 1 the upper, beta_t.
-            middle, half_range = self._at("_middle_log_variance", t, x), self._at("_half_log_range", t, x)
-            log_variance = th.addcmul(middle, half_range, log_variance)
-        return output, th.exp(log_variance), log_variance
+            fraction = (values + 1) / 2
+            log_variance = fraction * upper + (1 - fraction) * lower
+        elif self.model_var_type == ModelVarType.FIXED_SMALL:
+            variance = self._at("posterior_variance", t, x)
+            return variance.expand(x.shape), lower.expand(x.shape)
+        else:
+            # beta_t, except at t=0, where the posterior's variance at t=1 gives a better likelihood.
+            first = (t == 0).reshape(lower.shape)
+            log_variance = th.where(first, lower, upper).expand(x.shape)
+        return log_variance.exp(), log_variance
 
     def _predict_xstart_from_eps(self, x_t, t, eps):
-        scaled = self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
-        return scaled.addcmul_(self._at("sqrt_recipm1_alphas_cumprod", t, x_t), eps, value=-1)
+        return self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
 
     def _predict_xstart_from_xprev(self, x_t, t, xprev):
         # The posterior's mean, solved for x_start.
@@ -275,30 +343,30 @@ class GaussianDiffusion:
         return (xprev - coef2 * x_t) / coef1
 
     def _predict_eps_from_xstart(self, x_t, t, pred_xstart):
-        return (self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - pred_xstart) / self._at(
-            "sqrt_recipm1_alphas_cumprod", t, x_t
-        )
+        difference = self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - pred_xstart
+        return difference / self._at("sqrt_recipm1_alphas_cumprod", t, x_t)
 
     def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
         """Guide a DDPM step: shift its mean by variance * gradient (ADM, algorithm 1).
 
-        :param cond_fn: gives the gradient of log p(y | x_t) with respect to x_t.
-        :param p_mean_var: what p_mean_variance returned.
+        :param cond_fn: returns the gradient of log p(y | x_t) with respect to x_t.
+        :param p_mean_var: the dict that p_mean_variance returned.
         :return: the new mean.
         """
-        gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
-        return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        return p_mean_var["mean"] + p_mean_var["variance"] * gradient
 
     def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
         """Guide a DDIM step: eps becomes eps - sqrt(1 - alpha_bar) * gradient (ADM, algorithm 2).
 
         :return: p_mean_var with a new "pred_xstart" and "mean".
         """
-        gradient = cond_fn(x, self.model_timesteps(t), **(model_kwargs or {}))
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
         eps = eps - self._at("sqrt_one_minus_alphas_cumprod", t, x) * gradient
         pred_xstart = self._predict_xstart_from_eps(x, t, eps)
-        return {**p_mean_var, "pred_xstart": pred_xstart, "mean": self._posterior_mean(pred_xstart, x, t)}
+        mean, _, _ = self.q_posterior_mean_variance(x_start=pred_xstart, x_t=x, t=t)
+        return {**p_mean_var, "pred_xstart": pred_xstart, "mean": mean}
 
     # Steps
 
@@ -315,17 +383,20 @@ class GaussianDiffusion:
     ):
         """A DDPM step: draw x_{t-1} (DDPM, algorithm 2; guided: ADM, algorithm 1).
 
-        :param cond_fn: gives the gradient of log p(y | x_t), for guidance.
-        :param randn_like: gives standard normal noise of a tensor's shape.
+        :param cond_fn: returns the gradient of log p(y | x_t), for guidance.
+        :param randn_like: returns standard normal noise of a tensor's shape.
         :return: a dict of "sample" and "pred_xstart".
         """
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        out = self.p_mean_variance(
+            model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+        )
         noise = randn_like(x)
         mean = out["mean"]
         if cond_fn is not None:
             mean = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
-        deviation = self._at("_noisy", t, x) * out["variance"].sqrt()
-        return {"sample": mean.addcmul(deviation, noise), "pred_xstart": out["pred_xstart"]}
+        nonzero = (t != 0).reshape(-1, *[1] * (x.ndim - 1))  # no noise in the last step
+        sample = mean + nonzero * th.exp(0.5 * out["log_variance"]) * noise
+        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample(
         self,
@@ -344,214 +415,104 @@ class GaussianDiffusion:
         :param eta: 0 is deterministic; 1 has the posterior's variance, as DDPM.
         :return: a dict of "sample" and "pred_xstart".
         """
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        out = self.p_mean_variance(
+            model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+        )
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
-        # Derived from pred_xstart, since clipping and denoised_fn may have changed it.
+        # Computed from pred_xstart, which clipping and denoised_fn may have changed.
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
-        noise = randn_like(x)  # with eta = 0 too, so that the generator's later numbers don't depend on eta
-        mean = self._at("_sqrt_alphas_cumprod_prev", t, x) * out["pred_xstart"]
-        if eta == 0:
-            sample = mean.addcmul(self._at("_sqrt_one_minus_alphas_cumprod_prev", t, x), eps)
-        else:
-            # At t = 0, where alphas_cumprod_prev is 1, sigma is 0 and the sample is pred_xstart.
-            sigma = eta * self._at("_posterior_deviation", t, x)
-            remaining = (self._at("_one_minus_alphas_cumprod_prev", t, x) - sigma**2).clamp(min=0)
-            sample = mean.addcmul(remaining.sqrt(), eps).addcmul(sigma, noise)
+        alpha_bar_prev = self._at("alphas_cumprod_prev", t, x)
+        sigma = eta * self._at("posterior_variance", t, x).sqrt()
+        noise = randn_like(x)  # drawn at eta=0 too, so that the generator's later numbers do not depend on eta
+        sample = (
+            alpha_bar_prev.sqrt() * out["pred_xstart"]
+            + (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps
+            + sigma * noise
+        )
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
-        """A DDIM step backwards, x_t to x_{t+1}: encodes data into noise (DDIM, eq. 14). Only for eta = 0."""
+        """A DDIM step backwards, from x_t to x_{t+1}: encodes data as noise (DDIM, eq. 14). Only for eta=0."""
         if eta != 0.0:
-            raise ValueError("reverse DDIM is the deterministic path's: eta must be 0")
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+            raise ValueError("reverse DDIM follows the deterministic path: eta must be 0")
+        out = self.p_mean_variance(
+            model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+        )
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
         alpha_bar_next = self._at("alphas_cumprod_next", t, x)
-        sample = out["pred_xstart"] * th.sqrt(alpha_bar_next) + th.sqrt(1 - alpha_bar_next) * eps
+        sample = alpha_bar_next.sqrt() * out["pred_xstart"] + (1 - alpha_bar_next).sqrt() * eps
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     # Loops
 
-    def p_sample_loop(
-        self,
-        model,
-        shape,
-        noise=None,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        device=None,
-        progress=False,
-        **step_options,
-    ):
-        """Sample by DDPM, from noise to data: [N, C, ...]. The arguments are p_sample_loop_progressive's."""
-        return _last_sample(
-            self.p_sample_loop_progressive(
-                model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, **step_options
+    p_sample_loop_progressive = _progressive_loop("p_sample")
+    p_sample_loop = _last_of(p_sample_loop_progressive)
+    ddim_sample_loop_progressive = _progressive_loop("ddim_sample", eta=0.0)
+    ddim_sample_loop = _last_of(ddim_sample_loop_progressive)
+
+    def _warn_of_guidance_in_pure_noise(self):
+        # The guided prediction of x_start is off by guidance / sqrt(alpha_bar); the step takes sqrt(alpha_bar_prev) of
+        # it. On a linear schedule the two nearly cancel.
+        alpha_bar, alpha_bar_prev = self.alphas_cumprod[-1], self.alphas_cumprod_prev[-1]
+        if alpha_bar < 1e-4 and alpha_bar_prev > 100 * alpha_bar:
+            warnings.warn(
+                f"guided DDIM starts at a timestep whose alphas_cumprod is {alpha_bar:.1e}: the guided prediction of "
+                f"x_start explodes there and the samples will be noise. Use --timestep_respacing ddimN (such as "
+                f"ddim25), which leaves out the last timestep, or sample by DDPM (--use_ddim False)"
             )
-        )
-
-    def p_sample_loop_progressive(
-        self,
-        model,
-        shape,
-        noise=None,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        device=None,
-        progress=False,
-        **step_options,
-    ):
-        """Sample by DDPM, yielding what each step returns.
-
-        :param shape: (N, C, ...) of the samples.
-        :param noise: x_T, of that shape; drawn from torch's generator by default.
-        :param clip_denoised, denoised_fn, model_kwargs: see p_mean_variance.
-        :param cond_fn: see p_sample.
-        :param device: where to sample; by default the noise's device, else that of the model's parameters.
-        :param progress: show a progress bar.
-        :param step_options: more keyword arguments of the step, such as randn_like.
-        """
-        step = partial(
-            self.p_sample,
-            model,
-            clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
-            cond_fn=cond_fn,
-            model_kwargs=model_kwargs,
-            **step_options,
-        )
-        yield from self._loop(step, model, shape, noise, device, progress)
-
-    def ddim_sample_loop(
-        self,
-        model,
-        shape,
-        noise=None,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        device=None,
-        progress=False,
-        eta=0.0,
-        **step_options,
-    ):
-        """Sample by DDIM, from noise to data: [N, C, ...]. The arguments are p_sample_loop_progressive's, and eta."""
-        return _last_sample(
-            self.ddim_sample_loop_progressive(
-                model,
-                shape,
-                noise,
-                clip_denoised,
-                denoised_fn,
-                cond_fn,
-                model_kwargs,
-                device,
-                progress,
-                eta,
-                **step_options,
-            )
-        )
-
-    def ddim_sample_loop_progressive(
-        self,
-        model,
-        shape,
-        noise=None,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        device=None,
-        progress=False,
-        eta=0.0,
-        **step_options,
-    ):
-        """Sample by DDIM, yielding what each step returns. The arguments are p_sample_loop_progressive's, and eta."""
-        step = partial(
-            self.ddim_sample,
-            model,
-            clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
-            cond_fn=cond_fn,
-            model_kwargs=model_kwargs,
-            eta=eta,
-            **step_options,
-        )
-        yield from self._loop(step, model, shape, noise, device, progress)
-
-    def _loop(self, step, model, shape, noise, device, progress):
-        """Apply step(x, t) at every timestep from the last to the first, and yield what it returns."""
-        if device is None:
-            device = noise.device if noise is not None else next(model.parameters()).device
-        x = th.randn(*shape, device=device) if noise is None else noise
-        timesteps = range(self.num_timesteps)[::-1]
-        if progress:
-            from tqdm.auto import tqdm
-
-            timesteps = tqdm(timesteps, desc="sampling")
-        for i in timesteps:
-            with th.no_grad():
-                out = step(x, th.full((shape[0],), i, device=device))
-            yield out
-            x = out["sample"]
 
     # Training and likelihood
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
         """The training losses of a batch, each sample at its own timestep.
 
-        :param noise: the noise to use; drawn from torch's generator by default.
-        :return: a dict of tensors [N]: "loss", and where it has several terms those too ("mse", "vb").
+        :param noise: the noise to use; by default drawn from torch's generator.
+        :return: a dict of tensors [N]: "loss", and its terms "mse" and "vb" if it has both.
         """
         if noise is None:
             noise = th.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise=noise)
-        output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
 
         if self.loss_type.is_vb():
-            loss = self._vb_terms(self._interpret(output, x_t, t, clip_denoised=False), x_start, x_t, t)
+            loss = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=False, model_kwargs=model_kwargs)["output"]
             return {"loss": loss * self.num_timesteps if self.loss_type == LossType.RESCALED_KL else loss}
 
+        output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
+        self._check_output(output, x_t)
         terms = {}
         if self.model_var_type in LEARNED_VARIANCES:
             output, values = output.split(x_t.shape[1], dim=1)
-            # The hybrid loss (Improved DDPM, section 3.1): the bound teaches the variance and leaves the mean alone.
-            frozen = self._interpret(th.cat([output.detach(), values], dim=1), x_t, t, clip_denoised=False)
-            terms["vb"] = self._vb_terms(frozen, x_start, x_t, t)
+            # The hybrid loss (Improved DDPM, section 3.1): the bound trains the variance and not the mean.
+            frozen = th.cat([output.detach(), values], dim=1)
+            terms["vb"] = self._vb_terms_bpd(lambda *_, **__: frozen, x_start, x_t, t, clip_denoised=False)["output"]
             if self.loss_type == LossType.RESCALED_MSE:
                 terms["vb"] = terms["vb"] * (self.num_timesteps / 1000.0)
-        target = {
-            ModelMeanType.PREVIOUS_X: lambda: self._posterior_mean(x_start, x_t, t),
-            ModelMeanType.START_X: lambda: x_start,
-            ModelMeanType.EPSILON: lambda: noise,
-        }[self.model_mean_type]()
-        if output.shape != target.shape:
-            raise ValueError(
-                f"the model gave {tuple(output.shape)} where {tuple(target.shape)} was expected: learn_sigma must be "
-                f"what the model was built with"
-            )
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X:
+            target, _, _ = self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)
+        else:
+            target = noise if self.model_mean_type == ModelMeanType.EPSILON else x_start
         terms["mse"] = mean_flat((target - output) ** 2)
         terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
         return terms
 
-    def _vb_terms(self, p_mean_var, x_start, x_t, t):
-        """One term of the variational bound for each sample, in bits a dimension: [N].
+    def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
+        """One term of the variational bound for each sample, in bits per dimension.
 
-        KL(q(x_{t-1} | x_t, x_start) || p(x_{t-1} | x_t)); at t = 0 the negative log-likelihood of the 8-bit image.
+        KL(q(x_{t-1} | x_t, x_start) || p(x_{t-1} | x_t)); at t=0 the negative log-likelihood of the 8-bit image.
+
+        :return: a dict of "output" [N], and "pred_xstart" of x_start's shape.
         """
-        mean, log_variance = p_mean_var["mean"], p_mean_var["log_variance"]
-        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
-        kl = mean_flat(normal_kl(true_mean, true_log_variance, mean, log_variance)) / math.log(2.0)
-        nll = -discretized_gaussian_log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
-        return th.where(t == 0, mean_flat(nll) / math.log(2.0), kl)
+        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)
+        out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
+        kl = mean_flat(normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"]))
+        nll = mean_flat(
+            -discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=0.5 * out["log_variance"])
+        )
+        return {"output": th.where(t == 0, nll, kl) / math.log(2.0), "pred_xstart": out["pred_xstart"]}
 
     def _prior_bpd(self, x_start):
-        """The bound's constant term, KL(q(x_T | x_start) || N(0, 1)), in bits a dimension: [N]."""
+        """The bound's constant term, KL(q(x_T | x_start) || N(0, 1)), in bits per dimension: [N]."""
         t = th.full((x_start.shape[0],), self.num_timesteps - 1, device=x_start.device)
         mean, _, log_variance = self.q_mean_variance(x_start, t)
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
@@ -560,24 +521,19 @@ class GaussianDiffusion:
     def calc_bpd_loop(
         self, model, x_start, clip_denoised=True, model_kwargs=None, progress=False, randn_like=th.randn_like
     ):
-        """The whole variational bound on -log p(x_start), in bits a dimension (DDPM, eq. 5).
+        """The whole variational bound on -log p(x_start), in bits per dimension (DDPM, eq. 5).
 
         :return: a dict of "total_bpd" and "prior_bpd" [N], and for every timestep from the last to the first "vb",
             "xstart_mse" and "mse" (of eps) [N, num_timesteps].
         """
-        timesteps = range(self.num_timesteps)[::-1]
-        if progress:
-            from tqdm.auto import tqdm
-
-            timesteps = tqdm(timesteps, desc="likelihood")
         terms = {"vb": [], "xstart_mse": [], "mse": []}
-        for i in timesteps:
+        for i in _countdown(self.num_timesteps, "likelihood", progress):
             t = th.full((x_start.shape[0],), i, device=x_start.device)
             noise = randn_like(x_start)
             x_t = self.q_sample(x_start, t, noise=noise)
-            out = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
+            out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
             eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
-            terms["vb"].append(self._vb_terms(out, x_start, x_t, t))
+            terms["vb"].append(out["output"])
             terms["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
             terms["mse"].append(mean_flat((eps - noise) ** 2))
         terms = {name: th.stack(values, dim=1) for name, values in terms.items()}
@@ -585,13 +541,7 @@ class GaussianDiffusion:
         return {"total_bpd": terms["vb"].sum(dim=1) + prior, "prior_bpd": prior, **terms}
 
 
-def _last_sample(steps):
-    for out in steps:
-        pass
-    return out["sample"]
-
-
 def _extract_into_tensor(arr, timesteps, broadcast_shape):
     """Look up `arr` (a 1D numpy array) at `timesteps` [N]: float32, expanded to broadcast_shape (N, ...)."""
-    res = th.from_numpy(np.asarray(arr)).to(device=timesteps.device)[timesteps].float()
+    res = th.tensor(np.asarray(arr), device=timesteps.device)[timesteps].float()
     return res.reshape(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)

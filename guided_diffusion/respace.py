@@ -67,10 +67,12 @@ def _strided_timesteps(num_timesteps, spacing):
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """A process that visits only some timesteps of an original one, with the same alphas_cumprod at those.
+    """A process that visits some of the timesteps of an original one, with the same alphas_cumprod at those.
+
+    Models and cond_fns are shown the original process's timesteps.
 
     :param use_timesteps: the timesteps of the original process to keep.
-    :param kwargs: what GaussianDiffusion takes for the original process.
+    :param kwargs: GaussianDiffusion's arguments for the original process.
     """
 
     def __init__(self, use_timesteps, **kwargs):
@@ -83,10 +85,42 @@ class SpacedDiffusion(GaussianDiffusion):
         alphas_cumprod = np.cumprod(1.0 - np.asarray(kwargs["betas"], dtype=np.float64))[self.timestep_map]
         kwargs["betas"] = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
         super().__init__(**kwargs)
-        self._timestep_maps = {}
+
+    def p_mean_variance(self, model, *args, **kwargs):
+        return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)
+
+    def training_losses(self, model, *args, **kwargs):
+        return super().training_losses(self._wrap_model(model), *args, **kwargs)
+
+    def condition_mean(self, cond_fn, *args, **kwargs):
+        return super().condition_mean(self._wrap_model(cond_fn), *args, **kwargs)
+
+    def condition_score(self, cond_fn, *args, **kwargs):
+        return super().condition_score(self._wrap_model(cond_fn), *args, **kwargs)
 
     def model_timesteps(self, t):
-        """What the model sees: the original process's timesteps."""
-        if t.device not in self._timestep_maps:
-            self._timestep_maps[t.device] = th.tensor(self.timestep_map, device=t.device)
-        return self._rescale(self._timestep_maps[t.device][t], self.original_num_steps)
+        return self._wrap_model(lambda x, timesteps: timesteps)(None, self._scale_timesteps(t))
+
+    def _wrap_model(self, model):
+        if isinstance(model, _WrappedModel):
+            return model
+        return _WrappedModel(model, self.timestep_map, self.rescale_timesteps, self.original_num_steps)
+
+    def _scale_timesteps(self, t):
+        return t  # _WrappedModel scales them
+
+
+class _WrappedModel:
+    """A model or cond_fn that is called with the timesteps of a SpacedDiffusion and sees those of the original process."""
+
+    def __init__(self, model, timestep_map, rescale_timesteps, original_num_steps):
+        self.model = model
+        self.timestep_map = timestep_map
+        self.rescale_timesteps = rescale_timesteps
+        self.original_num_steps = original_num_steps
+
+    def __call__(self, x, ts, **kwargs):
+        ts = th.tensor(self.timestep_map, device=ts.device)[ts]
+        if self.rescale_timesteps:
+            ts = ts.float() * (1000.0 / self.original_num_steps)
+        return self.model(x, ts, **kwargs)

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch as th
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 
 from . import checkpoint_util, dist_util, logger
 from .checkpoint_util import (  # others import these from here
@@ -21,10 +22,10 @@ from .checkpoint_util import (  # others import these from here
 )
 from .compile_util import compiling
 from .errors import InputError, RunStopped, check_at_least
-from .fp16_util import INITIAL_LOG_LOSS_SCALE, LeanAdamW, MixedPrecisionTrainer
+from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .logger import progress_bar
 from .monitor import Pace, log_loss_dict
-from .nn import copy_tensors, update_ema
+from .nn import update_ema
 from .random_util import generator_states, restore_generators, training_randomness
 from .resample import LossAwareSampler, UniformSampler
 
@@ -150,7 +151,7 @@ class TrainLoop:
             use_bf16=use_bf16,
             max_grad_norm=max_grad_norm,
         )
-        self.opt = LeanAdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, fused=True)
+        self.opt = AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, fused=True)
         self._load_optimizer()
         self.ema_params = [self._load_ema(rate) for rate in self.ema_rate]
 
@@ -474,13 +475,19 @@ class TrainLoop:
         own = {name: p.detach().clone() for name, p in params.items()}
         if self.ema_params:
             average = self.mp_trainer.master_params_to_state_dict(self.ema_params[0])
-            copy_tensors(params.values(), [average[name] for name in params])
+            self._assign(params, average)
         self.model.eval()
         try:
             yield self.model
         finally:
-            copy_tensors(params.values(), own.values())
+            self._assign(params, own)
             self.model.train()
+
+    @staticmethod
+    @th.no_grad()
+    def _assign(params, values):
+        for name, p in params.items():
+            p.copy_(values[name])
 
     def write_preview(self):
         """Write a picture of what the model makes of always the same noise. Every rank must call it."""

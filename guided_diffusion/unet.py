@@ -1,13 +1,15 @@
 """The networks of ADM: a UNet with attention at several resolutions, its encoder as a classifier, and an upsampler.
 
-Parameter names, their order and the order in which layers are made are those of the released checkpoints: they decide
-which weights load, what an optimiser's state refers to and what a seed initialises.
+Parameter names, their order and the order in which layers are created are those of the released checkpoints: weights,
+optimizer states and seeded initial values depend on them.
 
-From top to bottom: resampling, ResBlock, AttentionBlock and what it attends with, the encoder that all networks share,
-UNetModel, SuperResModel, EncoderUNetModel.
+From top to bottom: resampling layers, ResBlock, AttentionBlock and its attention functions, the encoder that all
+networks share, UNetModel, SuperResModel, EncoderUNetModel.
 """
 
+import math
 from abc import abstractmethod
+from functools import partial
 
 import torch as th
 import torch.nn as nn
@@ -15,9 +17,9 @@ import torch.nn.functional as F
 
 from .errors import InputError, choose
 from .nn import (
-    NormFirst,
     SiLU,
     adaptive_avg_pool_nd,
+    as_weights_of,
     avg_pool_nd,
     checkpoint,
     conv_nd,
@@ -29,6 +31,9 @@ from .nn import (
 )
 
 
+POOLS = ("adaptive", "attention", "spatial", "spatial_v2")  # of EncoderUNetModel
+
+
 class TimestepBlock(nn.Module):
     """A module whose `forward(x, emb)` also takes the embedding of the timestep (and class)."""
 
@@ -38,7 +43,7 @@ class TimestepBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """A sequence that hands the embedding to those of its children that take it."""
+    """A sequence that passes the embedding to the children that are TimestepBlocks."""
 
     def forward(self, x, emb):
         for layer in self:
@@ -62,12 +67,7 @@ class Upsample(nn.Module):
             self.conv = conv_nd(dims, self.channels, self.out_channels, 3, padding=1)
 
     def forward(self, x):
-        if x.device.type == "cpu":  # where F.interpolate takes five times as long
-            first = 3 if self.dims == 3 else 2
-            for axis in reversed(range(first, x.ndim)):
-                x = x.repeat_interleave(2, axis)
-        else:
-            x = F.interpolate(x, scale_factor=(1, 2, 2) if self.dims == 3 else 2, mode="nearest")
+        x = F.interpolate(x, scale_factor=(1, 2, 2) if self.dims == 3 else 2, mode="nearest")
         return self.conv(x) if self.use_conv else x
 
 
@@ -102,12 +102,12 @@ class ResBlock(TimestepBlock):
 
     :param channels: input channels.
     :param emb_channels: width of the embedding.
-    :param dropout: its rate.
-    :param out_channels: output channels; as many as come in by default.
-    :param use_conv: where the channels change, make the skip connection a 3x3 convolution rather than a 1x1.
+    :param dropout: the dropout rate.
+    :param out_channels: output channels; equal to the input channels by default.
+    :param use_conv: if the number of channels changes, use a 3x3 convolution as the skip connection instead of a 1x1.
     :param use_scale_shift_norm: adaptive group norm (ADM, section 3.1): the embedding scales and shifts the second
-        norm's output; otherwise it is added before that norm.
-    :param use_checkpoint: compute the block again in the backward pass instead of keeping its activations.
+        norm's output. Otherwise it is added before that norm.
+    :param use_checkpoint: recompute the block's activations in the backward pass instead of keeping them.
     :param up, down: resample both branches by two.
     """
 
@@ -133,7 +133,7 @@ class ResBlock(TimestepBlock):
         self.use_checkpoint = use_checkpoint
         self.use_scale_shift_norm = use_scale_shift_norm
 
-        self.in_layers = NormFirst(
+        self.in_layers = nn.Sequential(
             normalization(channels),
             SiLU(),
             conv_nd(dims, channels, self.out_channels, 3, padding=1),
@@ -149,7 +149,7 @@ class ResBlock(TimestepBlock):
             SiLU(),
             linear(emb_channels, 2 * self.out_channels if use_scale_shift_norm else self.out_channels),
         )
-        self.out_layers = NormFirst(
+        self.out_layers = nn.Sequential(
             normalization(self.out_channels),
             SiLU(),
             nn.Dropout(p=dropout),
@@ -166,22 +166,29 @@ class ResBlock(TimestepBlock):
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x, emb):
-        h = self.in_layers(x, resample=self.h_upd, checkpointed=self.use_checkpoint)
-        emb = self.emb_layers(emb)
-        if self.use_scale_shift_norm:
-            h = self.out_layers(h, *emb.chunk(2, dim=1), checkpointed=self.use_checkpoint)
+        if self.updown:
+            h = self.in_layers[:-1](x)  # norm, SiLU
+            h = self.in_layers[-1](self.h_upd(h))
+            x = self.x_upd(x)
         else:
-            h = h + emb.type(h.dtype).reshape(*emb.shape, *[1] * (h.ndim - 2))
-            h = self.out_layers(h, checkpointed=self.use_checkpoint)
-        return self.skip_connection(self.x_upd(x)) + h
+            h = self.in_layers(x)
+        emb = self.emb_layers(emb).type(h.dtype)
+        emb = emb.reshape(*emb.shape, *[1] * (h.ndim - 2))  # [N, C] -> [N, C, 1, 1]
+        if self.use_scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = self.out_layers[1:](h)
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(x) + h
 
 
 class AttentionBlock(nn.Module):
     """Residual self-attention between all positions: [N, channels, ...] -> the same.
 
-    :param num_heads: the number of heads, unless `num_head_channels` gives their width.
-    :param use_checkpoint: compute the block again in the backward pass instead of keeping its activations.
-    :param use_new_attention_order: how the projection's channels are laid out: see QKVAttention and QKVAttentionLegacy.
+    :param num_heads: the number of heads. Ignored if `num_head_channels` gives the width of a head.
+    :param use_checkpoint: recompute the block's activations in the backward pass instead of keeping them.
+    :param use_new_attention_order: the layout of the projection's channels: QKVAttention's, else QKVAttentionLegacy's.
     """
 
     def __init__(
@@ -205,15 +212,13 @@ class AttentionBlock(nn.Module):
         return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x):
-        h = self.norm(x).flatten(2)
-        if h.device.type == "cpu":  # channels side by side, as attention wants them: cheaper here than after projection
-            h = h.mT.contiguous().mT
+        h = self.norm(x).flatten(2)  # [N, C, T]
         h = self.proj_out(self.attention(self.qkv(h)))
         return x + h.reshape(x.shape)
 
 
 def count_heads(channels, num_heads, num_head_channels):
-    """How many attention heads `channels` make: `num_heads`, or as many as have `num_head_channels` each."""
+    """The number of attention heads: `num_heads`, or channels / num_head_channels if that is given (not -1)."""
     if num_head_channels != -1:
         if num_head_channels < 1 or channels % num_head_channels:
             raise InputError(
@@ -226,8 +231,14 @@ def count_heads(channels, num_heads, num_head_channels):
     return num_heads
 
 
+def count_flops_attn(model, _x, y):
+    """Count an attention module's operations for the `thop` package: two matrix products per sample, T x T x C each."""
+    n, c, *spatial = y[0].shape
+    model.total_ops += th.DoubleTensor([2 * n * math.prod(spatial) ** 2 * c])
+
+
 class QKVAttention(nn.Module):
-    """Attention over a projection whose channels are all queries, then all keys, then all values.
+    """Attention over a projection whose channels are the queries of all heads, then all keys, then all values.
 
     [N, 3 * n_heads * C, T] -> [N, n_heads * C, T]
     """
@@ -241,13 +252,11 @@ class QKVAttention(nn.Module):
         qkv = qkv.mT.contiguous().view(n, length, 3, self.n_heads, width // (3 * self.n_heads))
         return attend(*qkv.unbind(2))
 
-    @staticmethod
-    def count_flops(model, _x, y):
-        count_flops_attn(model, _x, y)
+    count_flops = staticmethod(count_flops_attn)
 
 
 class QKVAttentionLegacy(nn.Module):
-    """Attention over a projection whose channels are each head's queries, keys and values in turn.
+    """Attention over a projection whose channels are the first head's queries, keys and values, then the second's, ...
 
     [N, n_heads * 3 * C, T] -> [N, n_heads * C, T]
     """
@@ -261,31 +270,20 @@ class QKVAttentionLegacy(nn.Module):
         qkv = qkv.mT.contiguous().view(n, length, self.n_heads, 3, width // (3 * self.n_heads))
         return attend(*qkv.unbind(3))
 
-    @staticmethod
-    def count_flops(model, _x, y):
-        count_flops_attn(model, _x, y)
+    count_flops = staticmethod(count_flops_attn)
 
 
 def attend(q, k, v):
     """Scaled dot-product attention: q, k, v [N, T, heads, C] -> [N, heads * C, T].
 
-    The channels of a head must lie side by side in memory: the fused kernels take nothing else.
+    The fused kernels need the channels of a head to be contiguous in memory.
     """
     h = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [N, heads, T, C]
     return h.transpose(1, 2).flatten(2).mT
 
 
-def count_flops_attn(model, _x, y):
-    """A counter for the `thop` package: two matrix products, of T x T x C multiply-adds each, for every sample."""
-    n, c, *spatial = y[0].shape
-    length = 1
-    for size in spatial:
-        length *= size
-    model.total_ops += th.DoubleTensor([2 * n * length**2 * c])
-
-
 class AttentionPool2d(nn.Module):
-    """Pool by attention from the mean over all positions (CLIP): [N, embed_dim, S, S] -> [N, output_dim].
+    """Attention pooling, whose query is the mean over all positions (CLIP): [N, embed_dim, S, S] -> [N, output_dim].
 
     :param spacial_dim: S.
     :param num_heads_channels: the width of a head.
@@ -310,171 +308,13 @@ class AttentionPool2d(nn.Module):
 
 
 class _Encoder(nn.Module):
-    """The half of the UNet that the classifier has too: time_embed, input_blocks and middle_block.
+    """The part of the UNet that the classifier also has: time_embed, input_blocks and middle_block.
 
-    A base class rather than a submodule, so that parameter names stay as they are in the released checkpoints.
-    UNetModel documents the arguments.
+    A base class rather than a submodule, so that parameter names are those of the released checkpoints. UNetModel
+    documents the arguments.
     """
 
-    def __init__(self, arguments):
-        """:param arguments: the locals() of a subclass's constructor: they become attributes of the same names."""
-        super().__init__()
-        for name, value in arguments.items():
-            if name not in ("self", "__class__"):
-                setattr(self, name, value)
-        if self.use_fp16 and self.use_bf16:
-            raise InputError("use_fp16 and use_bf16 exclude each other: choose one")
-        self.dtype = th.float16 if self.use_fp16 else th.bfloat16 if self.use_bf16 else th.float32
-        if self.num_res_blocks < 1 or not 0 <= self.dropout <= 1:
-            raise InputError(
-                f"num_res_blocks {self.num_res_blocks} must be at least 1, and dropout {self.dropout} from 0 to 1"
-            )
-        widths = [int(mult * self.model_channels) for mult in self.channel_mult]
-        if not widths or min(widths) < 1:
-            raise InputError(
-                f"num_channels {self.model_channels} with channel_mult {tuple(self.channel_mult)}: there must be a "
-                f"level, and each needs a width of at least 1"
-            )
-        if self.num_heads_upsample == -1:
-            self.num_heads_upsample = self.num_heads
-
-        self.emb_channels = 4 * self.model_channels
-        self.time_embed = nn.Sequential(
-            linear(self.model_channels, self.emb_channels),
-            SiLU(),
-            linear(self.emb_channels, self.emb_channels),
-        )
-        if self.num_classes is not None:
-            self.label_emb = nn.Embedding(self.num_classes, self.emb_channels)
-        self._build_encoder()
-
-    def _build_encoder(self):
-        """Make input_blocks and middle_block. Also note, for a decoder and for pooling, the width after each block."""
-        ch = int(self.channel_mult[0] * self.model_channels)
-        stem = conv_nd(self.dims, self.in_channels, ch, 3, padding=1)
-        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(stem)])
-        widths = [ch]
-        ds = 1
-        for level, mult in enumerate(self.channel_mult):
-            out_ch = int(mult * self.model_channels)
-            for _ in range(self.num_res_blocks):
-                self.input_blocks.append(self._level_block(ch, out_ch, ds, self.num_heads))
-                ch = out_ch
-                widths.append(ch)
-            if level != len(self.channel_mult) - 1:
-                if self.resblock_updown:
-                    down = self._res_block(ch, ch, down=True)
-                else:
-                    down = Downsample(ch, self.conv_resample, dims=self.dims, out_channels=ch)
-                self.input_blocks.append(TimestepEmbedSequential(down))
-                widths.append(ch)
-                ds *= 2
-        self.middle_block = TimestepEmbedSequential(
-            self._res_block(ch, ch),
-            self._attention_block(ch, self.num_heads),
-            self._res_block(ch, ch),
-        )
-        self._skip_widths = widths
-        self._feature_size = sum(widths) + ch
-        self._encoder_ds = ds
-
-    def _level_block(self, ch, out_ch, ds, num_heads):
-        """A residual block, and attention after it where the resolution (1/ds of the image's) has any."""
-        layers = [self._res_block(ch, out_ch)]
-        if ds in self.attention_resolutions:
-            layers.append(self._attention_block(out_ch, num_heads))
-        return TimestepEmbedSequential(*layers)
-
-    def _res_block(self, ch, out_ch, **resample):
-        return ResBlock(
-            ch,
-            self.emb_channels,
-            self.dropout,
-            out_channels=out_ch,
-            dims=self.dims,
-            use_checkpoint=self.use_checkpoint,
-            use_scale_shift_norm=self.use_scale_shift_norm,
-            **resample,
-        )
-
-    def _attention_block(self, ch, num_heads):
-        return AttentionBlock(
-            ch,
-            num_heads=num_heads,
-            num_head_channels=self.num_head_channels,
-            use_checkpoint=self.use_checkpoint,
-            use_new_attention_order=self.use_new_attention_order,
-        )
-
-    def _check_size(self, sizes):
-        """Refuse an image size that does not come back from the levels as it was."""
-        sizes = sizes[-2:]  # of 3D data, the first axis is not resampled
-        halvings = len(self.channel_mult) - 1
-        if any(size < 1 or size % 2**halvings for size in sizes):
-            raise InputError(
-                f"an image size of {'x'.join(map(str, sizes))} cannot be halved {halvings} times: the "
-                f"{len(self.channel_mult)} levels of channel_mult {tuple(self.channel_mult)} need a multiple of "
-                f"{2**halvings}"
-            )
-
-    def _torso(self):
-        """The modules that run in reduced precision."""
-        return [self.input_blocks, self.middle_block]
-
-    def _convert(self, dtype):
-        for module in self._torso():
-            convert_convs(module, dtype)
-        self.dtype = dtype
-
-    def convert_to_fp16(self):
-        """Run the torso's convolutions in float16. Norms, embeddings and the output stay in float32."""
-        self._convert(th.float16)
-
-    def convert_to_bf16(self):
-        """Run the torso's convolutions in bfloat16. Norms, embeddings and the output stay in float32."""
-        self._convert(th.bfloat16)
-
-    def convert_to_fp32(self):
-        """Run everything in float32."""
-        self._convert(th.float32)
-
-    def _encode(self, x, timesteps, y=None):
-        """Run the encoder: the embedding, the output of every input block, and that of the middle block."""
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
-        if y is not None:
-            emb = emb + self.label_emb(y)
-        h = x.type(self.dtype)
-        hs = []
-        for block in self.input_blocks:
-            h = block(h, emb)
-            hs.append(h)
-        return emb, hs, self.middle_block(h, emb)
-
-
-class UNetModel(_Encoder):
-    """The diffusion model's UNet.
-
-    :param image_size: the images' side, or their (height, width): checked against the depth. None leaves it unchecked.
-    :param in_channels: channels of the input.
-    :param model_channels: the base width, which channel_mult multiplies.
-    :param out_channels: channels of the output.
-    :param num_res_blocks: residual blocks a level of the encoder; the decoder has one more.
-    :param attention_resolutions: the downsampling factors that have attention: {4} is attention at a quarter of the
-        image's resolution.
-    :param dropout: its rate.
-    :param channel_mult: a level's width over model_channels, one for each level; may hold fractions.
-    :param conv_resample: resample with learned convolutions, where resblock_updown does not.
-    :param dims: 1, 2 or 3 for sequences, images or videos (whose first axis keeps its length).
-    :param num_classes: makes the model class-conditional with so many classes.
-    :param use_checkpoint: save memory in training by computing activations twice.
-    :param use_fp16, use_bf16: the torso's precision. Call convert_to_fp16() or convert_to_bf16() once weights are in.
-    :param num_heads: heads of each attention block, unless num_head_channels gives their width.
-    :param num_heads_upsample: another number of heads for the decoder.
-    :param use_scale_shift_norm: see ResBlock.
-    :param resblock_updown: resample inside residual blocks, as BigGAN does.
-    :param use_new_attention_order: see AttentionBlock.
-    :raises InputError: for combinations that cannot work, with the numbers.
-    """
+    TORSO = ("input_blocks", "middle_block")  # what convert_to_fp16 and convert_to_bf16 convert
 
     def __init__(
         self,
@@ -499,40 +339,194 @@ class UNetModel(_Encoder):
         use_new_attention_order=False,
         use_bf16=False,
     ):
-        super().__init__(locals())
-        if image_size is not None:
-            self._check_size(image_size if isinstance(image_size, (tuple, list)) else [image_size])
+        super().__init__()
+        if use_fp16 and use_bf16:
+            raise InputError("use_fp16 and use_bf16 exclude each other: choose one")
+        if num_res_blocks < 1 or not 0 <= dropout <= 1:
+            raise InputError(f"num_res_blocks {num_res_blocks} must be at least 1, and dropout {dropout} from 0 to 1")
+        if not channel_mult or int(min(channel_mult) * model_channels) < 1:
+            raise InputError(
+                f"num_channels {model_channels} with channel_mult {tuple(channel_mult)}: there must be a level, and "
+                f"each needs a width of at least 1"
+            )
+        self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
+        self.model_channels, self.channel_mult, self.num_res_blocks = model_channels, channel_mult, num_res_blocks
+        self.dims, self.dropout, self.num_classes, self.use_checkpoint = dims, dropout, num_classes, use_checkpoint
+        self.conv_resample, self.resblock_updown = conv_resample, resblock_updown
+        self.attention_resolutions, self.num_heads = attention_resolutions, num_heads
+        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.num_head_channels = num_head_channels
+        self.dtype = th.float16 if use_fp16 else th.bfloat16 if use_bf16 else th.float32
+
+        self.emb_channels = 4 * model_channels
+        self._res_block = partial(
+            ResBlock,
+            emb_channels=self.emb_channels,
+            dropout=dropout,
+            dims=dims,
+            use_checkpoint=use_checkpoint,
+            use_scale_shift_norm=use_scale_shift_norm,
+        )
+        self._attention_block = partial(
+            AttentionBlock,
+            num_head_channels=num_head_channels,
+            use_checkpoint=use_checkpoint,
+            use_new_attention_order=use_new_attention_order,
+        )
+        self.time_embed = nn.Sequential(
+            linear(model_channels, self.emb_channels),
+            SiLU(),
+            linear(self.emb_channels, self.emb_channels),
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, self.emb_channels)
+        self._build_encoder()
+        self._build_decoder()
+
+    def _build_encoder(self):
+        """Create input_blocks and middle_block, and record the width after each input block."""
+        ch = int(self.channel_mult[0] * self.model_channels)
+        stem = conv_nd(self.dims, self.in_channels, ch, 3, padding=1)
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(stem)])
+        widths = [ch]
+        ds = 1
+        for level, mult in enumerate(self.channel_mult):
+            out_ch = int(mult * self.model_channels)
+            for _ in range(self.num_res_blocks):
+                self.input_blocks.append(self._level_block(ch, out_ch, ds, self.num_heads))
+                ch = out_ch
+                widths.append(ch)
+            if level != len(self.channel_mult) - 1:
+                if self.resblock_updown:
+                    down = self._res_block(ch, out_channels=ch, down=True)
+                else:
+                    down = Downsample(ch, self.conv_resample, dims=self.dims, out_channels=ch)
+                self.input_blocks.append(TimestepEmbedSequential(down))
+                widths.append(ch)
+                ds *= 2
+        self.middle_block = TimestepEmbedSequential(
+            self._res_block(ch, out_channels=ch),
+            self._attention_block(ch, num_heads=self.num_heads),
+            self._res_block(ch, out_channels=ch),
+        )
+        self._skip_widths = widths
+        self._feature_size = sum(widths) + ch
+        self._encoder_ds = ds
+
+    def _build_decoder(self):
+        """Create output_blocks and the output layers. A classifier has no decoder."""
+
+    def _level_block(self, ch, out_ch, ds, num_heads):
+        """A residual block, followed by attention if attention_resolutions has the downsampling factor ds."""
+        layers = [self._res_block(ch, out_channels=out_ch)]
+        if ds in self.attention_resolutions:
+            layers.append(self._attention_block(out_ch, num_heads=num_heads))
+        return TimestepEmbedSequential(*layers)
+
+    def _check_size(self, sizes):
+        """Refuse an image size that the levels cannot halve and double back to itself."""
+        sizes = sizes[-2:]  # the first axis of 3D data is not resampled
+        halvings = len(self.channel_mult) - 1
+        if any(size < 1 or size % 2**halvings for size in sizes):
+            raise InputError(
+                f"an image size of {'x'.join(map(str, sizes))} cannot be halved {halvings} times: the "
+                f"{len(self.channel_mult)} levels of channel_mult {tuple(self.channel_mult)} need a multiple of "
+                f"{2**halvings}"
+            )
+
+    def _convert(self, dtype):
+        for name in self.TORSO:
+            convert_convs(self.get_submodule(name), dtype)
+        self.dtype = dtype
+
+    def convert_to_fp16(self):
+        """Run the torso's convolutions in float16. Norms, embeddings and the output stay in float32."""
+        self._convert(th.float16)
+
+    def convert_to_bf16(self):
+        """Run the torso's convolutions in bfloat16. Norms, embeddings and the output stay in float32."""
+        self._convert(th.bfloat16)
+
+    def convert_to_fp32(self):
+        """Run everything in float32."""
+        self._convert(th.float32)
+
+    def _encode(self, x, timesteps, y=None):
+        """Run the encoder. Returns the embedding, the outputs of all input blocks, and the middle block's output."""
+        emb = timestep_embedding(timesteps, self.model_channels)  # [N, model_channels], or [1, ...] for all samples
+        emb = self.time_embed(as_weights_of(self.time_embed, emb))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        h = as_weights_of(self.input_blocks, x, self.dtype)
+        hs = []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            hs.append(h)
+        return emb, hs, self.middle_block(h, emb)
+
+    def _output(self, h, dtype):
+        """Run the output layers, in the dtype of their weights."""
+        return self.out(as_weights_of(self.out, h, dtype)).type(dtype)
+
+
+class UNetModel(_Encoder):
+    """The diffusion model's UNet.
+
+    :param image_size: the images' side, or their (height, width), checked against the number of levels. None: unchecked.
+    :param in_channels: channels of the input.
+    :param model_channels: the base width, which channel_mult multiplies.
+    :param out_channels: channels of the output.
+    :param num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
+    :param attention_resolutions: the downsampling factors that have attention: {4} is attention at a quarter of the
+        image's resolution.
+    :param dropout: the dropout rate.
+    :param channel_mult: the width of each level, as a multiple of model_channels; fractions are allowed.
+    :param conv_resample: resample with learned convolutions. Without effect if resblock_updown is set.
+    :param dims: 1, 2 or 3, for sequences, images or videos (whose first axis keeps its length).
+    :param num_classes: makes the model class-conditional, with this number of classes.
+    :param use_checkpoint: save memory in training by computing activations twice.
+    :param use_fp16, use_bf16: the torso's precision. Call convert_to_fp16() or convert_to_bf16() after loading weights.
+    :param num_heads: heads of each attention block. Ignored if num_head_channels gives the width of a head.
+    :param num_heads_upsample: the number of heads in the decoder, if it differs.
+    :param use_scale_shift_norm: see ResBlock.
+    :param resblock_updown: resample inside residual blocks, as BigGAN does.
+    :param use_new_attention_order: see AttentionBlock.
+    :raises InputError: for arguments that cannot be combined.
+    """
+
+    TORSO = ("input_blocks", "middle_block", "output_blocks")
+
+    def _build_decoder(self):
+        if self.image_size is not None:
+            self._check_size(self.image_size if isinstance(self.image_size, (tuple, list)) else [self.image_size])
         skip_widths = list(self._skip_widths)
         ch, ds = skip_widths[-1], self._encoder_ds
         self.output_blocks = nn.ModuleList([])
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            out_ch = int(mult * model_channels)
-            for i in range(num_res_blocks + 1):
+        for level, mult in reversed(list(enumerate(self.channel_mult))):
+            out_ch = int(mult * self.model_channels)
+            for i in range(self.num_res_blocks + 1):
                 block = self._level_block(ch + skip_widths.pop(), out_ch, ds, self.num_heads_upsample)
                 ch = out_ch
-                if level and i == num_res_blocks:
-                    if resblock_updown:
-                        block.append(self._res_block(ch, ch, up=True))
+                if level and i == self.num_res_blocks:
+                    if self.resblock_updown:
+                        block.append(self._res_block(ch, out_channels=ch, up=True))
                     else:
-                        block.append(Upsample(ch, conv_resample, dims=dims, out_channels=ch))
+                        block.append(Upsample(ch, self.conv_resample, dims=self.dims, out_channels=ch))
                     ds //= 2
                 self.output_blocks.append(block)
-        self.out = NormFirst(
+        self.out = nn.Sequential(
             normalization(ch),
             SiLU(),
-            zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)),
+            zero_module(conv_nd(self.dims, ch, self.out_channels, 3, padding=1)),
         )
-
-    def _torso(self):
-        return super()._torso() + [self.output_blocks]
 
     def forward(self, x, timesteps, y=None):
         """Apply the model.
 
-        :param x: [N, in_channels, ...] float32.
-        :param timesteps: [N], may be fractional.
+        :param x: [N, in_channels, ...] floats.
+        :param timesteps: [N], or [1] for all samples; integers or floats.
         :param y: [N] int64 labels, if and only if the model is class-conditional.
-        :return: [N, out_channels, ...] of x's dtype.
+        :return: [N, out_channels, ...] in x's dtype.
         """
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("pass labels y to a class-conditional model, and to no other")
@@ -542,13 +536,13 @@ class UNetModel(_Encoder):
         emb, hs, h = self._encode(x, timesteps, y)
         for block in self.output_blocks:
             h = block(th.cat([h, hs.pop()], dim=1), emb)
-        return self.out(h.type(x.dtype))
+        return self._output(h, x.dtype)
 
 
 class SuperResModel(UNetModel):
-    """A UNet that upsamples: it sees a low-resolution image, enlarged, beside x_t.
+    """A UNet that upsamples images: its input is x_t and the enlarged low-resolution image, concatenated.
 
-    `image_size` is that of the output. The input convolution takes 2 * in_channels.
+    `image_size` is the output's. The input convolution takes 2 * in_channels channels.
     """
 
     def __init__(self, image_size, in_channels, *args, **kwargs):
@@ -569,8 +563,6 @@ class EncoderUNetModel(_Encoder):
     :param pool: "adaptive" (average pooling), "attention", or "spatial" and "spatial_v2" (an MLP on the spatial means
         of all blocks, the second with a group norm).
     """
-
-    num_classes = None  # no label embedding: a classifier is to find the label
 
     def __init__(
         self,
@@ -595,50 +587,37 @@ class EncoderUNetModel(_Encoder):
         pool="adaptive",
         use_bf16=False,
     ):
-        super().__init__(locals())
-        heads = {
-            "adaptive": self._adaptive_head,
-            "attention": self._attention_head,
-            "spatial": self._spatial_head,
-            "spatial_v2": self._spatial_v2_head,
-        }
-        self.out = choose("pooling (classifier_pool)", pool, heads)()
-
-    def _adaptive_head(self):
-        ch = self._skip_widths[-1]
-        return NormFirst(
-            normalization(ch),
-            SiLU(),
-            adaptive_avg_pool_nd(self.dims, 1),
-            zero_module(conv_nd(self.dims, ch, self.out_channels, 1)),
-            nn.Flatten(),
-        )
-
-    def _attention_head(self):
-        ch = self._skip_widths[-1]
-        if self.num_head_channels == -1 or self.dims != 2 or not isinstance(self.image_size, int):
-            raise InputError("attention pooling needs num_head_channels, and square 2D images of a known image_size")
-        self._check_size([self.image_size])
-        pool = AttentionPool2d(self.image_size // self._encoder_ds, ch, self.num_head_channels, self.out_channels)
-        return NormFirst(normalization(ch), SiLU(), pool)
-
-    def _spatial_head(self):
-        return nn.Sequential(nn.Linear(self._feature_size, 2048), nn.ReLU(), nn.Linear(2048, self.out_channels))
-
-    def _spatial_v2_head(self):
-        return nn.Sequential(
-            nn.Linear(self._feature_size, 2048), normalization(2048), SiLU(), nn.Linear(2048, self.out_channels)
-        )
+        super().__init__(
+            image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout,
+            channel_mult, conv_resample, dims, None, use_checkpoint, use_fp16, num_heads, num_head_channels,
+            num_heads_upsample, use_scale_shift_norm, resblock_updown, use_new_attention_order, use_bf16,
+        )  # fmt: skip
+        choose("pooling (classifier_pool)", pool, dict.fromkeys(POOLS))
+        self.pool = pool
+        ch, features = self._skip_widths[-1], self._feature_size
+        if pool == "adaptive":
+            conv = zero_module(conv_nd(dims, ch, out_channels, 1))
+            self.out = nn.Sequential(normalization(ch), SiLU(), adaptive_avg_pool_nd(dims, 1), conv, nn.Flatten())
+        elif pool == "attention":
+            if num_head_channels == -1 or dims != 2 or not isinstance(image_size, int):
+                raise InputError("attention pooling needs num_head_channels, and square 2D images of a known image_size")
+            self._check_size([image_size])
+            attention = AttentionPool2d(image_size // self._encoder_ds, ch, num_head_channels, out_channels)
+            self.out = nn.Sequential(normalization(ch), SiLU(), attention)
+        elif pool == "spatial":
+            self.out = nn.Sequential(nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, out_channels))
+        else:
+            norm = normalization(2048)
+            self.out = nn.Sequential(nn.Linear(features, 2048), norm, SiLU(), nn.Linear(2048, out_channels))
 
     def forward(self, x, timesteps):
         """Apply the model.
 
-        :param x: [N, in_channels, ...] float32.
-        :param timesteps: [N], may be fractional.
-        :return: logits [N, out_channels].
+        :param x: [N, in_channels, ...] floats.
+        :param timesteps: [N], or [1] for all samples; integers or floats.
+        :return: logits [N, out_channels] in x's dtype.
         """
         _, hs, h = self._encode(x, timesteps)
         if self.pool.startswith("spatial"):
-            # The float32 means are [N, channels of all blocks].
-            h = th.cat([f.type(x.dtype).flatten(2).mean(dim=2) for f in hs + [h]], dim=1)
-        return self.out(h.type(x.dtype))
+            h = th.cat([f.type(x.dtype).flatten(2).mean(dim=2) for f in hs + [h]], dim=1)  # [N, channels of all blocks]
+        return self._output(h, x.dtype)
