@@ -291,18 +291,73 @@ def _same_value(a, b):
 # Weights
 
 
+WRAPPERS = ("ema", "state_dict", "model_state_dict", "model")  # entries under which files hold weights, best first
+PREFIXES = ("module.", "_orig_mod.")  # which DistributedDataParallel and torch.compile put before the names
+OTHER_FILES = {  # what people save by mistake, by the lower-case beginnings of the files
+    b"version https://git-lfs": "a Git LFS pointer (git lfs pull downloads the file)",
+    b"<!doctype html": "a web page",
+    b"<html": "a web page",
+    b"\x89hdf": "an HDF5 file",
+}
+
+
 def read_weights(model, path, device="cpu"):
     """Read a checkpoint whose names and shapes must be those of `model`: its state_dict.
 
+    The file may be torch's or safetensors'. Wrapping dicts (WRAPPERS) and prefixes of names (PREFIXES) are removed.
+
     :raises InputError: when they are not: it names the flags that differ, as far as weights can tell.
     """
-    state_dict = dist_util.load_state_dict(path, map_location=device)
-    if not isinstance(state_dict, dict) or not all(isinstance(v, th.Tensor) for v in state_dict.values()):
-        raise InputError(f"{path}: not a model's weights (an optimiser's state, perhaps)")
+    state_dict = _unwrap(path, _read_tensors(path, device))
     expected = model.state_dict()
+    prefix = next(iter(state_dict), "").removesuffix(next(iter(expected), ""))
+    if prefix and state_dict.keys() == {prefix + name for name in expected}:
+        raise InputError(f"{path}: the names of all weights begin with {prefix!r}: save them without this prefix")
     if {k: v.shape for k, v in state_dict.items()} != {k: v.shape for k, v in expected.items()}:
         raise InputError(f"{path}: a checkpoint of another architecture: {_differences(state_dict, expected)}")
     return state_dict
+
+
+def _read_tensors(path, device):
+    """The content of a file that torch.save or safetensors wrote."""
+    try:
+        with files.open_file(path) as f:
+            start = f.read(64)
+    except OSError:
+        start = b""  # load_state_dict reports it
+    for signature, what in OTHER_FILES.items():
+        if start.lower().startswith(signature):
+            raise InputError(f"{path}: {what}, not a checkpoint")
+    if start[8:9] != b"{" or int.from_bytes(start[:8], "little") > 10**8:  # the head of a safetensors file
+        return dist_util.load_state_dict(path, map_location=device)
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+    except ImportError:
+        raise InputError(f"{path}: a safetensors file; to read it: pip install safetensors") from None
+    try:
+        with files.open_file(path) as f:
+            return {name: v.to(device) for name, v in load(f.read()).items()}
+    except SafetensorError as e:
+        raise InputError(f"{path}: a damaged safetensors file ({e})") from None
+
+
+def _unwrap(path, content):
+    """The state_dict in a checkpoint's content, without wrapping dicts and prefixes. Logs what it removes."""
+    while not (isinstance(content, dict) and content and all(isinstance(v, th.Tensor) for v in content.values())):
+        entries = list(content) if isinstance(content, dict) else []
+        name = next((name for name in WRAPPERS if name in entries), None)
+        if {"state", "param_groups"} <= set(entries):
+            raise InputError(f"{path}: an optimizer's state, not a model's weights")
+        if name is None:
+            found = f"a dict with the entries {', '.join(map(str, entries[:5]))}" if entries else type(content).__name__
+            raise InputError(f"{path}: not a model's weights, but {found}")
+        logger.log(f"{path}: using the weights under {name!r}, of the entries {', '.join(map(str, entries))}")
+        content = content[name]
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in content)), None):
+        logger.log(f"{path}: removing the prefix {prefix!r} from the names of the weights")
+        content = {name.removeprefix(prefix): v for name, v in content.items()}
+    return content
 
 
 def read_weights_to_train(model, path, device="cpu"):

@@ -70,13 +70,13 @@ def guide(classifier, diffusion, classifier_scale, guidance_interval=""):
 
 
 def prepare_network(model, path, use_fp16=False, use_bf16=False, compile_for=0):
-    """Load weights into a network and make it ready to sample with on this rank's device.
+    """Load weights into a network and prepare it for sampling on this rank's device.
 
     :param use_fp16, use_bf16: reduce the torso's precision.
-    :param compile_for: compile it for batches of this size; 0 doesn't.
+    :param compile_for: compile it for batches of this size; 0 does not compile.
     """
     checkpoint_util.load_weights(model, path)
-    model.to(dist_util.dev()).eval().requires_grad_(False)
+    model.to(dist_util.dev(), memory_format=th.channels_last).eval().requires_grad_(False)
     if use_fp16:
         model.convert_to_fp16()
     elif use_bf16:

@@ -56,6 +56,7 @@ CLASSIFIER_FLAGS = dict(
     classifier_pool="attention",
     **DATA_FLAGS,
 )
+ADDED_FLAGS = {"num_classes", "in_channels", "use_bf16", "classifier_use_bf16"}  # which the original code lacks
 # Flags that change how a network runs and not which function its weights make.
 RUNTIME_FLAGS = {
     "use_fp16", "use_bf16", "use_checkpoint", "dropout", "classifier_use_fp16", "classifier_use_bf16",
@@ -74,47 +75,49 @@ def diffusion_defaults():
 
 def classifier_defaults():
     """The flags of the classifier."""
-    return dict(CLASSIFIER_FLAGS)
+    return {**CLASSIFIER_FLAGS, "num_classes": NUM_CLASSES}
 
 
 def model_and_diffusion_defaults():
     """The flags of the diffusion model and its process."""
-    return {**MODEL_FLAGS, **DIFFUSION_FLAGS}
+    return {**MODEL_FLAGS, "num_classes": NUM_CLASSES, **DIFFUSION_FLAGS}
 
 
 def classifier_and_diffusion_defaults():
-    """The flags of the classifier and the process whose noise it sees."""
-    return {**CLASSIFIER_FLAGS, **DIFFUSION_FLAGS}
+    """The flags of the classifier and of the process whose noise it sees."""
+    return {**classifier_defaults(), **DIFFUSION_FLAGS}
 
 
 def sr_model_and_diffusion_defaults():
     """The flags of the upsampler and its process."""
-    return {**UPSAMPLER_FLAGS, **DIFFUSION_FLAGS}
+    return {**UPSAMPLER_FLAGS, "num_classes": NUM_CLASSES, **DIFFUSION_FLAGS}
 
 
-def _settle(flags, defaults):
-    """Fill in missing flags; refuse unknown ones as Python does."""
-    unknown = flags.keys() - defaults.keys()
-    if unknown:
-        raise TypeError(f"unknown flags: {', '.join(sorted(unknown))}")
-    return {**defaults, **flags}
+# The positional parameters of the functions below are those of the original code, in its order: other projects pass
+# them by position and read their names with inspect. Parameters that this package adds are keyword-only.
 
 
-def _pick(flags, names):
-    return {name: flags[name] for name in names}
-
-
-def _diffusion_from_flags(flags):
-    flags = _pick(flags, DIFFUSION_FLAGS)
-    return create_gaussian_diffusion(steps=flags.pop("diffusion_steps"), **flags)
-
-
-def create_model_and_diffusion(image_size, class_cond, learn_sigma, **flags):
-    """Make a UNet and its process from the flags of model_and_diffusion_defaults()."""
-    flags.update(image_size=image_size, class_cond=class_cond, learn_sigma=learn_sigma)
-    flags = _settle(flags, model_and_diffusion_defaults())
-    model = create_model(**_pick(flags, [*MODEL_FLAGS, "learn_sigma"]))
-    return model, _diffusion_from_flags(flags)
+def create_model_and_diffusion(
+    image_size, class_cond, learn_sigma, num_channels, num_res_blocks, channel_mult, num_heads, num_head_channels,
+    num_heads_upsample, attention_resolutions, dropout, diffusion_steps, noise_schedule, timestep_respacing, use_kl,
+    predict_xstart, rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm,
+    resblock_updown, use_fp16, use_new_attention_order, *, num_classes=None, in_channels=3, use_bf16=False,
+):  # fmt: skip
+    """Create a UNet and its process from the flags of model_and_diffusion_defaults()."""
+    model = create_model(
+        image_size, num_channels, num_res_blocks, channel_mult=channel_mult, learn_sigma=learn_sigma,
+        class_cond=class_cond, use_checkpoint=use_checkpoint, attention_resolutions=attention_resolutions,
+        num_heads=num_heads, num_head_channels=num_head_channels, num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm, dropout=dropout, resblock_updown=resblock_updown,
+        use_fp16=use_fp16, use_new_attention_order=use_new_attention_order, num_classes=num_classes,
+        in_channels=in_channels, use_bf16=use_bf16,
+    )  # fmt: skip
+    diffusion = create_gaussian_diffusion(
+        steps=diffusion_steps, learn_sigma=learn_sigma, noise_schedule=noise_schedule, use_kl=use_kl,
+        predict_xstart=predict_xstart, rescale_timesteps=rescale_timesteps,
+        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing,
+    )  # fmt: skip
+    return model, diffusion
 
 
 def create_model(
@@ -134,14 +137,16 @@ def create_model(
     resblock_updown=False,
     use_fp16=False,
     use_new_attention_order=False,
-    num_classes=NUM_CLASSES,
+    *,
+    num_classes=None,
     in_channels=3,
     use_bf16=False,
 ):
-    """Make a UNet from flags. These defaults are those of the original function, not of the scripts' flags.
+    """Create a UNet. The defaults are those of the original function, which differ from those of the scripts' flags.
 
-    :param channel_mult: numbers with commas, one a level; "" derives them from the image size.
-    :param attention_resolutions: the resolutions that have attention, numbers with commas.
+    :param channel_mult: numbers separated by commas, one per level; "" derives them from the image size.
+    :param attention_resolutions: the resolutions that have attention, numbers separated by commas.
+    :param num_classes: the number of classes if class_cond is set; by default NUM_CLASSES.
     """
     if channel_mult == "":
         channel_mult = default_channel_mult(image_size)
@@ -154,7 +159,7 @@ def create_model(
         attention_resolutions=attention_factors("attention_resolutions", attention_resolutions, image_size),
         dropout=dropout,
         channel_mult=parse_numbers("channel_mult", channel_mult, float),
-        num_classes=num_classes if class_cond else None,
+        num_classes=_count_classes(num_classes) if class_cond else None,
         use_checkpoint=use_checkpoint,
         use_fp16=use_fp16,
         num_heads=num_heads,
@@ -163,67 +168,110 @@ def create_model(
         use_scale_shift_norm=use_scale_shift_norm,
         resblock_updown=resblock_updown,
         use_new_attention_order=use_new_attention_order,
-        use_bf16=use_bf16,
+        **_bf16(use_bf16),
     )
 
 
-def create_classifier_and_diffusion(image_size, classifier_use_fp16, classifier_width, **flags):
-    """Make a classifier and its process from the flags of classifier_and_diffusion_defaults()."""
-    flags.update(image_size=image_size, classifier_use_fp16=classifier_use_fp16, classifier_width=classifier_width)
-    flags = _settle(flags, classifier_and_diffusion_defaults())
-    return create_classifier(**_pick(flags, CLASSIFIER_FLAGS)), _diffusion_from_flags(flags)
+def _count_classes(num_classes):
+    return NUM_CLASSES if num_classes is None else num_classes  # other projects assign NUM_CLASSES
 
 
-def create_classifier(image_size, classifier_use_fp16, classifier_width, **flags):
-    """Make a noisy-image classifier from the flags of classifier_defaults()."""
-    flags = _settle(flags, CLASSIFIER_FLAGS)
+def _bf16(use_bf16):
+    return {"use_bf16": True} if use_bf16 else {}  # networks of a project's own unet.py lack the argument
+
+
+def create_classifier_and_diffusion(
+    image_size, classifier_use_fp16, classifier_width, classifier_depth, classifier_attention_resolutions,
+    classifier_use_scale_shift_norm, classifier_resblock_updown, classifier_pool, learn_sigma, diffusion_steps,
+    noise_schedule, timestep_respacing, use_kl, predict_xstart, rescale_timesteps, rescale_learned_sigmas, *,
+    num_classes=None, in_channels=3, classifier_use_bf16=False,
+):  # fmt: skip
+    """Create a classifier and its process from the flags of classifier_and_diffusion_defaults()."""
+    classifier = create_classifier(
+        image_size, classifier_use_fp16, classifier_width, classifier_depth, classifier_attention_resolutions,
+        classifier_use_scale_shift_norm, classifier_resblock_updown, classifier_pool, num_classes=num_classes,
+        in_channels=in_channels, classifier_use_bf16=classifier_use_bf16,
+    )  # fmt: skip
+    diffusion = create_gaussian_diffusion(
+        steps=diffusion_steps, learn_sigma=learn_sigma, noise_schedule=noise_schedule, use_kl=use_kl,
+        predict_xstart=predict_xstart, rescale_timesteps=rescale_timesteps,
+        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing,
+    )  # fmt: skip
+    return classifier, diffusion
+
+
+def create_classifier(
+    image_size, classifier_use_fp16, classifier_width, classifier_depth, classifier_attention_resolutions,
+    classifier_use_scale_shift_norm, classifier_resblock_updown, classifier_pool, *, num_classes=None,
+    in_channels=3, classifier_use_bf16=False,
+):  # fmt: skip
+    """Create a noisy-image classifier from the flags of classifier_defaults()."""
     return EncoderUNetModel(
         image_size=image_size,
-        in_channels=flags["in_channels"],
+        in_channels=in_channels,
         model_channels=classifier_width,
-        out_channels=flags["num_classes"],
-        num_res_blocks=flags["classifier_depth"],
+        out_channels=_count_classes(num_classes),
+        num_res_blocks=classifier_depth,
         attention_resolutions=attention_factors(
-            "classifier_attention_resolutions", flags["classifier_attention_resolutions"], image_size
+            "classifier_attention_resolutions", classifier_attention_resolutions, image_size
         ),
         channel_mult=default_channel_mult(image_size),
         use_fp16=classifier_use_fp16,
         num_head_channels=CLASSIFIER_HEAD_CHANNELS,
-        use_scale_shift_norm=flags["classifier_use_scale_shift_norm"],
-        resblock_updown=flags["classifier_resblock_updown"],
-        pool=flags["classifier_pool"],
-        use_bf16=flags["classifier_use_bf16"],
+        use_scale_shift_norm=classifier_use_scale_shift_norm,
+        resblock_updown=classifier_resblock_updown,
+        pool=classifier_pool,
+        **_bf16(classifier_use_bf16),
     )
 
 
-def sr_create_model_and_diffusion(large_size, small_size, class_cond, **flags):
-    """Make an upsampler and its process from the flags of sr_model_and_diffusion_defaults()."""
-    flags.update(large_size=large_size, small_size=small_size, class_cond=class_cond)
-    flags = _settle(flags, sr_model_and_diffusion_defaults())
-    model = sr_create_model(**_pick(flags, [*UPSAMPLER_FLAGS, "learn_sigma"]))
-    return model, _diffusion_from_flags(flags)
+def sr_create_model_and_diffusion(
+    large_size, small_size, class_cond, learn_sigma, num_channels, num_res_blocks, num_heads, num_head_channels,
+    num_heads_upsample, attention_resolutions, dropout, diffusion_steps, noise_schedule, timestep_respacing, use_kl,
+    predict_xstart, rescale_timesteps, rescale_learned_sigmas, use_checkpoint, use_scale_shift_norm,
+    resblock_updown, use_fp16, *, num_classes=None, in_channels=3, use_bf16=False,
+):  # fmt: skip
+    """Create an upsampler and its process from the flags of sr_model_and_diffusion_defaults()."""
+    model = sr_create_model(
+        large_size, small_size, num_channels, num_res_blocks, learn_sigma=learn_sigma, class_cond=class_cond,
+        use_checkpoint=use_checkpoint, attention_resolutions=attention_resolutions, num_heads=num_heads,
+        num_head_channels=num_head_channels, num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm, dropout=dropout, resblock_updown=resblock_updown,
+        use_fp16=use_fp16, num_classes=num_classes, in_channels=in_channels, use_bf16=use_bf16,
+    )  # fmt: skip
+    diffusion = create_gaussian_diffusion(
+        steps=diffusion_steps, learn_sigma=learn_sigma, noise_schedule=noise_schedule, use_kl=use_kl,
+        predict_xstart=predict_xstart, rescale_timesteps=rescale_timesteps,
+        rescale_learned_sigmas=rescale_learned_sigmas, timestep_respacing=timestep_respacing,
+    )  # fmt: skip
+    return model, diffusion
 
 
-def sr_create_model(large_size, small_size, num_channels, **flags):
-    """Make an upsampler from flags. It takes low-resolution images of any size: small_size only describes them."""
-    flags = _settle(flags, {**UPSAMPLER_FLAGS, "learn_sigma": False})
-    in_channels = flags["in_channels"]
+def sr_create_model(
+    large_size, small_size, num_channels, num_res_blocks, learn_sigma, class_cond, use_checkpoint,
+    attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
+    resblock_updown, use_fp16, *, num_classes=None, in_channels=3, use_bf16=False,
+):  # fmt: skip
+    """Create an upsampler. It takes low-resolution images of any size; small_size is not used."""
     return SuperResModel(
         image_size=large_size,
         in_channels=in_channels,
         model_channels=num_channels,
-        out_channels=in_channels * (2 if flags["learn_sigma"] else 1),
-        num_res_blocks=flags["num_res_blocks"],
-        attention_resolutions=attention_factors(
-            "attention_resolutions", flags["attention_resolutions"], large_size
-        ),
+        out_channels=in_channels * (2 if learn_sigma else 1),
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=attention_factors("attention_resolutions", attention_resolutions, large_size),
+        dropout=dropout,
         channel_mult=default_channel_mult(large_size, UPSAMPLER_CHANNEL_MULTS),
-        num_classes=flags["num_classes"] if flags["class_cond"] else None,
-        **_pick(flags, [
-            "dropout", "use_checkpoint", "use_fp16", "use_bf16", "num_heads", "num_head_channels",
-            "num_heads_upsample", "use_scale_shift_norm", "resblock_updown",
-        ]),
-    )  # fmt: skip
+        num_classes=_count_classes(num_classes) if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        use_fp16=use_fp16,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown,
+        **_bf16(use_bf16),
+    )
 
 
 def create_gaussian_diffusion(
@@ -335,8 +383,8 @@ def add_dict_to_argparser(parser, default_dict):
 
 
 def args_to_dict(args, keys):
-    """The parsed flags of these names, as a dict."""
-    return {name: getattr(args, name) for name in keys}
+    """The parsed flags of these names, as a dict. Flags that the original code lacks may be missing from `args`."""
+    return {name: getattr(args, name) for name in keys if name not in ADDED_FLAGS or hasattr(args, name)}
 
 
 def str2bool(v):

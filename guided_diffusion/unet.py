@@ -249,7 +249,7 @@ class QKVAttention(nn.Module):
 
     def forward(self, qkv):
         n, width, length = qkv.shape
-        qkv = qkv.mT.contiguous().view(n, length, 3, self.n_heads, width // (3 * self.n_heads))
+        qkv = qkv.transpose(1, 2).contiguous().view(n, length, 3, self.n_heads, width // (3 * self.n_heads))
         return attend(*qkv.unbind(2))
 
     count_flops = staticmethod(count_flops_attn)
@@ -267,7 +267,7 @@ class QKVAttentionLegacy(nn.Module):
 
     def forward(self, qkv):
         n, width, length = qkv.shape
-        qkv = qkv.mT.contiguous().view(n, length, self.n_heads, 3, width // (3 * self.n_heads))
+        qkv = qkv.transpose(1, 2).contiguous().view(n, length, self.n_heads, 3, width // (3 * self.n_heads))
         return attend(*qkv.unbind(3))
 
     count_flops = staticmethod(count_flops_attn)
@@ -279,7 +279,7 @@ def attend(q, k, v):
     The fused kernels need the channels of a head to be contiguous in memory.
     """
     h = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [N, heads, T, C]
-    return h.transpose(1, 2).flatten(2).mT
+    return h.transpose(1, 2).flatten(2).transpose(1, 2)
 
 
 class AttentionPool2d(nn.Module):
