@@ -5,15 +5,14 @@ import torch.nn.functional as F
 
 
 def classifier_cond_fn(classifier, scale=1.0):
-    """Build the `cond_fn` that samplers take: scale * grad_x log p(y | x_t, t).
+    """Build the samplers' `cond_fn`: scale * grad_x log p(y | x_t, t).
 
-    The classifier is put in evaluation mode and its parameters are frozen, so that the only gradient computed is the
-    one with respect to x.
+    A module is put in evaluation mode and its parameters are frozen: only the gradient with respect to x is computed.
 
-    :param classifier: maps (x_t [N, C, ...], t [N]) to logits [N, num_classes]. A function will do.
+    :param classifier: a module or function from (x_t [N, C, ...], t [N]) to logits [N, num_classes].
     :param scale: the gradient's factor, s in ADM's algorithms 1 and 2.
-    :return: a function of (x [N, C, ...], t [N], y [N] int64) that gives a gradient of x's shape. It ignores other
-        keyword arguments, which are the model's.
+    :return: a function of (x [N, C, ...], t [N], y [N] int64) that returns a gradient of x's shape. It ignores other
+        keyword arguments, which are meant for the model.
     """
     if isinstance(classifier, th.nn.Module):
         classifier.eval().requires_grad_(False)
@@ -31,15 +30,15 @@ def classifier_cond_fn(classifier, scale=1.0):
 
 
 def limit_guidance(cond_fn, first, last, num_timesteps):
-    """Guide in a part of the process only (Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024).
+    """Limit guidance to an interval (Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024).
 
-    :param first, last: the part, as shares of the process's time: 0 is where images are clean, 1 where all is noise.
+    :param first, last: the interval's ends, as fractions of the process: 0 is its clean end, 1 its noisy one.
     :param num_timesteps: of the process that the model was trained on; 1000 if it shows rescaled timesteps.
-    :return: a cond_fn that is zero, and costs nothing, where t / num_timesteps lies outside.
+    :return: a cond_fn that returns zeros, without calling the given one, if t / num_timesteps is outside the interval.
     """
 
     def limited(x, t, **kwargs):
-        if first <= float(t[0]) / num_timesteps <= last:  # all of a batch have the same t
+        if first <= float(t[0]) / num_timesteps <= last:  # samplers use the same t for the whole batch
             return cond_fn(x, t, **kwargs)
         return th.zeros_like(x)
 
@@ -47,9 +46,9 @@ def limit_guidance(cond_fn, first, last, num_timesteps):
 
 
 def route_labels(model, class_cond):
-    """Adapt `model` to labels that are meant for the classifier too: they reach the model only with `class_cond`.
+    """Make a model function that takes labels y, as cond_fn does, and passes them on only if `class_cond` is set.
 
-    :param model: a UNet: (x, t, y) -> output where it is class-conditional, (x, t) -> output where it is not.
+    :param model: a UNet: (x, t, y) -> output if it is class-conditional, else (x, t) -> output.
     :return: a function of (x, t, y).
     """
 

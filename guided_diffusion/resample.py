@@ -1,4 +1,4 @@
-"""Which timesteps to train on."""
+"""Schedule samplers: distributions over the timesteps to train on."""
 
 from abc import ABC, abstractmethod
 
@@ -10,32 +10,32 @@ from .errors import InputError, choose
 
 
 def create_named_schedule_sampler(name, diffusion):
-    """The schedule sampler called `name` for the timesteps of `diffusion`: "uniform" or "loss-second-moment"."""
+    """Create the schedule sampler "uniform" or "loss-second-moment" for the timesteps of `diffusion`."""
     return choose("--schedule_sampler", name, SAMPLERS)(diffusion)
 
 
 class ScheduleSampler(ABC):
-    """A distribution over timesteps that lowers the variance of the training objective.
+    """A distribution over timesteps that reduces the variance of the training objective.
 
-    Drawing a timestep by importance and weighting its loss leaves the objective's mean as it is.
+    Sampling is by importance: losses are weighted such that the objective's mean does not change.
     """
 
     @abstractmethod
     def weights(self):
-        """The timesteps' weights: a numpy array [num_timesteps] of positive numbers, not necessarily normalised."""
+        """The weights of the timesteps: a numpy array [num_timesteps] of positive numbers, not necessarily normalised."""
 
     def state_dict(self):
-        """What it has learned, for a restart."""
+        """The state that a restarted run needs."""
         return {}
 
     def load_state_dict(self, state_dict):
-        """Take up what state_dict() gave."""
+        """Restore the state that state_dict() returned."""
 
     def sample(self, batch_size, device, rng=np.random):
         """Draw timesteps for a batch.
 
-        :param rng: where randomness comes from: numpy's global state, or a RandomState or Generator.
-        :return: timesteps [batch_size] int64, and the factors [batch_size] float32 that their losses are to have.
+        :param rng: the source of randomness: numpy's global state by default, or a RandomState or Generator.
+        :return: timesteps [batch_size] int64, and the factors [batch_size] float32 to multiply their losses by.
         """
         p = self.weights()
         p = p / np.sum(p)
@@ -45,7 +45,7 @@ class ScheduleSampler(ABC):
 
 
 class UniformSampler(ScheduleSampler):
-    """Every timestep alike."""
+    """All timesteps with equal probability."""
 
     def __init__(self, diffusion):
         self.diffusion = diffusion
@@ -56,35 +56,36 @@ class UniformSampler(ScheduleSampler):
 
 
 class LossAwareSampler(ScheduleSampler):
-    """A sampler that learns from the losses seen; every rank learns from every rank's."""
+    """A sampler whose weights follow the losses of training, those of all ranks."""
 
     def update_with_local_losses(self, local_ts, local_losses):
-        """Share this rank's losses with all ranks and learn from all. Every rank must call it.
+        """Update the weights with the losses of all ranks. A collective: every rank must call it with its own losses.
 
         :param local_ts: timesteps [N], where N may differ between ranks.
         :param local_losses: their losses [N].
         """
         pairs = th.stack([local_ts.double(), local_losses.detach().double()], dim=1)
         by_rank = dist_util.all_gather_uneven(pairs)
-        if len({len(p) for p in by_rank}) == 1:  # in the order of positions in the global batch, whatever the ranks
+        if len({len(p) for p in by_rank}) == 1:  # the order of the global batch, which does not depend on the ranks
             by_rank = th.stack(by_rank, dim=1).unbind()
         pairs = th.cat(tuple(by_rank))
-        ts, losses = pairs[pairs[:, 1].isfinite()].T.tolist()  # a bad step must not spoil the steps to come
+        ts, losses = pairs[pairs[:, 1].isfinite()].T.tolist()  # one bad step must not affect later weights
         self.update_with_all_losses([int(t) for t in ts], losses)
 
     @abstractmethod
     def update_with_all_losses(self, ts, losses):
-        """Learn from `losses` at timesteps `ts`, lists that are the same on every rank.
+        """Update the weights with `losses` at timesteps `ts`: lists that are the same on every rank.
 
-        What an implementation does must depend on its arguments alone, so that all ranks stay in the same state.
+        An implementation must be deterministic, so that all ranks keep the same state.
         """
 
 
 class LossSecondMomentResampler(LossAwareSampler):
-    """Weights in proportion to sqrt(E[loss^2]) ("Improved DDPM", eq. 18), over each timestep's latest losses.
+    """Weights proportional to sqrt(E[loss^2]) ("Improved DDPM", eq. 18), over the latest losses of each timestep.
 
-    :param history_per_term: how many losses to remember for each timestep; until all have that many, all weigh alike.
-    :param uniform_prob: the share of draws that stays uniform.
+    :param history_per_term: the number of losses to keep per timestep. Until all timesteps have that many, sampling is
+        uniform.
+    :param uniform_prob: the fraction of samples that is always drawn uniformly.
     """
 
     def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):

@@ -1,5 +1,7 @@
 """Sampling with a subset of the timesteps a model was trained on."""
 
+from functools import wraps
+
 import numpy as np
 import torch as th
 
@@ -86,15 +88,19 @@ class SpacedDiffusion(GaussianDiffusion):
         kwargs["betas"] = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
         super().__init__(**kwargs)
 
+    @wraps(GaussianDiffusion.p_mean_variance)
     def p_mean_variance(self, model, *args, **kwargs):
         return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)
 
+    @wraps(GaussianDiffusion.training_losses)
     def training_losses(self, model, *args, **kwargs):
         return super().training_losses(self._wrap_model(model), *args, **kwargs)
 
+    @wraps(GaussianDiffusion.condition_mean)
     def condition_mean(self, cond_fn, *args, **kwargs):
         return super().condition_mean(self._wrap_model(cond_fn), *args, **kwargs)
 
+    @wraps(GaussianDiffusion.condition_score)
     def condition_score(self, cond_fn, *args, **kwargs):
         return super().condition_score(self._wrap_model(cond_fn), *args, **kwargs)
 

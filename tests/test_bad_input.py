@@ -257,7 +257,7 @@ CASES = {
         ["{stage}/conditional.pt", "classifier", "diffusion model"],
     ),
     "another program's weights": (sample("{stage}/stranger.pt"), ["{stage}/stranger.pt"]),
-    "an optimiser's file": (sample("{stage}/opt.pt"), ["{stage}/opt.pt", "optimiser"]),
+    "an optimiser's file": (sample("{stage}/opt.pt"), ["{stage}/opt.pt", "optimizer"]),
     "a pickle": (sample("{stage}/pickle.pt"), ["{stage}/pickle.pt"]),
     "a pickle in torch's format": (sample("{stage}/zipped_pickle.pt"), ["{stage}/zipped_pickle.pt"]),
     "a text file": (sample("{stage}/text.pt"), ["{stage}/text.pt"]),

@@ -36,7 +36,9 @@ def test_default_channel_multiples(image_size, expected):
 def test_upsampler_channel_multiples():
     # At 512 the upsampler's first level is not halved.
     with th.device("meta"):
-        model = script_util.sr_create_model(512, 128, 192)
+        model, _ = script_util.sr_create_model_and_diffusion(
+            **{**script_util.sr_model_and_diffusion_defaults(), "large_size": 512}
+        )
     assert model.channel_mult == (1, 1, 2, 2, 4, 4)
 
 
@@ -68,7 +70,8 @@ def test_create_model_has_its_own_defaults():
     with th.device("meta"):
         bare, scripts = script_util.create_model(64, 32, 1), script_util.create_model_and_diffusion(**flags())[0]
     assert bare.attention_resolutions == (4,) and scripts.attention_resolutions == (4, 8)
-    assert bare.num_heads == 1 and not bare.use_scale_shift_norm and scripts.use_scale_shift_norm
+    assert bare.num_heads == 1
+    assert [m.middle_block[0].use_scale_shift_norm for m in (bare, scripts)] == [False, True]
     assert script_util.model_and_diffusion_defaults()["num_heads"] == 4
 
 

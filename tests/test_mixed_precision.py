@@ -239,27 +239,6 @@ def test_the_original_s_optimizer_files_load(kind, tmp_path, monkeypatch):
         assert {float(s["step"]) for s in loop.opt.state.values()} == {501}
 
 
-@pytest.mark.parametrize("kind", ["use_fp16", "use_bf16"])
-def test_copies_are_made_one_precision_at_a_time(kind, monkeypatch):
-    """On CUDA torch 2.6 takes all tensors to be written for the first one's type: it wrote past the ends of others."""
-    copy, calls = th._foreach_copy_, []
-
-    def checked(targets, sources):
-        calls.append([len({t.dtype for t in tensors}) for tensors in (targets, sources)])
-        return copy(targets, sources)
-
-    monkeypatch.setattr(th, "_foreach_copy_", checked)
-    loop = new_loop(*new_model(), initial_lg_loss_scale=4.0, **{kind: True})
-    loop.run_step(batch_of(6), {})
-    with loop.averaged_weights():
-        pass
-    monkeypatch.setattr(dist_util, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist_util.dist, "all_reduce", lambda tensor: None)
-    dist_util.average_gradients(loop.mp_trainer.model_params)
-    assert len(calls) == 10  # two for each flat master, twice for all weights, and for all gradients
-    assert all(counts == [1, 1] for counts in calls)
-
-
 @pytest.mark.parametrize("count", [7, 7.0, th.tensor(7.0)])
 def test_each_parameter_counts_its_own_steps_after_a_change_of_precision(count, tmp_path):
     loop = new_loop(*new_model(), use_bf16=True)

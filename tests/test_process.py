@@ -1,6 +1,7 @@
 """The diffusion process: schedules, single steps, parametrisations, and what the sampling loops promise."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -348,3 +349,36 @@ def test_model_kwargs_reach_model_and_cond_fn(loop):
         network, (2, 1), device="cpu", cond_fn=lambda x, t, y: network(x, t, y), model_kwargs=dict(y=y)
     )
     assert len(seen) == 50 and all(value is y for value in seen)
+
+
+@pytest.mark.parametrize("loss", [LossType.MSE, LossType.KL])
+def test_a_model_without_the_variance_s_channels_names_learn_sigma(loss):
+    x, t = randn(0, 2, 3, 4, 4), th.tensor([0, 1])
+    for call in (
+        lambda d: d.training_losses(lambda x, t: x, x, t),
+        lambda d: d.p_sample(lambda x, t: x, x, t),
+    ):
+        with pytest.raises(ValueError, match="learn_sigma"):
+            call(process(var=LEARNED_RANGE, loss=loss))
+
+
+@pytest.mark.parametrize("schedule, respacing, warned", [
+    ("cosine", "25", True), ("cosine", "250", True), ("cosine", "", True), ("cosine", "ddim25", False),
+    ("cosine", "ddim250", False), ("linear", "25", False), ("linear", "ddim25", False), ("linear", "", False),
+])  # fmt: skip
+def test_guided_ddim_from_pure_noise_warns_once(schedule, respacing, warned):
+    diffusion = create_gaussian_diffusion(noise_schedule=schedule, timestep_respacing=respacing)
+
+    def sample(loop, cond_fn):
+        for _ in zip(range(3), getattr(diffusion, loop)(lambda x, t: x, (1, 1, 2, 2), cond_fn=cond_fn, device="cpu")):
+            pass
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        sample("p_sample_loop_progressive", lambda x, t: x)
+        sample("ddim_sample_loop_progressive", None)
+        assert not caught
+        for _ in range(2):
+            sample("ddim_sample_loop_progressive", lambda x, t: x)
+    assert len(caught) == warned
+    assert all("--timestep_respacing ddim" in str(w.message) for w in caught)

@@ -1,0 +1,91 @@
+"""Weights as people have them: wrapped in dicts, with prefixed names, in safetensors files; and files that are none."""
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import SMALL, fill_by_name, refused
+
+from guided_diffusion import logger
+from guided_diffusion.checkpoint_util import load_weights
+from guided_diffusion.unet import EncoderUNetModel, UNetModel
+
+pytestmark = pytest.mark.usefixtures("cpu")
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return fill_by_name(UNetModel(**SMALL)).state_dict()
+
+
+def load(path, capsys=None):
+    """The weights that a new network has after loading a file, and what was logged."""
+    logger.configure(str(path.parent), format_strs=["log"])
+    try:
+        model = UNetModel(**SMALL)
+        load_weights(model, str(path))
+        return model.state_dict(), (path.parent / "log.txt").read_text()
+    finally:
+        logger.reset()
+
+
+def prefixed(prefix, state_dict):
+    return {prefix + name: v for name, v in state_dict.items()}
+
+
+FORMS = {
+    "bare": (lambda w: w, []),
+    "DistributedDataParallel": (lambda w: prefixed("module.", w), ["'module.'"]),
+    "compiled": (lambda w: prefixed("_orig_mod.", w), ["'_orig_mod.'"]),
+    "both": (lambda w: prefixed("module._orig_mod.", w), ["'module.'", "'_orig_mod.'"]),
+    "state_dict": (lambda w: {"state_dict": w, "epoch": 3}, ["'state_dict'", "epoch"]),
+    "model": (lambda w: {"model": w, "optimizer": {"lr": 0.1}}, ["'model'", "optimizer"]),
+    "model_state_dict": (lambda w: {"model_state_dict": prefixed("module.", w)}, ["'model_state_dict'", "'module.'"]),
+    "ema": (lambda w: {"model": {n: v + 1 for n, v in w.items()}, "ema": w}, ["'ema'"]),
+    "twice": (lambda w: {"model": {"state_dict": w}}, ["'model'", "'state_dict'"]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_wrappers_and_prefixes_are_removed_and_logged(form, weights, tmp_path):
+    wrap, words = FORMS[form]
+    th.save(wrap(weights), tmp_path / "model.pt")
+    loaded, log = load(tmp_path / "model.pt")
+    assert all(th.equal(v, weights[name]) for name, v in loaded.items())
+    assert all(word in log for word in words) and (bool(words) == ("model.pt" in log))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_safetensors_whatever_the_file_is_called(name, weights, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(prefixed("module.", weights), tmp_path / name)
+    loaded, log = load(tmp_path / name)
+    assert all(th.equal(v, weights[name]) for name, v in loaded.items())
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-100])
+    refused(lambda: load(tmp_path / name), name, "damaged safetensors")
+
+
+def test_refusals_say_what_the_file_is(weights, tmp_path):
+    path = tmp_path / "model.pt"
+    opt = th.optim.AdamW([th.nn.Parameter(th.zeros(2))])
+    for content, words in (
+        (prefixed("net.", weights), ["'net.'"]),
+        (opt.state_dict(), ["optimizer's state"]),
+        ({"generator": weights, "step": 3}, ["generator, step"]),
+        ({"model": 3}, ["int"]),
+        ([1, 2], ["list"]),
+        ({}, ["dict"]),
+        (fill_by_name(EncoderUNetModel(**SMALL)).state_dict(), ["a classifier"]),
+    ):
+        th.save(content, path)
+        refused(lambda: load(path), "model.pt", *words)
+    for content, word in (
+        (b"<!DOCTYPE html><html>Not found</html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
+        (b"", "damaged"),
+    ):
+        path.write_bytes(content)
+        refused(lambda: load(path), "model.pt", word)
+    np.savez(tmp_path / "samples.npz", np.zeros(3))
+    refused(lambda: load(tmp_path / "samples.npz"), "samples.npz")
+    refused(lambda: load(tmp_path / "nothing.pt"), "nothing.pt", "no such")
