@@ -1,58 +1,54 @@
-"""Key-value metrics and messages, to the terminal, text, CSV, JSON and TensorBoard.
+"""Log metrics and messages to the terminal and to text, CSV, JSON and TensorBoard files.
 
-`logkv` and `logkv_mean` gather values and `dumpkvs` writes them as one row. The environment variables OPENAI_LOGDIR
-(where to), OPENAI_LOG_FORMAT (which formats on rank 0: any of stdout, log, json, csv, tensorboard, with commas) and
-OPENAI_LOG_FORMAT_MPI (on other ranks) set what `configure` is not told. Files are appended to, so that a run that is
-resumed in its folder goes on with its records.
+`logkv` and `logkv_mean` collect metrics, and `dumpkvs` writes them as one row. Environment variables set what the
+arguments of `configure` leave open: OPENAI_LOGDIR is the folder, OPENAI_LOG_FORMAT the formats on rank 0, separated by
+commas (stdout, log, json, csv, tensorboard), and OPENAI_LOG_FORMAT_MPI the formats on other ranks.
+
+Writers append to their files. Training calls `truncate_records` first, which drops the rows that it will write again.
 """
 
 import csv
-import datetime
 import io
 import json
-import math
 import os
+import re
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from functools import partial
+
+from tqdm import tqdm
 
 from . import files
 from .errors import InputError, choose
 
-DEBUG = 10
-INFO = 20
-WARN = 30
-ERROR = 40
-DISABLED = 50
+DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
 
 class KVWriter:
-    """Something that writes rows of metrics."""
+    """Base class of the output formats for metrics."""
 
     def writekvs(self, kvs):
-        """Write the dict `kvs`."""
-        raise TypeError(f"{type(self).__name__} does not write metrics")
-
-    def rewind(self, step):
-        """Forget the rows whose "step" is `step` or later: a resumed run will write them again."""
+        """Write the dict `kvs` as one row."""
+        raise TypeError(f"{type(self).__name__} has no writekvs")
 
     def close(self):
-        """Release what it holds."""
+        """Release files and threads."""
 
 
 class HumanOutputFormat(KVWriter):
-    """A table for people, and messages; to a path or an open text file."""
+    """Writes metrics as a table, and messages, to a path or to an open text file."""
 
     def __init__(self, filename_or_file):
-        self.own = isinstance(filename_or_file, str)
-        self.file = open(filename_or_file, "a") if self.own else filename_or_file
+        self.target = filename_or_file
 
     def writekvs(self, kvs):
         if not kvs:
             return
-        cells = [(_shorten(key), _shorten(_format(value))) for key, value in sorted(kvs.items())]
+        cells = [(_to_cell(key), _to_cell(value)) for key, value in sorted(kvs.items())]
         widths = [max(map(len, column)) for column in zip(*cells)]
         rule = "-" * (sum(widths) + 7)
         rows = [f"| {key:<{widths[0]}} | {value:<{widths[1]}} |" for key, value in cells]
@@ -63,168 +59,55 @@ class HumanOutputFormat(KVWriter):
         self._write(" ".join(map(str, seq)))
 
     def _write(self, text):
-        # A file's name may be in another encoding than the terminal's or the log's: what does not fit is escaped.
-        encoding = getattr(self.file, "encoding", None) or "utf-8"
+        if isinstance(self.target, str):
+            return _append(self.target, text + "\n")
+        # A terminal's encoding may lack characters of a file name.
+        encoding = getattr(self.target, "encoding", None) or "utf-8"
         text = text.encode(encoding, "backslashreplace").decode(encoding)
-        if self.file is sys.stdout and "tqdm" in sys.modules:
-            sys.modules["tqdm"].tqdm.write(text, file=self.file)  # above a progress bar, not through it
-        else:
-            self.file.write(text + "\n")
-        self.file.flush()
-
-    def close(self):
-        if self.own:
-            self.file.close()
+        tqdm.write(text, file=self.target)  # prints above progress bars, not into them
+        self.target.flush()
 
 
-def _format(value):
-    return f"{float(value):<8.3g}".rstrip() if hasattr(value, "__float__") else str(value)
-
-
-def _shorten(text, limit=40):
+def _to_cell(value, limit=40):
+    text = f"{float(value):.3g}" if hasattr(value, "__float__") else str(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 class JSONOutputFormat(KVWriter):
-    """One JSON object a line."""
+    """Writes a JSON object per line."""
 
     def __init__(self, filename):
         self.filename = filename
-        self.file = open(filename, "a")
-        self.mended = False
-
-    def _mend(self):
-        if not self.mended:  # not before the first row: a command that fails leaves the file as it is
-            _end_last_line(self.filename, cut=self._has_steps())
-            self.mended = True
-
-    def _has_steps(self):
-        with open(self.filename, errors="replace") as f:
-            return any("step" in _parsed(line, damaged={}) for line in f)
-
-    def rewind(self, step):
-        self._mend()
-        if not self._has_steps():
-            return
-        self.file.close()
-        with open(self.filename) as f:
-            lines = [line for line in f if _is_before(_parsed(line, damaged={"step": math.inf}), step)]
-        _rewrite(self.filename, lambda f: f.writelines(lines))
-        self.file = open(self.filename, "a")
 
     def writekvs(self, kvs):
-        self._mend()
-        plain = {k: v.item() if hasattr(v, "item") else v for k, v in sorted(kvs.items())}
-        self.file.write(json.dumps(plain) + "\n")
-        self.file.flush()
-
-    def close(self):
-        self.file.close()
+        _append(self.filename, json.dumps({k: _to_python(v) for k, v in sorted(kvs.items())}) + "\n")
 
 
 class CSVOutputFormat(KVWriter):
-    """A CSV file, rewritten with more columns when new keys appear."""
+    """Writes a CSV file, and rewrites it with more columns when new keys appear."""
 
     def __init__(self, filename):
         self.filename = filename
-        self.keys = []
-        self.mended = False
-        if os.path.exists(filename):
-            try:
-                with open(filename, newline="") as f:
-                    self.keys = [*csv.reader(f), []][0]  # all rows are read: new columns and rewind need them later
-            except (UnicodeDecodeError, csv.Error) as e:
-                raise InputError(f"{filename}: not a CSV file ({e}): remove it, or give another --log_dir") from None
-
-    def _mend(self):
-        if not self.mended:  # not before the first row: a command that fails leaves the file as it is
-            _end_last_line(self.filename, cut="step" in self.keys)
-            self.mended = True
+        self.keys = [*_read_csv(filename), []][0]
 
     def writekvs(self, kvs):
-        self._mend()
-        new = sorted(kvs.keys() - set(self.keys))
-        if new:
-            self._add_columns(new)
-        kvs = {k: v.item() if hasattr(v, "item") else v for k, v in kvs.items()}
-        row = io.StringIO()
-        csv.writer(row, lineterminator="\n").writerow(["" if kvs.get(k) is None else kvs[k] for k in self.keys])
-        with open(self.filename, "a") as f:
-            f.write(row.getvalue())
-
-    def _add_columns(self, new):
-        rows = self._rows()
-        self.keys += new
-        self._write_all(rows)
-
-    def _rows(self):
-        if not os.path.exists(self.filename):
-            return []
-        with open(self.filename, newline="") as f:
-            return list(csv.reader(f))[1:]
-
-    def _write_all(self, rows):
-        padded = [row + [""] * (len(self.keys) - len(row)) for row in rows]
-        _rewrite(self.filename, lambda f: csv.writer(f, lineterminator="\n").writerows([self.keys, *padded]))
-
-    def rewind(self, step):
-        self._mend()
-        if "step" in self.keys:
-            self._write_all([row for row in self._rows() if _is_before(dict(zip(self.keys, row)), step)])
-
-
-def _end_last_line(filename, cut):
-    """End a last line without an end, which a full disk or a kill has left: the next row would run on from it.
-
-    :param cut: drop the line. For a run's records; in another file it may be whole.
-    """
-    if os.path.exists(filename):
-        with open(filename, "rb+") as f:
-            text = f.read()
-            if text and not text.endswith(b"\n"):
-                f.truncate(text.rfind(b"\n") + 1) if cut else f.write(b"\n")
-
-
-def _parsed(line, damaged):
-    """A row of JSON; `damaged` for what is none."""
-    try:
-        row = json.loads(line)
-        return row if isinstance(row, dict) else damaged
-    except ValueError:
-        return damaged
-
-
-def _is_before(row, step):
-    try:
-        return float(row["step"]) < step
-    except (KeyError, TypeError, ValueError):  # a row without a step is of no run's curve
-        return True
-
-
-def _rewrite(filename, write):
-    temporary = f"{filename}.{os.getpid()}.tmp"
-    with open(temporary, "w", newline="") as f:
-        write(f)
-    os.replace(temporary, filename)
+        if new := sorted(kvs.keys() - set(self.keys)):
+            rows = [row + [""] * len(new) for row in _read_csv(self.filename)[1:]]
+            self.keys += new
+            _replace(self.filename, _to_csv([self.keys, *rows]))
+        _append(self.filename, _to_csv([[_to_python(kvs.get(key)) for key in self.keys]]))
 
 
 class TensorBoardOutputFormat(KVWriter):
-    """TensorBoard event files. The x axis is the metric "step"; without one it counts rows."""
+    """Writes TensorBoard event files. The x axis is the metric "step", or the number of the row if there is none."""
 
     def __init__(self, dir):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise InputError(
-                "OPENAI_LOG_FORMAT asks for tensorboard, which is missing: pip install tensorboard"
-            ) from None
-        self.open = lambda **options: SummaryWriter(dir, **options)
-        self.writer = self.open()
-        self.rows = 0
-
-    def rewind(self, step):
-        self.writer.close()
-        self.writer = self.open(purge_step=step)
+            raise InputError("OPENAI_LOG_FORMAT: tensorboard is missing: pip install tensorboard") from None
+        self.open = partial(SummaryWriter, dir)
+        self.writer, self.rows = self.open(), 0
 
     def writekvs(self, kvs):
         self.rows += 1
@@ -232,6 +115,11 @@ class TensorBoardOutputFormat(KVWriter):
             if hasattr(value, "__float__"):
                 self.writer.add_scalar(key, float(value), int(kvs.get("step", self.rows)))
         self.writer.flush()
+
+    def truncate(self, step):
+        """Make TensorBoard ignore the events of `step` and later steps that are in the folder now."""
+        self.writer.close()
+        self.writer = self.open(purge_step=step)
 
     def close(self):
         self.writer.close()
@@ -246,9 +134,81 @@ FORMATS = {
 }
 
 
-class Logger:
-    """Gathers metrics and hands them to its output formats.
+# Files of metrics
 
+
+def _to_python(value):
+    """Convert numpy and torch scalars to Python's."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _to_csv(rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _read_csv(filename):
+    """Return the rows of a CSV file, the header first; none if there is no such file."""
+    if not os.path.exists(filename):
+        return []
+    try:
+        with open(filename, newline="", encoding="utf-8") as f:
+            return list(csv.reader(f))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{filename}: not a CSV file ({e}): remove it, or give another --log_dir") from None
+
+
+def _append(filename, text):
+    with open(filename, "a", newline="", encoding="utf-8", errors="backslashreplace") as f:
+        f.write(text)
+
+
+def _replace(filename, text):
+    with files.write_atomically(filename, sync=False) as f:
+        f.write(text.encode("utf-8", "backslashreplace"))
+
+
+def truncate_records(folder, step):
+    """Drop the rows of `step` and later steps, and an unfinished last row, from the metrics of all ranks in `folder`.
+
+    A run that starts from the checkpoint of `step` (0 for a new run) calls it once, on rank 0, before its first row,
+    because it will write these rows again. Rows without a step and the messages in log.txt stay. Event files cannot be
+    cut: the current logger's TensorBoard writer marks the events that are out of date.
+    """
+    with files.disk_errors(folder, "what has been saved is safe"):
+        for name in files.list_dir(folder):
+            if re.fullmatch(r"progress(-rank\d+)?\.(csv|json)", name):
+                _truncate_file(os.path.join(folder, name), step)
+        for writer in get_current().output_formats:
+            if isinstance(writer, TensorBoardOutputFormat):
+                writer.truncate(step)
+
+
+def _truncate_file(filename, step):
+    with open(filename, newline="", encoding="utf-8", errors="replace") as f:
+        text = f.read()
+    text = text[: text.rfind("\n") + 1]
+    if "step" not in text:  # Training did not write this file, so its last line may be complete.
+        return
+    if filename.endswith(".csv"):
+        header, *rows = csv.reader(io.StringIO(text))
+        text = _to_csv([header, *(row for row in rows if _is_before(step, lambda: row[header.index("step")]))])
+    else:
+        text = "".join(line for line in text.splitlines(True) if _is_before(step, lambda: json.loads(line)["step"]))
+    _replace(filename, text)
+
+
+def _is_before(step, read_step):
+    with suppress(LookupError, TypeError, ValueError):  # no step, or damaged JSON
+        return float(read_step()) < step
+    return True
+
+
+class Logger:
+    """Collects metrics and passes them to its output formats.
+
+    :cvar CURRENT: the logger that this module's functions use. Before `configure` it only prints.
     :param dir: the folder of the run.
     :param output_formats: KVWriters; those with a `writeseq` also get the messages.
     :param comm: an MPI communicator: metrics are then averaged over its ranks, weighted by their counts.
@@ -261,7 +221,6 @@ class Logger:
         self.dir = dir
         self.output_formats = output_formats
         self.comm = comm
-        self.rewind_to = None
 
     def logkv(self, key, val):
         self.name2val[key] = val
@@ -272,12 +231,9 @@ class Logger:
         self.name2cnt[key] = count + 1
 
     def dumpkvs(self):
-        """Write the metrics gathered since the last call, and return them. With a comm, every rank must call it."""
-        values, write = dict(self.name2val), True
-        if self.comm is not None:
-            values, write = self._average_over_ranks(), self.comm.rank == 0
-        if write:
-            self.do_rewind()
+        """Write the metrics collected since the last call, and return them. With a comm, every rank must call it."""
+        values = dict(self.name2val) if self.comm is None else self._average_over_ranks()
+        if self.comm is None or self.comm.rank == 0:
             for writer in self.output_formats:
                 with self._disk_errors():
                     writer.writekvs(values)
@@ -287,12 +243,10 @@ class Logger:
 
     def _average_over_ranks(self):
         mine = {k: (v, self.name2cnt.get(k, 1)) for k, v in self.name2val.items() if hasattr(v, "__float__")}
-        sums = defaultdict(float)
-        counts = defaultdict(float)
-        for metrics in self.comm.allgather(mine):
-            for key, (value, count) in metrics.items():
-                sums[key] += float(value) * count
-                counts[key] += count
+        sums, counts = defaultdict(float), defaultdict(float)
+        for key, (value, count) in [item for metrics in self.comm.allgather(mine) for item in metrics.items()]:
+            sums[key] += float(value) * count
+            counts[key] += count
         return {key: sums[key] / counts[key] for key in sums}
 
     def log(self, *args, level=INFO):
@@ -314,44 +268,28 @@ class Logger:
     def get_dir(self):
         return self.dir
 
-    def rewind(self, step):
-        """Have the rows from `step` on forgotten: a run that resumes from there will write them again.
-
-        They stay until the next row, or do_rewind: a run that fails before it has anything of its own removes nothing.
-        """
-        self.rewind_to = step
-
-    def do_rewind(self):
-        """Forget the rows now, if `rewind` was called."""
-        if self.rewind_to is None:
-            return
-        for writer in self.output_formats:
-            with self._disk_errors():
-                writer.rewind(self.rewind_to)
-        self.rewind_to = None
-
     def close(self):
         for writer in self.output_formats:
             writer.close()
 
 
-_stdout_only = Logger(dir=None, output_formats=[HumanOutputFormat(sys.stdout)])
-_current = None
+Logger.DEFAULT = Logger.CURRENT = Logger(dir=None, output_formats=[HumanOutputFormat(sys.stdout)])
 
 
 def get_current():
-    """The logger in use; one that only prints is used until `configure` makes another."""
-    return _current if _current is not None else _stdout_only
+    """Return the logger in use. Before `configure` it only prints."""
+    return Logger.CURRENT
 
 
 def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
     """Start logging to a folder.
 
-    :param dir: the folder, made if need be. By default that of default_dir().
-    :param format_strs: names of output formats. By default those of OPENAI_LOG_FORMAT on rank 0 (stdout, log, csv) and
-        of OPENAI_LOG_FORMAT_MPI elsewhere (log).
+    :param dir: the folder, which is created if it does not exist. Default: `default_dir()`.
+    :param format_strs: names of output formats. Default: OPENAI_LOG_FORMAT on rank 0 (or stdout, log, csv) and
+        OPENAI_LOG_FORMAT_MPI on other ranks (or log).
+    :param comm: see Logger.
+    :param log_suffix: is added to the names of the files, before the extension.
     """
-    global _current
     dir = os.path.expanduser(dir or default_dir())
     if files.is_url(dir):
         raise InputError(f"--log_dir {dir}: must be a local folder; the variable DIFFUSION_BLOB_LOGDIR may be a URL")
@@ -359,83 +297,75 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
         os.makedirs(dir, exist_ok=True)
     except OSError as e:
         raise InputError(f"--log_dir {dir}: cannot make this folder ({e.strerror})") from None
-    rank = _rank()
-    if rank > 0:
-        log_suffix += f"-rank{rank:03d}"
+    rank = get_rank_without_mpi_import()
+    log_suffix += f"-rank{rank:03d}" if rank > 0 else ""
     if format_strs is None:
         variable, default = ("OPENAI_LOG_FORMAT", "stdout,log,csv") if rank == 0 else ("OPENAI_LOG_FORMAT_MPI", "log")
         format_strs = os.environ.get(variable, default).split(",")
     formats = [choose("log format", name, FORMATS)(dir, log_suffix) for name in filter(None, format_strs)]
     reset()
-    _current = Logger(dir=dir, output_formats=formats, comm=comm)
-    if formats:
-        log(f"Logging to {dir}")
+    Logger.CURRENT = Logger(dir=dir, output_formats=formats, comm=comm)
+    log(f"Logging to {dir}")
 
 
 def default_dir():
-    """Where to log without being told: OPENAI_LOGDIR, or a new dated folder under the system's temporary one."""
-    return os.environ.get("OPENAI_LOGDIR") or os.path.join(
-        tempfile.gettempdir(), datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f")
-    )
+    """Return OPENAI_LOGDIR if it is set, or else a new dated folder under the system's temporary one."""
+    return os.environ.get("OPENAI_LOGDIR") or f"{tempfile.gettempdir()}/openai-{datetime.now():%Y-%m-%d-%H-%M-%S-%f}"
 
 
 def progress_bar(**kwargs):
-    """A tqdm bar, with an ETA where the total is known; on rank 0 only."""
-    from tqdm import tqdm
+    """Return a tqdm bar that is shown on rank 0 only. With a known total it shows the remaining time."""
+    hidden = get_rank_without_mpi_import() > 0
+    return tqdm(disable=hidden, mininterval=0.5, dynamic_ncols=True, smoothing=0.05, **kwargs)
 
-    return tqdm(disable=_rank() != 0, mininterval=0.5, dynamic_ncols=True, smoothing=0.05, **kwargs)
 
-
-def _rank():
+def get_rank_without_mpi_import():
+    """Return this process's rank in torch's process group; without a group, 0."""
     import torch.distributed as dist
 
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def reset():
-    """Close the current logger; log to the terminal alone."""
-    global _current
-    if _current is not None:
-        _current.close()
-    _current = None
+    """Close the current logger. From then on, log to the terminal alone."""
+    Logger.CURRENT.close()
+    Logger.CURRENT = Logger.DEFAULT
 
 
 @contextmanager
 def scoped_configure(dir=None, format_strs=None, comm=None):
-    """Log elsewhere for the length of a block."""
-    global _current
-    outer, _current = _current, None
+    """Log elsewhere inside a `with` block."""
+    outer, Logger.CURRENT = Logger.CURRENT, Logger.DEFAULT
     try:
         configure(dir=dir, format_strs=format_strs, comm=comm)
         yield
     finally:
         reset()
-        _current = outer
+        Logger.CURRENT = outer
 
 
 def logkv(key, val):
-    """Set a metric's value for this row; a later value replaces it."""
+    """Set a metric of the current row. A later value replaces it."""
     get_current().logkv(key, val)
 
 
 def logkv_mean(key, val):
-    """Add to a metric that is averaged over the row."""
+    """Add a value to a metric of the current row that is the mean of its values."""
     get_current().logkv_mean(key, val)
 
 
 def logkvs(d):
     """Set several metrics."""
-    for key, value in d.items():
-        logkv(key, value)
+    getkvs().update(d)
 
 
 def dumpkvs():
-    """Write this row of metrics, and return it as a dict."""
+    """Write the current row of metrics and return it as a dict."""
     return get_current().dumpkvs()
 
 
 def getkvs():
-    """The metrics of the row so far."""
+    """Return the metrics of the current row."""
     return get_current().name2val
 
 
@@ -444,38 +374,25 @@ def log(*args, level=INFO):
     get_current().log(*args, level=level)
 
 
-def debug(*args):
-    log(*args, level=DEBUG)
-
-
-def info(*args):
-    log(*args, level=INFO)
-
-
-def warn(*args):
-    log(*args, level=WARN)
-
-
-def error(*args):
-    log(*args, level=ERROR)
+debug, info, warn, error = (partial(log, level=level) for level in (DEBUG, INFO, WARN, ERROR))
 
 
 def set_level(level):
-    """Leave out messages below this level."""
+    """Discard messages below this level."""
     get_current().set_level(level)
 
 
 def get_dir():
-    """The folder logged to; None if there is none."""
+    """Return the folder of the log files, or None if there is none."""
     return get_current().get_dir()
 
 
 @contextmanager
 def profile_kv(scopename):
-    """Add the seconds that a block takes to the metric wait_SCOPENAME."""
+    """Add the duration of a `with` block, in seconds, to the metric wait_SCOPENAME."""
     start = time.time()
     try:
         yield
     finally:
-        values = getkvs()
-        values[f"wait_{scopename}"] = values.get(f"wait_{scopename}", 0.0) + time.time() - start
+        key = f"wait_{scopename}"
+        logkv(key, getkvs().get(key, 0.0) + time.time() - start)

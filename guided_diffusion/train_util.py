@@ -212,8 +212,6 @@ class TrainLoop:
         if not self.resume_checkpoint:
             return
         path = checkpoint_util.beside(self.resume_checkpoint, checkpoint_util.state_name(self.resume_step))
-        if checkpoint_util.is_of_this_run(self.resume_checkpoint):
-            logger.get_current().rewind(self.resume_step)
         if path is None:
             return
         state = dist_util.load_state_dict(path, map_location="cpu")
@@ -261,6 +259,9 @@ class TrainLoop:
         """Train until the end, with a progress bar on rank 0, logging and saving on the way and at the end."""
         if self.total_steps is None:
             logger.log("this run has no end: stop it by hand, or give --total_steps or --lr_anneal_steps")
+        # A run that was killed has logged steps after its last checkpoint, which this run logs again.
+        if not self.resume_checkpoint or checkpoint_util.is_of_this_run(self.resume_checkpoint):
+            dist_util.from_rank_0(lambda: logger.truncate_records(logger.get_dir(), self.steps_done))
         saved = None
         self.pace = Pace()
         with (
@@ -438,7 +439,6 @@ class TrainLoop:
         """
         start, state = time.time(), self._state()
         path = dist_util.from_rank_0(lambda: self._write_checkpoint(state))
-        logger.get_current().do_rewind()  # or a run that goes on from here would take rows of another for its own
         self.last_checkpoint = self.last_checkpoint if self.bad_steps else path
         logger.log(f"saved step {self.steps_done} to {get_blob_logdir()} in {time.time() - start:.1f} s")
 

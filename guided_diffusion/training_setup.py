@@ -75,8 +75,6 @@ def set_up_training(parser, network_flags):
     if goes_on:
         step = checkpoint_util.parse_resume_step_from_filename(args.resume_checkpoint)
         dist_util.from_rank_0(lambda: checkpoint_util.refuse_later_checkpoints(step))
-    if not args.resume_checkpoint:
-        logger.get_current().rewind(0)  # what a run wrote that was killed before its first save
     record["global_batch"] = args.batch_size * dist_util.get_world_size()
     return args, record
 

@@ -1,17 +1,19 @@
-"""Metrics and messages, and the files they go to."""
+"""Tests of the logger: metrics, messages and the files that hold them."""
 
 import csv
 import io
 import json
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch as th
-import tqdm
 
 from guided_diffusion import logger
 from guided_diffusion.errors import InputError
@@ -19,12 +21,17 @@ from guided_diffusion.errors import InputError
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """No logger from another test, and none left behind."""
     for name in ("OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI"):
         monkeypatch.delenv(name, raising=False)
     logger.reset()
     yield
     logger.reset()
+
+
+def dump(*rows):
+    for row in rows:
+        logger.logkvs(row)
+        logger.dumpkvs()
 
 
 def read_csv(path):
@@ -36,7 +43,16 @@ def read_json(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# Gathering
+def read_losses(folder):
+    """The points of the TensorBoard curve "loss", as it is drawn."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    assert events.Tags()["scalars"].count("text") == 0
+    return [(e.step, round(e.value, 3)) for e in events.Scalars("loss")]
+
+
+# Metrics
 
 
 def test_rows(tmp_path):
@@ -46,43 +62,33 @@ def test_rows(tmp_path):
     for value in (1.0, 2.0, 6.0):
         logger.logkv_mean("loss", value)
     logger.logkvs({"a": 3, "b": 4})
-    assert logger.getkvs() == {"step": 2, "loss": 3.0, "a": 3, "b": 4}
     assert logger.dumpkvs() == {"step": 2, "loss": 3.0, "a": 3, "b": 4}
     assert logger.getkvs() == {}
-    # A new row's mean knows nothing of the last row's.
-    logger.logkv_mean("loss", 10.0)
+    logger.logkv_mean("loss", 10.0)  # a mean of this row alone
     assert logger.dumpkvs() == {"loss": 10.0}
     assert read_json(tmp_path / "progress.json") == [{"step": 2, "loss": 3.0, "a": 3, "b": 4}, {"loss": 10.0}]
 
 
-def test_metrics_before_configure_are_kept_in_memory(capsys):
+def test_metrics_before_configure_are_kept_in_memory():
     logger.logkv("early", 1)
-    assert logger.get_dir() is None
-    assert logger.dumpkvs() == {"early": 1}
+    assert logger.Logger.CURRENT.dumpkvs() == {"early": 1} and logger.get_dir() is None
 
 
 def test_values_of_numpy_and_torch(tmp_path):
-    logger.configure(str(tmp_path), format_strs=["json", "csv", "log"])
-    logger.logkvs({"n": np.float32(0.5), "i": np.int64(7), "t": th.tensor(2.5), "s": "text"})
-    logger.dumpkvs()
-    assert read_json(tmp_path / "progress.json") == [{"n": 0.5, "i": 7, "t": 2.5, "s": "text"}]
-    row = read_csv(tmp_path / "progress.csv")[0]
-    assert float(row["n"]) == 0.5 and int(row["i"]) == 7 and float(row["t"]) == 2.5 and row["s"] == "text"
-    log = (tmp_path / "log.txt").read_text()
-    assert re.search(r"\| t +\| 2\.5 +\|", log) and re.search(r"\| s +\| text +\|", log)
+    logger.configure(str(tmp_path), format_strs=["json", "csv"])
+    dump({"n": np.float32(0.5), "i": np.int64(7), "t": th.tensor(2.5), "s": "text"}, {"n": float("nan")})
+    first, second = read_json(tmp_path / "progress.json")
+    assert first == {"n": 0.5, "i": 7, "t": 2.5, "s": "text"} and np.isnan(second["n"])
+    assert (tmp_path / "progress.csv").read_text() == "i,n,s,t\n7,0.5,text,2.5\n,nan,,\n"
 
 
-def test_profile_kv_adds_up_the_seconds(tmp_path):
+def test_profile_kv_adds_durations(tmp_path):
     logger.configure(str(tmp_path), format_strs=[])
     for _ in range(2):
-        with logger.profile_kv("nap"):
+        with pytest.raises(KeyError), logger.profile_kv("nap"):
             time.sleep(0.02)
-    with pytest.raises(KeyError):
-        with logger.profile_kv("failed"):
             raise KeyError
-    values = logger.dumpkvs()
-    assert 0.04 <= values["wait_nap"] < 2
-    assert values["wait_failed"] >= 0
+    assert 0.04 <= logger.dumpkvs()["wait_nap"] < 2
 
 
 # Formats
@@ -91,8 +97,7 @@ def test_profile_kv_adds_up_the_seconds(tmp_path):
 def test_log_is_a_table(tmp_path):
     logger.configure(str(tmp_path), format_strs=["log"])
     logger.log("first", 2, "third")
-    logger.logkvs({"loss": 0.123456, "big": 1234567.0, "k" * 60: 1})
-    logger.dumpkvs()
+    dump({}, {"loss": th.tensor(0.123456), "big": 1234567.0, "k" * 60: "text"})  # no table for the empty row
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert lines[:2] == [f"Logging to {tmp_path}", "first 2 third"]
     table = lines[2:]
@@ -103,161 +108,72 @@ def test_log_is_a_table(tmp_path):
     assert any(key.startswith("kkk") and key.endswith("...") for key in cells)
 
 
-def test_empty_rows_print_no_table(tmp_path):
-    logger.configure(str(tmp_path), format_strs=["log"])
-    logger.dumpkvs()
-    assert (tmp_path / "log.txt").read_text().splitlines() == [f"Logging to {tmp_path}"]
-
-
-def test_stdout(tmp_path, capsys):
-    logger.configure(str(tmp_path), format_strs=["stdout"])
-    logger.log("a message")
-    logger.logkv("loss", 1.5)
-    logger.dumpkvs()
-    out = capsys.readouterr().out
-    assert "a message\n" in out and re.search(r"\| loss \| 1\.5 +\|", out)
-    assert os.listdir(tmp_path) == []
-
-
-def test_messages_to_an_open_file():
-    file = io.StringIO()
-    output = logger.HumanOutputFormat(file)
-    output.writeseq(["a", 1])
-    output.close()
-    assert file.getvalue() == "a 1\n"  # and not closed: it is not the logger's
-
-
-def test_names_in_another_encoding_are_escaped(tmp_path, monkeypatch):
-    name = os.fsdecode(b"caf\xe9_0.png")  # as the file system gives it where names are UTF-8
+def test_characters_that_an_encoding_lacks_are_escaped(tmp_path, monkeypatch):
+    name = os.fsdecode(b"caf\xe9_0.png")  # a Latin-1 file name on a UTF-8 file system
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
-    logger.configure(str(tmp_path), format_strs=["stdout", "log"])
-    for imported in (True, False):  # tqdm writes above its bars, where there are any
-        monkeypatch.setitem(sys.modules, "tqdm", tqdm) if imported else monkeypatch.delitem(sys.modules, "tqdm")
-        logger.warn(name, "caf\u00e9")
-    logger.logkv(name, 1)
-    logger.dumpkvs()
-    said = terminal.buffer.getvalue().decode("ascii")
-    assert said.count("caf\\udce9_0.png caf\\xe9\n") == 2 and "| caf\\udce9_0.png | 1 |" in said
-    assert (tmp_path / "log.txt").read_text().count("caf\\udce9_0.png caf") == 2
+    logger.configure(str(tmp_path), format_strs=["stdout", "log", "csv"])
+    logger.warn(name, "caf\u00e9")
+    dump({name: 1})
+    logger.HumanOutputFormat(terminal).writeseq(["a", 1])
+    printed = terminal.buffer.getvalue().decode("ascii")
+    assert "caf\\udce9_0.png caf\\xe9\n" in printed and "| caf\\udce9_0.png | 1 |" in printed and "\na 1\n" in printed
+    assert "caf\\udce9_0.png caf\u00e9\n" in (tmp_path / "log.txt").read_text("utf-8")
+    assert (tmp_path / "progress.csv").read_text("utf-8") == "caf\\udce9_0.png\n1\n"
 
 
 def test_csv_columns_that_appear_later(tmp_path):
     logger.configure(str(tmp_path), format_strs=["csv"])
-    for row in ({"a": 1, "text": 'commas, "quotes"\nand lines'}, {"b": 2}, {"a": 3, "b": 4, "c": None}):
-        logger.logkvs(row)
-        logger.dumpkvs()
-    rows = read_csv(tmp_path / "progress.csv")
-    assert rows == [
-        {"a": "1", "text": 'commas, "quotes"\nand lines', "b": "", "c": ""},
-        {"a": "", "text": "", "b": "2", "c": ""},
-        {"a": "3", "text": "", "b": "4", "c": ""},
-    ]
-    assert os.listdir(tmp_path) == ["progress.csv"]  # no temporary file stays
+    dump({"a": 1, "text": 'commas, "quotes"\nand lines'}, {"b": 2}, {"a": 3, "b": 4, "c": None})
+    expected = 'a,text,b,c\n1,"commas, ""quotes""\nand lines",,\n,,2,\n3,,4,\n'
+    assert (tmp_path / "progress.csv").read_text() == expected
+    assert os.listdir(tmp_path) == ["progress.csv"]  # the temporary file is gone
 
 
-def test_json_survives_numbers_that_are_not_finite(tmp_path):
-    logger.configure(str(tmp_path), format_strs=["json"])
-    logger.logkv("loss", float("nan"))
-    logger.dumpkvs()
-    assert np.isnan(read_json(tmp_path / "progress.json")[0]["loss"])
+# What a resumed run drops
 
 
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     logger.configure(str(tmp_path), format_strs=["tensorboard"])
-    for step, loss in [(10, 0.5), (20, 0.25)]:
-        logger.logkvs({"step": step, "loss": loss, "text": "not a number"})
-        logger.dumpkvs()
-    logger.reset()
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 0.5), (20, 0.25)]
-    assert "text" not in events.Tags()["scalars"]
-
-
-def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    def write(rows):
-        for step, loss in rows:
-            logger.logkvs({"step": step, "loss": loss})
-            logger.dumpkvs()
-
+    dump({"step": 10, "loss": 0.5, "text": "no number"}, {"step": 20, "loss": 0.25}, {"step": 30, "loss": 7.0})
+    assert read_losses(tmp_path) == [(10, 0.5), (20, 0.25), (30, 7.0)]
     logger.configure(str(tmp_path), format_strs=["tensorboard"])
-    write([(10, 0.5), (20, 0.25), (30, 7.0)])
-    logger.reset()
-    logger.configure(str(tmp_path), format_strs=["tensorboard"])
-    logger.get_current().rewind(20)  # the checkpoint was of step 20: its row comes again
-    write([(20, 0.3), (30, 0.2)])
-    logger.reset()
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert [(e.step, round(e.value, 3)) for e in events.Scalars("loss")] == [(10, 0.5), (20, 0.3), (30, 0.2)]
+    logger.truncate_records(str(tmp_path), 20)
+    dump({"step": 20, "loss": 0.3}, {"step": 30, "loss": 0.2})
+    assert read_losses(tmp_path) == [(10, 0.5), (20, 0.3), (30, 0.2)]
 
 
-def test_torn_lines_are_dropped(tmp_path):
-    """A full disk cuts a row short: the next must not run on from it, and a rewind must not trip over it."""
-    (tmp_path / "progress.json").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
-    (tmp_path / "progress.csv").write_text("loss,step\n0.5,1\n0.2")
-    logger.configure(str(tmp_path), format_strs=["csv", "json"])
-    logger.get_current().rewind(2)
-    logger.logkvs({"step": 2, "loss": 0.25})
-    logger.dumpkvs()
-    logger.reset()
-    assert [row["step"] for row in read_json(tmp_path / "progress.json")] == [1, 2]
-    assert (tmp_path / "progress.csv").read_text().splitlines() == ["loss,step", "0.5,1", "0.25,2"]
+def test_rows_from_the_step_on_and_unfinished_rows_are_dropped(tmp_path):
+    rows = [{"step": 0, "loss": 3.5}, {"step": 1}, {"note": "two\nlines"}, {"step": 2, "loss": 2.5}]
+    logger.configure(str(tmp_path), format_strs=["csv", "json", "log"], log_suffix="-rank002")
+    dump(*rows)
+    for kind, text in [("csv", "1.5,,"), ("json", '{"loss": 1.5, "st')]:
+        with open(tmp_path / f"progress-rank002.{kind}", "a") as f:
+            f.write(text)
+        shutil.copy(tmp_path / f"progress-rank002.{kind}", tmp_path / f"progress.{kind}")
+    logger.configure(str(tmp_path), format_strs=["csv", "json", "log"])
+    logger.truncate_records(str(tmp_path), 2)
+    assert read_json(tmp_path / "progress-rank002.json") == rows[:3]
+    dump({"step": 2, "loss": 2.25, "new": 1})
+    expected = [*rows[:3], {"step": 2, "loss": 2.25, "new": 1}]
+    assert read_json(tmp_path / "progress.json") == expected
+    in_csv = [{k: str(row.get(k, "")) for k in ("step", "loss", "note", "new")} for row in expected]
+    assert read_csv(tmp_path / "progress.csv") == in_csv
 
 
-def test_nothing_is_forgotten_before_something_takes_its_place(tmp_path):
-    """A command that fails on a typo has asked to rewind, and written no row: what was there is all there is."""
-    before = {"progress.json": '{"step": 1, "loss": 0.5}\n{"step": 2, "lo', "progress.csv": "loss,step\n0.5,1\n0.2"}
+def test_other_files_stay(tmp_path):
+    """Files without steps, files of other names and messages are not cut."""
+    before = {"progress.csv": "name\na\nb", "progress.json": '{"a": 1}\n{"b"', "progress-old.csv": "step\n1\n2"}
+    before["log.txt"] = "| step | 1 |\nstopping after"
     for name, text in before.items():
         (tmp_path / name).write_text(text)
-    logger.configure(str(tmp_path), format_strs=["csv", "json"])
-    logger.get_current().rewind(0)
-    logger.reset()
+    logger.truncate_records(str(tmp_path), 0)
     assert {name: (tmp_path / name).read_text() for name in before} == before
-
-    logger.configure(str(tmp_path), format_strs=["csv", "json"])
-    logger.get_current().rewind(0)
-    logger.get_current().do_rewind()  # as a checkpoint does that comes before a row
-    logger.reset()
-    assert {name: (tmp_path / name).read_text() for name in before} == {
-        "progress.json": "",
-        "progress.csv": "loss,step\n",
-    }
-
-
-def test_rows_of_others_stay(tmp_path):
-    """A file without steps is no run's: a new run adds to it, and takes nothing, not even a line without an end."""
-    for name, text in [("json", '{"name": "a"}\n{"name": "b"}'), ("csv", "name\na\nb")]:
-        (tmp_path / f"progress.{name}").write_text(text)
-    logger.configure(str(tmp_path), format_strs=["csv", "json"])
-    logger.get_current().rewind(0)
-    logger.logkv("step", 0)
-    logger.dumpkvs()
-    logger.reset()
-    assert read_json(tmp_path / "progress.json") == [{"name": "a"}, {"name": "b"}, {"step": 0}]
+    logger.configure(str(tmp_path), format_strs=["csv", "log"])
+    dump({"step": 0})
     assert (tmp_path / "progress.csv").read_text().splitlines() == ["name,step", "a,", "b,", ",0"]
-
-
-def test_a_run_that_goes_on_appends(tmp_path):
-    for part in (1, 2):
-        logger.configure(str(tmp_path), format_strs=["log", "csv", "json"])
-        logger.log(f"part {part}")
-        logger.logkvs({"step": part, f"only{part}": part})
-        logger.dumpkvs()
-        logger.reset()
-    log = (tmp_path / "log.txt").read_text()
-    assert log.index("part 1") < log.index("part 2")
-    assert [row["step"] for row in read_json(tmp_path / "progress.json")] == [1, 2]
-    assert read_csv(tmp_path / "progress.csv") == [
-        {"step": "1", "only1": "1", "only2": ""},
-        {"step": "2", "only1": "", "only2": "2"},
-    ]
+    assert (tmp_path / "log.txt").read_text().startswith(before["log.txt"])
 
 
 # Levels
@@ -265,67 +181,58 @@ def test_a_run_that_goes_on_appends(tmp_path):
 
 def test_levels(tmp_path):
     logger.configure(str(tmp_path), format_strs=["log"])
-    logger.debug("debug 1")  # left out by default
+    logger.debug("debug 1")  # below the default level
     logger.info("info 1")
     logger.set_level(logger.WARN)
-    logger.log("info 2")
-    logger.warn("warn 2")
-    logger.error("error 2")
-    logger.set_level(logger.DEBUG)
-    logger.debug("debug 3")
+    for write in (logger.log, logger.warn, logger.error):
+        write("from warn on")
     logger.set_level(logger.DISABLED)
-    logger.error("error 4")
+    logger.error("disabled")
+    logger.set_level(logger.DEBUG)
+    logger.debug("debug 2")
     lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert lines[1:] == ["info 1", "warn 2", "error 2", "debug 3"]
+    assert lines[1:] == ["info 1", "from warn on", "from warn on", "debug 2"]
 
 
-# Where to
+# Folders and formats
 
 
 def test_configure_by_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "deep" / "run"))
     monkeypatch.setenv("OPENAI_LOG_FORMAT", "json,csv")
     logger.configure()
+    dump({"loss": 1})
     assert logger.get_dir() == str(tmp_path / "deep" / "run")
-    assert sorted(os.listdir(logger.get_dir())) == ["progress.json"]  # the csv has no columns yet
-    logger.configure(str(tmp_path / "other"), format_strs=["log"])  # arguments go before
+    assert sorted(os.listdir(logger.get_dir())) == ["progress.csv", "progress.json"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    logger.configure("~/other", format_strs=["log"])  # arguments take precedence
     assert os.listdir(tmp_path / "other") == ["log.txt"]
 
 
-def test_defaults(tmp_path, capsys):
+FILES = [(0, {}, ["log.txt", "progress.csv"]), (2, {}, ["log-rank002.txt"])]
+FILES += [(2, {"OPENAI_LOG_FORMAT_MPI": "json"}, ["progress-rank002.json"])]
+
+
+@pytest.mark.parametrize("rank, environment, names", FILES)
+def test_files_of_each_rank(rank, environment, names, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", {**os.environ, **environment})
+    monkeypatch.setattr(logger, "get_rank_without_mpi_import", lambda: rank)
     logger.configure(str(tmp_path))
-    logger.logkv("loss", 1)
-    logger.dumpkvs()
-    assert sorted(os.listdir(tmp_path)) == ["log.txt", "progress.csv"]
-    assert "loss" in capsys.readouterr().out
+    logger.log("a message")
+    dump({"loss": 1.5})
+    assert sorted(os.listdir(tmp_path)) == names
+    out = capsys.readouterr().out
+    assert ("a message\n" in out and "| loss | 1.5 |" in out) if rank == 0 else out == ""
 
 
-def test_other_ranks_write_files_of_their_own(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(logger, "_rank", lambda: 2)
-    logger.configure(str(tmp_path))
-    logger.log("hello")
-    assert os.listdir(tmp_path) == ["log-rank002.txt"]
-    monkeypatch.setenv("OPENAI_LOG_FORMAT_MPI", "json")
-    logger.configure(str(tmp_path))
-    assert "progress-rank002.json" in os.listdir(tmp_path)
-    assert capsys.readouterr().out == ""
-
-
-def test_home_is_expanded(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    logger.configure("~/run", format_strs=[])
-    assert logger.get_dir() == str(tmp_path / "run") and os.path.isdir(tmp_path / "run")
-
-
-def test_default_folders_differ(monkeypatch, tmp_path):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_default_folders_differ():
     first = logger.default_dir()
     time.sleep(0.002)
     assert first != logger.default_dir()
-    assert os.path.dirname(first) == str(tmp_path) and re.match(r"openai-\d{4}-\d\d-\d\d-", os.path.basename(first))
+    assert re.match(rf"{tempfile.gettempdir()}/openai-\d{{4}}-\d\d-\d\d-", first)
 
 
-def test_bad_formats_and_folders_are_refused(tmp_path):
+def test_bad_formats_folders_and_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="'xml'.*stdout, log, json, csv, tensorboard"):
         logger.configure(str(tmp_path), format_strs=["xml"])
     (tmp_path / "file").write_text("")
@@ -333,11 +240,7 @@ def test_bad_formats_and_folders_are_refused(tmp_path):
         logger.configure(str(tmp_path / "file" / "run"))
     with pytest.raises(InputError, match="--log_dir s3://b/run: must be a local folder"):
         logger.configure("s3://b/run")
-
-
-@pytest.mark.parametrize("rows", [0, 5000])
-def test_a_csv_that_is_not_text_is_refused(rows, tmp_path):
-    (tmp_path / "progress.csv").write_bytes(b"0.5,1\n" * rows + b"\x89PNG\xff\n")
+    (tmp_path / "progress.csv").write_bytes(b"0.5,1\n" * 5000 + b"\x89PNG\xff\n")
     with pytest.raises(InputError, match=r"^[^\n]*progress\.csv: not a CSV file [^\n]*--log_dir$"):
         logger.configure(str(tmp_path), format_strs=["csv"])
 
@@ -345,64 +248,32 @@ def test_a_csv_that_is_not_text_is_refused(rows, tmp_path):
 def test_scoped_configure(tmp_path):
     logger.configure(str(tmp_path / "outer"), format_strs=["json"])
     logger.logkv("outer", 1)
-    with pytest.raises(ZeroDivisionError):
-        with logger.scoped_configure(str(tmp_path / "inner"), format_strs=["json"]):
-            assert logger.get_dir() == str(tmp_path / "inner")
-            logger.logkv("inner", 2)
-            logger.dumpkvs()
-            1 / 0
-    assert logger.get_dir() == str(tmp_path / "outer")  # an exception, too, ends the scope
-    logger.logkv("more", 3)
-    logger.dumpkvs()
+    with pytest.raises(ZeroDivisionError), logger.scoped_configure(str(tmp_path / "inner"), format_strs=["json"]):
+        dump({"inner": 2})
+        1 / 0
+    with pytest.raises(InputError), logger.scoped_configure(str(tmp_path / "inner"), format_strs=["xml"]):
+        pass
+    dump({"more": 3})
     assert read_json(tmp_path / "outer" / "progress.json") == [{"outer": 1, "more": 3}]
     assert read_json(tmp_path / "inner" / "progress.json") == [{"inner": 2}]
-
-
-def test_scoped_configure_that_fails_leaves_the_logger_as_it_was(tmp_path):
-    logger.configure(str(tmp_path), format_strs=["json"])
-    with pytest.raises(InputError):
-        with logger.scoped_configure(str(tmp_path / "inner"), format_strs=["xml"]):
-            pass
-    assert logger.get_dir() == str(tmp_path)
 
 
 # Averages over ranks
 
 
-class FakeComm:
-    """Stands for MPI's communicator of several ranks: `others` are what the others hand in."""
-
-    def __init__(self, rank, others):
-        self.rank = rank
-        self.others = others
-
-    def allgather(self, mine):
-        return [mine, *self.others]
-
-
 def test_averages_over_ranks_are_weighted_by_counts(tmp_path):
-    comm = FakeComm(0, [{"loss": (10.0, 1), "theirs": (7.0, 2)}, {}])
+    others = [{"loss": (10.0, 1), "theirs": (7.0, 2)}, {}]  # what two other ranks send
+    comm = SimpleNamespace(rank=0, allgather=lambda mine: [mine, *others])
     logger.configure(str(tmp_path), format_strs=["json"], comm=comm)
     for value in (1.0, 2.0, 3.0):
         logger.logkv_mean("loss", value)
-    logger.logkv("mine", 5)
-    logger.logkv("text", "not a number")
+    logger.logkvs({"mine": 5, "text": "not a number"})
     expected = {"loss": (1 + 2 + 3 + 10) / 4, "theirs": 7.0, "mine": 5.0}
     assert logger.dumpkvs() == pytest.approx(expected)
     assert read_json(tmp_path / "progress.json") == [pytest.approx(expected)]
 
-
-def test_other_ranks_average_and_do_not_write(tmp_path):
-    writer = logger.JSONOutputFormat(str(tmp_path / "other.json"))
-    other = logger.Logger(str(tmp_path), [writer], comm=FakeComm(1, [{"loss": (3.0, 1)}]))
-    other.logkv_mean("loss", 1.0)
-    assert other.dumpkvs() == {"loss": 2.0}
-    other.close()
-    assert (tmp_path / "other.json").read_text() == ""
-
-
-def test_set_comm(tmp_path):
-    logger.configure(str(tmp_path), format_strs=[])
-    logger.get_current().set_comm(FakeComm(0, [{"loss": (3.0, 1)}]))
+    # Another rank returns the averages and leaves writing to rank 0.
+    logger.configure(str(tmp_path / "other"), format_strs=["json"])
+    logger.get_current().set_comm(SimpleNamespace(rank=1, allgather=lambda mine: [mine, {"loss": (3.0, 1)}]))
     logger.logkv("loss", 1.0)
-    assert logger.dumpkvs() == {"loss": 2.0}
+    assert logger.dumpkvs() == {"loss": 2.0} and os.listdir(tmp_path / "other") == []
