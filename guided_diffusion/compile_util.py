@@ -37,11 +37,11 @@ class CompiledNetwork:
             th.autograd.grad(y.sum(), x)
 
     def _fill(self, v):
-        """v [n, ...] with its last entry repeated: [batch_size, ...]."""
+        """v [n, ...] with its last entry repeated: [batch_size, ...], in one memory layout: others would recompile."""
         missing = self.batch_size - len(v)
         if missing < 0:
             raise ValueError(f"a batch of {len(v)} for a network compiled for {self.batch_size}")
-        return th.cat([v, v[-1:].expand(missing, *v.shape[1:])]) if missing else v
+        return (th.cat([v, v[-1:].expand(missing, *v.shape[1:])]) if missing else v).contiguous()
 
 
 def compiling(work):
