@@ -1,0 +1,178 @@
+"""The files of a sampling job: shards while it runs, one .npz at the end.
+
+    shards/job.json                   the job: flags, and fingerprints of the weights
+    shards/000000032-000000048.npz    samples 32 to 47: arr_0 the images, arr_1 their labels
+    samples_50000x64x64x3.npz         all samples; the shards are removed once it is complete
+    samples_50000x64x64x3.json        a copy of shards/job.json
+
+Every rank writes shards. `SampleStore.open`, `assemble` and `remove_shards` are called by rank 0 alone.
+"""
+
+import json
+import re
+from contextlib import suppress
+
+import numpy as np
+
+from . import files, logger
+from .errors import InputError
+from .npz_arrays import DAMAGED, NpzArray, write_npz
+
+JOB = "job.json"
+
+
+class SampleStore:
+    """The samples of one job.
+
+    :param folder: the job's folder.
+    :param shape: of all samples together: (N, H, W, C).
+    :param job: what determines the images: a dict of names and plain values.
+    :param labels: int64 [N], or None.
+    """
+
+    def __init__(self, folder, shape, job, labels=None):
+        self.folder, self.shape, self.labels = folder, tuple(shape), labels
+        self.job = json.loads(json.dumps(job))  # as it is read back
+        self.shards = files.join(folder, "shards")
+        self.stem = files.join(folder, f"samples_{'x'.join(map(str, self.shape))}")
+        self.path = f"{self.stem}.npz"
+
+    def open(self):
+        """Prepare the folder, and remove files that a kill left half-written.
+
+        :return: the samples that are missing: a sorted list of (start, stop).
+        :raises InputError: if the folder holds samples of another job, or a finished file that is damaged.
+        """
+        job_path = files.join(self.shards, JOB)
+        if files.exists(self.path):
+            self._check_job(f"{self.stem}.json")
+            if not self._is_whole(self.path, (0, self.shape[0])):
+                raise InputError(f"{self.path}: damaged: remove it and run this again")
+            if self._read_job(job_path) == self.job:
+                self.remove_shards()
+            return []
+        with self.explained(job_path):
+            files.make_dirs(self.shards)
+        if self._spans():
+            self._check_job(job_path)
+        else:
+            self._write_job(job_path)
+        for folder in (self.folder, self.shards):
+            for name in files.list_dir(folder):
+                if re.fullmatch(r"(samples_|\d{9,}-|job).*\.tmp", name):
+                    files.remove(files.join(folder, name))
+        for span, path in self._spans():
+            if not self._is_whole(path, span):
+                logger.warn(f"{path} is damaged: its samples will be made again")
+                files.remove(path)
+        return self._missing()
+
+    def write(self, start, images):
+        """Write a shard with the samples start, start + 1, ...: uint8 [n, H, W, C]."""
+        span = (start, start + len(images))
+        arrays = [images] if self.labels is None else [images, self.labels[slice(*span)]]
+        path = files.join(self.shards, "{:09d}-{:09d}.npz".format(*span))
+        with self.explained(path), files.write_atomically(path) as f:
+            np.savez(f, *arrays)
+
+    def parts(self):
+        """Yield all images in order, in parts: (index of the first, uint8 [n, H, W, C])."""
+        if files.exists(self.path):
+            images = NpzArray(self.path, "arr_0")
+            for start in range(0, self.shape[0], 64):
+                yield start, images[start : start + 64]
+            return
+        position = 0
+        for (start, stop), path in self._spans():
+            first, last = max(start, position), min(stop, self.shape[0])
+            if first < last:
+                yield first, NpzArray(path, "arr_0")[first - start : last - start]
+                position = last
+
+    def images(self, indices):
+        """Some samples: uint8 [len(indices), H, W, C]."""
+        out = np.empty((len(indices), *self.shape[1:]), np.uint8)
+        for (start, stop), path in self._spans():
+            inside = (start <= indices) & (indices < stop)
+            if inside.any():
+                out[inside] = NpzArray(path, "arr_0")[indices[inside] - start]
+        return out
+
+    def assemble(self):
+        """Stream all shards into one .npz. The shards stay until remove_shards()."""
+        self._write_job(f"{self.stem}.json")  # before the .npz, which cannot be reused without it
+        arrays = {"arr_0": (self.shape, np.uint8, (images for _, images in self.parts()))}
+        if self.labels is not None:
+            arrays["arr_1"] = (self.labels.shape, np.int64, [self.labels])
+        with self.explained(self.path), files.write_atomically(self.path) as f:
+            write_npz(f, arrays)
+
+    def remove_shards(self):
+        """Remove the shards whose samples the .npz holds. Those of a run with more samples stay."""
+        for span, path in self._spans():
+            if span[1] <= self.shape[0]:
+                files.remove(path)
+        if not self._spans():
+            with suppress(OSError):  # a run that was killed here has removed some already
+                files.remove(files.join(self.shards, JOB))
+            with suppress(OSError):
+                files.remove_dir(self.shards)
+
+    def explained(self, path):
+        """A context that turns an error of the disk into one line."""
+        return files.disk_errors(path, f"the finished samples are kept in {self.folder}")
+
+    def _spans(self):
+        """The shards: a sorted list of ((start, stop), path)."""
+        names = files.list_dir(self.shards) if files.is_dir(self.shards) else []
+        found = [re.fullmatch(r"(\d{9,})-(\d{9,})\.npz", name) for name in names]
+        return sorted((tuple(map(int, m.groups())), files.join(self.shards, m[0])) for m in found if m)
+
+    def _missing(self):
+        gaps, position, total = [], 0, self.shape[0]
+        for start, stop in [*(span for span, _ in self._spans()), (total, total)]:
+            if position < min(start, total):
+                gaps.append((position, min(start, total)))
+            position = max(position, stop)
+        return gaps
+
+    def _is_whole(self, path, span):
+        try:
+            images = NpzArray(path, "arr_0")
+            labels = None if self.labels is None else NpzArray(path, "arr_1")[:]
+        except DAMAGED:
+            return False
+        if labels is not None:
+            wanted = self.labels[slice(*span)]  # a shard of a run with more samples may have more
+            if not np.array_equal(labels[: len(wanted)], wanted):
+                raise InputError(
+                    f"{path}: these samples have other labels than this job's: the file of classes, or the class "
+                    f"names, have changed: give another --log_dir"
+                )
+        return images.dtype == np.uint8 and images.shape == (span[1] - span[0], *self.shape[1:])
+
+    def _write_job(self, path):
+        with self.explained(path), files.write_atomically(path) as f:
+            f.write((json.dumps(self.job, indent=1) + "\n").encode())
+
+    def _read_job(self, path):
+        try:
+            with files.open_file(path) as f:
+                return dict(json.loads(f.read()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _check_job(self, path):
+        """Refuse to mix samples with those of another job."""
+        job = self._read_job(path)
+        if job is None:
+            raise InputError(
+                f"{path}: the record of what these samples belong to is missing or damaged, so they cannot be reused: "
+                f"give another --log_dir"
+            )
+        for name in {**job, **self.job}:
+            if job.get(name) != self.job.get(name):
+                raise InputError(
+                    f"{path}: this folder holds samples made with --{name} {job.get(name)}, not {self.job.get(name)}: "
+                    f"give another --log_dir, or the flag they were made with"
+                )
