@@ -17,12 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import dist_util, files, logger
 from .errors import InputError, check_at_least, choose, end_quietly
-from .image_listing import (  # noqa: F401  others import them from here
-    EXTENSIONS,
-    _list_image_files_recursively,
-    check_labels,
-    class_labels,
-    class_names,
+from .image_listing import (
+    _list_image_files_recursively,  # noqa: F401  part of the original's interface
     image_classes,
     list_images,
     number_classes,
@@ -121,7 +117,6 @@ def load_data(
 def image_dataset(data_dir, image_size, *, class_cond=False, random_crop=False, random_flip=False, num_classes=None,
                   classes=None, channels=3, labels="name"):  # fmt: skip
     """All images of a folder, and the names of their classes or None. Every rank must call it. See load_data."""
-    check_labels(labels)
     if image_size < 1:
         raise InputError(f"the image size {image_size} must be at least 1")
     paths, numbers = list_images(data_dir), None
