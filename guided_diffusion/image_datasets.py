@@ -147,7 +147,9 @@ class ImageDataset(Dataset):
         if self.random_flip and rng.random() < 0.5:
             arr = arr[:, ::-1]
         arr = arr.reshape(self.resolution, self.resolution, -1)  # a grey image's array has no channel axis
-        arr = arr.transpose(2, 0, 1).astype(np.float32, order="C") / 127.5 - 1
+        arr = arr.transpose(2, 0, 1).astype(np.float32, order="C")
+        arr /= 127.5  # in place: large images would spend a tenth of their time on new arrays
+        arr -= 1
         return arr, {} if self.local_classes is None else {"y": np.array(self.local_classes[idx], dtype=np.int64)}
 
 
