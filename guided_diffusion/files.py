@@ -40,17 +40,14 @@ def list_dir(path):
 
 
 def scan_dir(path):
-    """Yield (name, may_be_folder) for everything in a folder; may_be_folder() may cost the system a look at it.
+    """The entries of a folder, sorted: pairs of a name and whether it may be a folder.
 
-    It is also true of any local link: where that leads may change while its folder's time stamp stays.
+    A local link always may be one, so that listing a folder of links to files does not follow each of them.
     """
     if is_url(path):
-        for entry in _blobfile().scandir(path):
-            yield entry.name, lambda is_dir=entry.is_dir: is_dir
-        return
+        return sorted((entry.name, entry.is_dir) for entry in _blobfile().scandir(path))
     with os.scandir(path) as entries:
-        for entry in entries:
-            yield entry.name, lambda entry=entry: entry.is_symlink() or entry.is_dir()
+        return sorted((entry.name, entry.is_symlink() or entry.is_dir()) for entry in entries)
 
 
 def read_errors(path):

@@ -1,53 +1,34 @@
-"""From image files to batches: decoding, crops, sharding over ranks."""
+"""From a folder of images to batches: labels, random crops and flips, sharding over ranks, worker processes."""
 
 import atexit
 import copy
-import math
+import itertools
 import multiprocessing
 import random
 import signal
-import warnings
+import time
 import weakref
 from collections import Counter
 
 import numpy as np
 import torch as th
-from PIL import Image, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from . import dist_util, files, logger
+from . import dist_util, logger
 from .errors import InputError, check_at_least, choose, end_quietly
-from .image_listing import (  # noqa: F401  others import them from here
-    EXTENSIONS,
-    _list_image_files_recursively,
-    check_labels,
-    class_labels,
-    class_names,
+from .image_decoding import MODES, center_crop_arr, random_crop_arr, read_image
+from .image_listing import (
+    _list_image_files_recursively,  # noqa: F401  part of the original's interface
     image_classes,
     list_images,
     number_classes,
 )
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
-# How to turn an image upright, by its EXIF orientation; and where Pillow keeps what may tell it.
-ORIENTATION = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _workers = weakref.WeakSet()
-
-EXIF_KEYS = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 
 
 def data_flags():
-    """The flags of training scripts that load_data takes as they are, with their defaults."""
+    """Flags of training scripts that load_data takes under the same name, with their defaults."""
     return dict(data_dir="", labels="name", random_flip=True, num_workers=1, skip_bad_images=False)
 
 
@@ -60,322 +41,94 @@ def load_data(
     deterministic=False,
     random_crop=False,
     random_flip=True,
-    num_classes=None,
-    classes=None,
-    channels=3,
     num_workers=1,
     seed=None,
-    labels="name",
     skip_bad_images=False,
+    **dataset_options,
 ):
     """An endless iterator over batches of this rank's share of a folder of images. Every rank must call it.
 
     :param data_dir: a folder, or a blob URL, searched recursively.
-    :param batch_size: images a batch, on each rank.
-    :param image_size: the side that images are cropped to.
-    :param class_cond: give labels.
-    :param deterministic: go through the images in a fixed order, without random crops and flips.
+    :param batch_size: the number of images in a batch, on each rank.
+    :param image_size: the side of the square that images are cropped to.
+    :param class_cond: return labels.
+    :param deterministic: keep the images in the order of their paths, without random crops and flips.
     :param random_crop: crop at random instead of at the centre.
     :param random_flip: mirror half of the images.
-    :param num_classes: how many classes the model has; more in the data are refused.
-    :param classes: the names of the classes, in the order of their labels; by default the data's own.
-    :param channels: 1 for grey images, 3 for RGB.
-    :param num_workers: processes that decode; 0 decodes in this one.
-    :param seed: decides order, crops and flips; by default, or if negative, another number for each job.
-    :param labels: "name", "folder" or a CSV file's path: see image_listing.image_classes.
-    :param skip_bad_images: put other images in the place of those that cannot be read, instead of ending the run.
-    :return: an ImageStream: pairs of images [batch_size, channels, image_size, image_size] float32 in [-1, 1], and a
-        dict that holds, with class_cond, the labels "y" [batch_size] int64.
-    :raises InputError: for a folder that is missing, has no images or too few for a batch, or labels that don't fit.
+    :param num_workers: the number of processes that decode images; 0 decodes in this process.
+    :param seed: determines order, crops and flips. None or a negative number: drawn at random for each job.
+    :param skip_bad_images: replace images that cannot be read by other images instead of raising an error.
+    :param dataset_options: labels, classes, num_classes and channels: see image_dataset.
+    :return: an ImageStream, which yields pairs of images [batch_size, channels, image_size, image_size] float32 in
+        [-1, 1], and a dict that contains, with class_cond, the labels "y" [batch_size] int64.
+    :raises InputError: if the folder is missing or has too few images for a batch, or if labels don't fit.
     """
     check_at_least(1, batch_size=batch_size)
     check_at_least(0, num_workers=num_workers)
+    random_crop, random_flip = random_crop and not deterministic, random_flip and not deterministic
     dataset, classes = image_dataset(
-        data_dir,
-        image_size,
-        class_cond=class_cond,
-        random_crop=random_crop and not deterministic,
-        random_flip=random_flip and not deterministic,
-        num_classes=num_classes,
-        classes=classes,
-        channels=channels,
-        labels=labels,
+        data_dir, image_size, class_cond, random_crop=random_crop, random_flip=random_flip, **dataset_options
     )
     num_ranks = dist_util.get_world_size()
     if len(dataset) < batch_size * num_ranks:
         raise InputError(
-            f"--data_dir {data_dir}: {len(dataset)} images on {num_ranks} ranks leave {len(dataset) // num_ranks} for "
-            f"a rank, fewer than a batch: lower --batch_size {batch_size} or give more images"
+            f"--batch_size {batch_size}: a batch on each of {num_ranks} ranks takes {batch_size * num_ranks} images, "
+            f"but {data_dir} has {len(dataset)}; use a smaller batch or more images"
         )
     return ImageStream(
         dataset,
         batch_size,
+        seed=dist_util.job_seed() if seed is None or seed < 0 else seed,
         shuffle=not deterministic,
         num_workers=num_workers,
-        seed=seed if seed is not None and seed >= 0 else None,
         classes=classes,
         skip_bad_images=skip_bad_images,
     )
 
 
-def image_dataset(data_dir, image_size, *, class_cond=False, random_crop=False, random_flip=False, num_classes=None,
-                  classes=None, channels=3, labels="name"):  # fmt: skip
-    """All images of a folder, and the names of their classes or None. Every rank must call it. See load_data."""
-    check_labels(labels)
-    if image_size < 1:
-        raise InputError(f"the image size {image_size} must be at least 1")
+def image_dataset(
+    data_dir, image_size, class_cond=False, labels="name", classes=None, num_classes=None, random_flip=False, **options
+):
+    """All images of a folder. Every rank must call it.
+
+    :param labels: "name", "folder" or the path of a CSV file: see image_listing.image_classes.
+    :param classes: the class names in the order of their labels. Default: those found in the data, sorted.
+    :param num_classes: the number of the model's classes. Data with more classes are refused.
+    :param random_flip: mirror half of the images.
+    :param options: random_crop and channels: see ImageDataset.
+    :return: an ImageDataset, and the class names, or None without class_cond.
+    """
+    check_at_least(1, image_size=image_size)
     paths, numbers = list_images(data_dir), None
     if class_cond:
-        names, own_classes = image_classes(data_dir, paths, labels)
+        class_of_each, own_classes = image_classes(data_dir, paths, labels)
         classes = classes or own_classes
-        numbers = number_classes(paths, names, classes, num_classes)
-    dataset = ImageDataset(
-        image_size, paths, classes=numbers, random_crop=random_crop, random_flip=random_flip, channels=channels
-    )
+        numbers = number_classes(paths, class_of_each, classes, num_classes)
+    dataset = ImageDataset(image_size, paths, classes=numbers, random_flip=random_flip, **options)
     return dataset, classes if class_cond else None
-
-
-def each_once(dataset, batch_size, num_workers=0, count=None, skip_bad_images=False):
-    """Go once through the images of a dataset that fall to this rank, which are every so manieth.
-
-    :param count: of all images, take the first so many.
-    :return: an iterator of (their indices, images [n, ...], dict of labels [n]).
-    """
-    ranks = dist_util.get_world_size()
-    mine = range(dist_util.get_rank(), min(len(dataset), count or len(dataset)), ranks)
-    parts = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    loader = DataLoader(
-        _RunItems(dataset, 0, skip_bad_images),
-        batch_sampler=[[(i, i) for i in part] for part in parts],
-        num_workers=num_workers,
-        collate_fn=_collate,
-        generator=th.Generator(),
-        worker_init_fn=_leave_signals_to_the_rank,
-    )
-    for part, (batch, _, _) in zip(parts, _started(loader)):
-        if isinstance(batch, InputError):
-            raise InputError(str(batch))
-        yield part, *batch
-
-
-def fixed_images(dataset, count, skip_bad_images=False):
-    """`count` images spread over a dataset, without random crops and flips, and their labels: (tensor, dict)."""
-    dataset = copy.copy(dataset)
-    dataset.random_crop = dataset.random_flip = False
-    items = _RunItems(dataset, 0, skip_bad_images)
-    batch, _, _ = _collate([items[i * len(dataset) // count, 0] for i in range(count)])
-    if isinstance(batch, InputError):
-        raise batch
-    return batch
-
-
-def _leave_signals_to_the_rank(worker):
-    """What a terminal or a cluster sends to all processes at once must not end the workers before their rank.
-
-    So at its exit the rank must kill them: Python would ask with a SIGTERM, and wait.
-    """
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def _started(loader):
-    """The loader's iterator; its worker processes will not outlive this one."""
-    before = set(multiprocessing.active_children())
-    try:
-        batches = iter(loader)
-    except OSError as e:
-        for worker in set(multiprocessing.active_children()) - before:
-            worker.kill()
-        end_quietly()  # the loader, half made, would complain
-        raise InputError(f"--num_workers {loader.num_workers}: cannot start them ({e.strerror}): use fewer") from None
-    if not _workers:
-        atexit.register(_kill_workers)
-    _workers.update(getattr(batches, "_workers", []))
-    return batches
-
-
-def _kill_workers():
-    alive = [worker for worker in _workers if worker.is_alive()]
-    if alive and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take this for an accident
-    for worker in alive:
-        worker.kill()
-
-
-class ImageStream:
-    """Endless batches from a dataset, in an order that is a function of (seed, step, position in the global batch).
-
-    The images of step s are numbers s * G to s * G + G - 1 in a sequence of shuffles, where G is the global batch;
-    image j of rank r's batch is number j * (number of ranks) + r of those. So each epoch sees every image once, but for
-    a last partial batch, and neither ranks nor workers change what a step sees.
-
-    :param dataset: has `get(index, rng)`, which raises InputError for what cannot be read, and a length.
-    :param batch_size: on each rank.
-    :param seed: None takes a number of the job's own.
-    :param classes: the names of the classes in the order of their labels, None without labels; for others to read.
-    :param skip_bad_images: what cannot be read is replaced by the next image of the dataset that can.
-    """
-
-    def __init__(
-        self, dataset, batch_size, *, shuffle=True, num_workers=1, seed=None, classes=None, skip_bad_images=False
-    ):
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.num_workers = num_workers
-        self.seed = dist_util.job_seed() if seed is None else seed
-        self.classes = classes
-        self.skip_bad_images = skip_bad_images
-        self.rank, self.num_ranks = dist_util.get_rank(), dist_util.get_world_size()
-        self.step = 0
-        self._batches = None
-        self._counts, self._warned_of = Counter(), set()
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self._batches is None:
-            loader = DataLoader(
-                _RunItems(self.dataset, self.seed, self.skip_bad_images),
-                batch_sampler=_schedule(
-                    self.step, len(self.dataset), self.batch_size, self.rank, self.num_ranks, self.shuffle, self.seed
-                ),
-                num_workers=self.num_workers,
-                collate_fn=_collate,
-                pin_memory=th.cuda.is_available(),
-                generator=th.Generator(),  # not the global one: others count on what that gives next
-                worker_init_fn=_leave_signals_to_the_rank,
-            )
-            self._batches = _started(loader)
-        batch, skipped, turned = next(self._batches)
-        if isinstance(batch, InputError):
-            raise InputError(str(batch))  # a new one: its traceback keeps the loader from being freed
-        self._counts.update(skipped_images=len(skipped), turned_images=turned)
-        for reason in skipped:
-            if reason not in self._warned_of:
-                self._warned_of.add(reason)
-                logger.warn(f"skipped: {reason}")
-        self.step += 1
-        return batch
-
-    def counts(self):
-        """What has happened on this rank so far, where it is more than nothing: a dict.
-
-        skipped_images counts unreadable images passed over, turned_images those turned upright as EXIF says.
-        """
-        return dict(+self._counts)
-
-    def state_dict(self):
-        """Where the stream is, the same on every rank."""
-        return {"seed": self.seed, "step": self.step, "global_batch": self.batch_size * self.num_ranks}
-
-    def load_state_dict(self, state_dict):
-        """Go on from where another stream was, on as many ranks or others.
-
-        With another global batch it goes on in the same epoch, with the first batch of images that were not seen.
-        """
-        self.seed, self.step = state_dict["seed"], state_dict["step"]
-        before, now = state_dict["global_batch"], self.batch_size * self.num_ranks
-        if before != now:
-            logger.log(f"the global batch is {now} images now; it was {before}")
-            epoch, steps = divmod(self.step, max(1, len(self.dataset) // before))
-            steps_per_epoch = len(self.dataset) // now
-            self.step = epoch * steps_per_epoch + min(-(-steps * before // now), steps_per_epoch)
-        self._batches = None
-
-    def close(self):
-        """End the worker processes."""
-        self._batches = None
-
-
-def _schedule(step, length, batch_size, rank, num_ranks, shuffle, seed):
-    """From a step on, which images a rank takes at each: a list of (index, number in the whole run).
-
-    It knows nothing of the stream: in a cycle of references, workers would outlive their stream, and end late.
-    """
-    global_batch = batch_size * num_ranks
-    steps_per_epoch = length // global_batch
-    while True:
-        epoch, start = divmod(step, steps_per_epoch)
-        order = np.arange(length)
-        if shuffle:
-            np.random.default_rng([seed, epoch]).shuffle(order)
-        for i in range(start, steps_per_epoch):
-            mine = range(i * global_batch + rank, (i + 1) * global_batch, num_ranks)
-            offset = (step - i) * global_batch
-            yield [(int(order[n]), offset + n) for n in mine]
-            step += 1
-
-
-class _RunItems(Dataset):
-    """The images of a run, each with crops and flips of its own; what cannot be read is passed over or handed on.
-
-    Items are a triple: the dataset's item, or an InputError; why images before it in the dataset were passed over, a
-    list; and how many were turned. A worker process that raised errors would bury the message in its traceback.
-    """
-
-    def __init__(self, dataset, seed, skip_bad):
-        self.dataset = dataset
-        self.seed = seed
-        self.skip_bad = skip_bad
-
-    def __getitem__(self, item):
-        index, number = item
-        turned, skipped = self._turned(), []
-        for i in range(len(self.dataset) if self.skip_bad else 1):
-            try:
-                rng = random.Random(f"{self.seed}.{number}")
-                item = self.dataset.get((index + i) % len(self.dataset), rng)
-                return item, skipped, self._turned() - turned
-            except InputError as e:
-                skipped.append(str(e))
-        advice = "nor can any other" if self.skip_bad else "repair or remove it; training has --skip_bad_images True"
-        return InputError(f"{skipped[0]}: {advice}"), [], 0
-
-    def _turned(self):
-        return getattr(self.dataset, "turned", 0)
-
-
-def _collate(triples):
-    items, skipped, turned = zip(*triples)
-    error = next((item for item in items if isinstance(item, InputError)), None)
-    batch = error if error is not None else th.utils.data.default_collate(items)
-    return batch, sum(skipped, []), sum(turned)
 
 
 class ImageDataset(Dataset):
     """Images cropped to a square, and their labels.
 
-    :param resolution: the square's side.
-    :param image_paths: all images; this dataset takes every num_shards-th, from the shard-th on.
-    :param classes: all labels, in the order of image_paths.
-    :param channels: 1 for grey images, 3 for RGB.
-    :ivar turned: how many images were turned upright, as EXIF says, in this process.
+    Items are an array [channels, resolution, resolution] float32 in [-1, 1], and a dict with the label "y" if there
+    are classes.
 
-    Items are an array [channels, resolution, resolution] float32 in [-1, 1], and a dict that holds the label "y" where
-    there are classes.
+    :param resolution: the side of the square.
+    :param image_paths: the paths of all images.
+    :param classes: the labels of all images.
+    :param shard: this dataset has every num_shards-th image, starting with this one.
+    :param channels: 1 for grey images, 3 for RGB, 4 for RGBA.
     """
 
-    def __init__(
-        self,
-        resolution,
-        image_paths,
-        classes=None,
-        shard=0,
-        num_shards=1,
-        random_crop=False,
-        random_flip=True,
-        channels=3,
-    ):
+    def __init__(self, resolution, image_paths, classes=None, shard=0, num_shards=1,
+                 random_crop=False, random_flip=True, channels=3):  # fmt: skip
         super().__init__()
         self.resolution = resolution
         self.local_images = image_paths[shard:][::num_shards]
         self.local_classes = None if classes is None else classes[shard:][::num_shards]
         self.random_crop = random_crop
         self.random_flip = random_flip
-        self.turned = 0
         self.mode = choose("number of image channels (--in_channels)", channels, MODES)
 
     def __len__(self):
@@ -385,94 +138,219 @@ class ImageDataset(Dataset):
         return self.get(idx, random)
 
     def get(self, idx, rng):
-        """The item idx, with its random crop and flip drawn from `rng`: a random.Random, or the module `random`."""
-        image = self._read(self.local_images[idx])
+        """The item idx. Its random crop and flip are drawn from `rng`: a random.Random, or the module `random`."""
+        image = read_image(self.local_images[idx], self.mode)
         if self.random_crop:
             arr = random_crop_arr(image, self.resolution, rng=rng)
         else:
             arr = center_crop_arr(image, self.resolution)
         if self.random_flip and rng.random() < 0.5:
             arr = arr[:, ::-1]
-        arr = arr.reshape(self.resolution, self.resolution, -1)
+        arr = arr.reshape(self.resolution, self.resolution, -1)  # a grey image's array has no channel axis
         arr = arr.transpose(2, 0, 1).astype(np.float32, order="C")
-        arr /= 127.5
+        arr /= 127.5  # in place: large images would spend a tenth of their time on new arrays
         arr -= 1
         return arr, {} if self.local_classes is None else {"y": np.array(self.local_classes[idx], dtype=np.int64)}
 
-    def _read(self, path):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's, about metadata that nobody reads
-                with files.open_file(path) as f, Image.open(f) as image:
-                    image.load()
-                    turn = _turn_upright(image)
-                    image = _to_mode(image, self.mode)
-        except MemoryError:
-            raise
-        except Exception as e:  # what decoders make of a damaged file is hard to foresee
-            raise InputError(f"{path}: cannot read this image ({_reason(e)})") from None
-        if turn is None:
-            return image
-        self.turned += 1
-        return image.transpose(turn)
 
+class ImageStream:
+    """An endless iterator over batches of this rank's share of a dataset.
 
-def _reason(error):
-    """What went wrong, without the path that the system's messages repeat."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image, or damaged"
-    text = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
-    return text if text and isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} {text}".rstrip()
+    The job's images form one sequence, which is a function of the seed: each epoch is a new permutation of the dataset,
+    and the crop and flip of the image at a position are functions of (seed, position). A step takes the next
+    batch_size * num_ranks positions, and each rank takes every num_ranks-th of them. So neither the number of ranks nor
+    that of workers changes which images a step gets.
 
-
-def _turn_upright(image):
-    """How to transpose a loaded image so that it is upright, by its EXIF orientation; None for most.
-
-    What EXIF says is advice: where it is damaged, the image stays as it is.
+    :param dataset: an ImageDataset, or another object with a length and a method get(index, rng).
+    :param batch_size: the number of images in a batch, on each rank.
+    :param seed: the same on all ranks.
+    :param shuffle: False keeps the dataset's order in each epoch.
+    :param classes: the class names in the order of their labels, kept as an attribute for callers.
+    :param skip_bad_images: replace an image that cannot be read by the next in the dataset that can.
+    :ivar position: the position in the sequence of the next batch's first image over all ranks.
     """
-    if not EXIF_KEYS & image.info.keys():
-        return None
+
+    def __init__(
+        self, dataset, batch_size, *, seed, shuffle=True, num_workers=1, classes=None, skip_bad_images=False
+    ):
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.classes = classes
+        self.reading = dict(num_workers=num_workers, skip_bad_images=skip_bad_images)
+        self.rank, self.num_ranks = dist_util.get_rank(), dist_util.get_world_size()
+        self.global_batch = batch_size * self.num_ranks
+        self.position = 0
+        self._batches = None
+        self._skipped = Counter()  # images by the reason for skipping them
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self._batches is None:
+            seed = self.seed if self.shuffle else None
+            order = infinite_order(len(self.dataset), self.position + self.rank, self.num_ranks, seed)
+            self._batches = _read_batches(self.dataset, order, self.batch_size, seed=self.seed, **self.reading)
+        batch, problems = next(self._batches)
+        for problem in problems:
+            if problem not in self._skipped:
+                logger.warn(f"skipped: {problem}")
+            self._skipped[problem] += 1
+        self.position += self.global_batch
+        return batch
+
+    def counts(self):
+        """Metrics of this rank so far: {"skipped_images": n}, or an empty dict if no image was skipped."""
+        return {"skipped_images": self._skipped.total()} if self._skipped else {}
+
+    def state_dict(self):
+        """The state to resume from, the same on every rank."""
+        return {"seed": self.seed, "position": self.position, "global_batch": self.global_batch}
+
+    def load_state_dict(self, state):
+        """Continue where another stream was saved, on any number of ranks and with any batch size."""
+        saved_batch = state["global_batch"]
+        if saved_batch != self.global_batch:
+            logger.log(f"the global batch is {self.global_batch} images now; it was {saved_batch}")
+        self.seed = state["seed"]
+        self.position = state["position"] if "position" in state else state["step"] * saved_batch  # an older file
+        self.close()
+
+    def close(self):
+        """End the worker processes. The next batch starts new ones."""
+        self._batches = None
+
+
+def infinite_order(length, position, stride=1, seed=None):
+    """Yield (index, position) endlessly, for every stride-th position of a sequence of permutations of range(length).
+
+    :param position: the first position to yield.
+    :param seed: determines the permutations; None repeats range(length) itself.
+    """
+    epoch, order = None, np.arange(length)
+    for position in itertools.count(position, stride):
+        if seed is not None and position // length != epoch:
+            epoch = position // length
+            order = np.random.default_rng([seed, epoch]).permutation(length)
+        yield int(order[position % length]), position
+
+
+def each_once(dataset, batch_size, num_workers=0, count=None, skip_bad_images=False):
+    """Iterate once over this rank's share of a dataset: every world_size-th image.
+
+    :param count: use only the first `count` images of the dataset.
+    :return: an iterator of (indices of the images, images [n, ...], dict of labels [n]).
+    """
+    mine = range(dist_util.get_rank(), min(len(dataset), count or len(dataset)), dist_util.get_world_size())
+    reading = dict(num_workers=num_workers, skip_bad_images=skip_bad_images)
+    batches = _read_batches(dataset, [(i, i) for i in mine], batch_size, **reading)
+    for start, (batch, _) in zip(range(0, len(mine), batch_size), batches):
+        yield mine[start : start + batch_size], *batch
+
+
+def fixed_images(dataset, count, skip_bad_images=False):
+    """`count` images spread evenly over a dataset, without random crops and flips, and their labels: (tensor, dict)."""
+    dataset = copy.copy(dataset)
+    dataset.random_crop = dataset.random_flip = False
+    chosen = [(i * len(dataset) // count, 0) for i in range(count)]
+    batch, _ = next(_read_batches(dataset, chosen, count, skip_bad_images=skip_bad_images))
+    return batch
+
+
+# Worker processes
+
+
+def _read_batches(dataset, order, batch_size, *, seed=0, num_workers=0, skip_bad_images=False):
+    """Yield (batch, why images were skipped: a list of str).
+
+    :param order: the images to read: an iterable of (index, position).
+    :raises InputError: for an image that cannot be read; with skip_bad_images, only if no image can be.
+    """
+    loader = DataLoader(
+        _PositionedItems(dataset, seed, skip_bad_images),
+        batch_size=batch_size,
+        sampler=order,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=th.cuda.is_available(),
+        generator=th.Generator(),  # by default, DataLoader draws from the global generator
+        worker_init_fn=_ignore_signals,
+    )
     try:
-        return UPRIGHT.get(image.getexif().get(ORIENTATION))
-    except Exception:
-        return None
+        for batch, problems in _start(loader):
+            if batch is None:
+                advice = "repair or remove it; training has --skip_bad_images True"
+                raise InputError(f"{problems[0]}: {'nor can any other' if skip_bad_images else advice}")
+            yield batch, problems
+    except (EOFError, ConnectionError, FileNotFoundError):
+        # A worker died while sending a batch. Wait for torch's SIGCHLD handler, whose error names the worker.
+        time.sleep(1)
+        raise
 
 
-def _to_mode(image, mode):
-    """Convert a loaded image. 16 bits of grey lose the lower 8, as those of colours do: Pillow would clip them."""
-    image.info.pop("transparency", None)  # it changes no pixel here, but can make Pillow warn, or fail
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of Pillow's mode {image.mode}, whose range is open: save it with 8 bits")
-    return image if image.mode == mode else image.convert(mode)
+class _PositionedItems(Dataset):
+    """Reads images by (index, position): pairs of an item and a list of error messages.
 
-
-def center_crop_arr(pil_image, image_size):
-    """Shrink an image until its shorter side is image_size and take the middle: uint8 [image_size, image_size(, C)]."""
-    arr = np.array(_shrink(pil_image, image_size))
-    y, x = ((side - image_size) // 2 for side in arr.shape[:2])
-    return arr[y : y + image_size, x : x + image_size]
-
-
-def random_crop_arr(pil_image, image_size, min_crop_frac=0.8, max_crop_frac=1.0, rng=random):
-    """Shrink an image and take a random square of it: uint8 [image_size, image_size(, C)].
-
-    :param min_crop_frac, max_crop_frac: the range of the crop's side over the image's shorter side.
-    :param rng: where randomness comes from: a random.Random, or the module `random`.
+    The item is None if the image cannot be read. Errors are returned, because DataLoader would add the worker's
+    traceback to the message of an exception.
     """
-    shorter = rng.randrange(math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac) + 1)
-    arr = np.array(_shrink(pil_image, shorter))
-    y, x = (rng.randrange(side - image_size + 1) for side in arr.shape[:2])
-    return arr[y : y + image_size, x : x + image_size]
+
+    def __init__(self, dataset, seed, skip_bad_images):
+        self.dataset = dataset
+        self.seed = seed
+        self.attempts = len(dataset) if skip_bad_images else 1
+
+    def __getitem__(self, key):
+        index, position = key
+        problems = []
+        for i in range(self.attempts):
+            rng = random.Random(f"{self.seed}.{position}")
+            try:
+                return self.dataset.get((index + i) % len(self.dataset), rng), problems
+            except InputError as e:
+                problems.append(str(e))
+        return None, problems
 
 
-def _shrink(image, shorter):
-    """Resize an image so that its shorter side is `shorter`: by halves with a box filter, then bicubic.
+def _collate(pairs):
+    items = [item for item, _ in pairs]
+    failed = [problems for item, problems in pairs if item is None]
+    if failed:
+        return None, failed[0]
+    return default_collate(items), [problem for _, problems in pairs for problem in problems]
 
-    The halving keeps strong reductions from aliasing.
+
+def _ignore_signals(worker):
+    """Let the main process decide when its workers end.
+
+    A terminal or cluster sends these signals to all processes of a job. The main process needs its workers until it has
+    saved a checkpoint.
     """
-    while min(*image.size) >= 2 * shorter:
-        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.BOX)
-    scale = shorter / min(*image.size)
-    return image.resize(tuple(round(x * scale) for x in image.size), resample=Image.BICUBIC)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _start(loader):
+    others = set(multiprocessing.active_children())
+    try:
+        batches = iter(loader)
+    except OSError as e:
+        # DataLoader's half-built iterator would wait 5 s for each worker that did start, and print errors.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        end_quietly()
+        raise InputError(f"--num_workers {loader.num_workers}: cannot start them ({e.strerror}); use fewer") from None
+    _workers.update(set(multiprocessing.active_children()) - others)
+    return batches
+
+
+@atexit.register
+def _kill_workers():
+    """End workers before multiprocessing's own exit handler, which sends SIGTERM and waits: they ignore SIGTERM."""
+    alive = [worker for worker in _workers if worker.is_alive()]
+    if alive:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports killed workers as an error
+    for worker in alive:
+        worker.kill()

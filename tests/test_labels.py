@@ -1,51 +1,32 @@
-"""The classes of images: from file names, folders or a CSV file, and their numbers."""
+"""The classes of images, from file names, folders or a CSV file, and their labels."""
 
 import pytest
 
 from guided_diffusion import logger
 from guided_diffusion.errors import InputError
-from guided_diffusion.image_datasets import class_labels, class_names, load_data
-from guided_diffusion.image_listing import image_classes
-
-
-def make_files(folder, names):
-    """Empty files: nobody opens them."""
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+from guided_diffusion.image_datasets import load_data
+from guided_diffusion.image_listing import image_classes, number_classes
 
 
 def test_classes_are_names_up_to_the_underscore_in_sorted_order():
     paths = ["a/dog_1.png", "b/cat_7_x.png", "dog_2.png", "10_0.png", "9_0.png", "c_d/cat_.png"]
-    table = class_names("", paths)
-    labels = class_labels(paths, table)
+    classes, table = image_classes("", paths)
     assert table == ["10", "9", "cat", "dog"]
-    assert labels == [3, 2, 3, 0, 1, 2]
-
-
-def test_labels_of_as_many_classes_as_the_model_has_are_fine():
-    assert class_labels(["a_0.png", "b_0.png"], ["a", "b"], num_classes=2) == [0, 1]
-    with pytest.raises(InputError, match="--num_classes is 1"):
-        class_labels(["a_0.png", "b_0.png"], ["a", "b"], num_classes=1)
-
-
-def test_unlabelled_file_is_named():
-    # The folder's underscore is no label.
+    assert number_classes(paths, classes, table, num_classes=4) == [3, 2, 3, 0, 1, 2]
+    # The underscore of a folder does not count.
     with pytest.raises(InputError, match="some_folder/plain.png"):
-        class_names("", ["cat_0.png", "some_folder/plain.png"])
+        image_classes("", ["cat_0.png", "some_folder/plain.png"])
 
 
-def test_held_out_images_are_numbered_as_the_training_images_are():
-    # On its own, a folder with the classes 3 and 7 alone would call them 0 and 1.
-    assert class_labels(["3_0.png", "7_0.png"], [str(i) for i in range(10)]) == [3, 7]
-    with pytest.raises(InputError, match="x_0.png.*class x"):
-        class_labels(["3_0.png", "x_0.png"], [str(i) for i in range(10)])
+def test_more_classes_than_the_model_has_are_refused():
+    with pytest.raises(InputError, match="--num_classes 1"):
+        number_classes(["a_0.png", "b_0.png"], ["a", "b"], ["a", "b"], num_classes=1)
 
 
 def test_classes_by_folder():
     paths = ["data/10/a.png", "data/9/b_0.png", "data/more/cat/c.png", "data/9/d.png"]
     assert image_classes("data", paths, "folder") == (["10", "9", "cat", "9"], ["10", "9", "cat"])
-    with pytest.raises(InputError, match=r"data/stray_0.png: in no class's folder.*--labels folder"):
+    with pytest.raises(InputError, match=r"data/stray_0.png: not in a class's folder.*--labels folder"):
         image_classes("data", [*paths, "data/stray_0.png"], "folder")
 
 
@@ -63,7 +44,7 @@ def test_classes_by_csv(tmp_path):
 
 
 def test_whole_numbers_in_a_csv_are_the_labels_themselves(tmp_path):
-    # By their order as strings, 10 would come before 9; and 8 classes are not in this folder at all.
+    # As strings, 10 would sort before 9; and this folder has no images of the other 8 classes.
     classes, table = labelled(tmp_path, "a.png,9\nb/1.png,10\nc.png,03\n")
     assert table == [str(i) for i in range(11)]
     assert classes == ["10", "9", "3"]
@@ -79,10 +60,10 @@ def test_a_header_of_a_csv_is_no_class(header, tmp_path, monkeypatch):
     assert labelled(tmp_path, f"{header}\na.png,0\nb/1.png,10\nc.png,9\n") == numbers
 
 
-def test_a_csv_may_tell_of_more_images_than_there_are(tmp_path, monkeypatch):
+def test_a_csv_may_list_more_images_than_there_are(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(logger, "warn", warnings.append)
-    # The table does not change with what is missing.
+    # Missing images do not change the table.
     assert labelled(tmp_path, "a.png,x\nb/1.png,y\nc.png,z\ngone.png,w\n")[1] == ["w", "x", "y", "z"]
     assert len(warnings) == 1 and "1 of 4 lines" in warnings[0] and "gone.png" in warnings[0]
     assert labelled(tmp_path, "gone.png,w\na.png,x\nb/1.png,y\nc.png,z\n")[1] == ["w", "x", "y", "z"]  # no header
@@ -96,11 +77,11 @@ def test_a_csv_may_tell_of_more_images_than_there_are(tmp_path, monkeypatch):
         ("a.png,cat\nb/1.png\n", ["line 2 is not path,label"]),
         ("a.png,cat\nb/1.png,dog,3\n", ["line 2 is not path,label"]),
         ("a.png,cat\nb/1.png, \n", ["line 2 is not path,label"]),
-        ("a.png,cat\nb/1.png,dog\nc.png,x\na.png,dog\n", ["line 4", "a.png", "another label"]),
+        ("a.png,cat\nb/1.png,dog\nc.png,x\na.png,dog\n", ["line 4", "a.png", "another label in an earlier line"]),
         ("a.png;cat\nb/1.png;dog\nc.png;x\n", ["line 1 is not path,label"]),
-        ("path,label\na.png,9\nb/1.png,10\n\nc.png,x\n", ["line 5: the label x", "line 2's, 9,"]),
-        ("a.png,cat\nb/1.png,20240101\nc.png,7\n", ["line 1: the label cat", "line 2's, 20240101,"]),
-        ("gone.png,label\na.png,0\nb/1.png,1\nc.png,2\n", ["line 1: the label label", "line 2's, 0,"]),
+        ("path,label\na.png,9\nb/1.png,10\n\nc.png,x\n", ["line 5: the label x", "in line 2, 9,"]),
+        ("a.png,cat\nb/1.png,20240101\nc.png,7\n", ["line 1: the label cat", "in line 2, 20240101,"]),
+        ("gone.png,label\na.png,0\nb/1.png,1\nc.png,2\n", ["line 1: the label label", "in line 2, 0,"]),
     ],
 )
 def test_a_csv_that_does_not_fit_is_refused(text, words, tmp_path):
@@ -110,7 +91,7 @@ def test_a_csv_that_does_not_fit_is_refused(text, words, tmp_path):
 
 
 def test_other_labels_are_refused(tmp_path):
-    make_files(tmp_path, ["a_0.png"])
+    (tmp_path / "a_0.png").touch()
     options = dict(data_dir=str(tmp_path), batch_size=1, image_size=4, class_cond=True)
     with pytest.raises(InputError, match="--labels colour: give name, folder, or .*CSV"):
         load_data(**options, labels="colour")
@@ -122,13 +103,16 @@ def test_other_labels_are_refused(tmp_path):
 
 
 def test_a_stream_knows_its_classes(tmp_path):
-    make_files(tmp_path, ["dog/b_0.png", "cat/a_1.png"])
+    for name in ("dog/b_0.png", "cat/a_1.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
     options = dict(data_dir=str(tmp_path), batch_size=1, image_size=4)
     assert load_data(**options).classes is None
     assert load_data(**options, class_cond=True).classes == ["a", "b"]
     folders = load_data(**options, class_cond=True, labels="folder")
     assert folders.classes == ["cat", "dog"] and folders.dataset.local_classes == [0, 1]
+    # With the class names of training, held-out images get the labels that training used.
     given = load_data(**options, class_cond=True, labels="folder", classes=["ant", "dog", "cat"])
     assert given.classes == ["ant", "dog", "cat"] and given.dataset.local_classes == [2, 1]
-    with pytest.raises(InputError, match="dog/b_0.png: its class dog is none of the training data's"):
+    with pytest.raises(InputError, match="dog/b_0.png: its class dog is not one of the 2 classes of the training data"):
         load_data(**options, class_cond=True, labels="folder", classes=["ant", "cat"])

@@ -80,9 +80,11 @@ def test_steps_see_the_same_images_however_they_are_split(ranks, monkeypatch):
 
 
 def test_each_epoch_sees_every_image_once(monkeypatch):
-    stream = streams(monkeypatch, 1, length=48)
-    epochs = [[i for _ in range(4) for i, _ in global_batch(stream)] for _ in range(3)]
-    assert all(sorted(epoch) == list(range(48)) for epoch in epochs)
+    # 50 is not a multiple of the global batch: batches cross the ends of epochs.
+    stream = streams(monkeypatch, 1, length=50)
+    shown = [i for _ in range(13) for i, _ in global_batch(stream)]
+    epochs = [shown[:50], shown[50:100], shown[100:150]]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
@@ -330,14 +332,17 @@ def test_a_run_goes_on_on_other_ranks_with_its_global_batch(digits, tmp_path):
     assert "the global batch is 10 images now; it was 12" in changed.output
 
 
-def test_a_stream_goes_on_in_its_epoch_with_another_global_batch(monkeypatch):
-    stream = streams(monkeypatch, 1, length=50)
-    steps = [
-        global_batch(stream) for _ in range(4 + 2)
-    ]  # an epoch of four steps, two images left over; half of the next
-    other = ImageStream(Numbers(50), 5, num_workers=0, seed=3)
-    other.load_state_dict(stream[0].state_dict())
-    # 24 images were seen: a fifth batch of five had begun, the next is the sixth of ten.
-    assert other.step == 10 + 5
-    epoch = [i for step in steps[4:] for i, _ in step] + [i for _ in range(5) for i, _ in global_batch([other])]
-    assert len(set(epoch)) == len(epoch) == 24 + 25
+def test_a_stream_continues_at_its_position_with_another_global_batch(monkeypatch):
+    stream, undisturbed = streams(monkeypatch, 1)[0], streams(monkeypatch, 1)
+    for _ in range(6):
+        global_batch([stream])
+    other = ImageStream(Numbers(50), 5, num_workers=0, seed=99)
+    other.load_state_dict(stream.state_dict())
+    expected = [item for _ in range(11) for item in global_batch(undisturbed)][6 * GLOBAL_BATCH :]
+    assert [item for _ in range(12) for item in global_batch([other])] == expected
+
+
+def test_state_files_that_count_steps_load(monkeypatch):
+    stream = streams(monkeypatch, 1)[0]
+    stream.load_state_dict({"seed": 3, "step": 4, "global_batch": 6})
+    assert stream.state_dict() == {"seed": 3, "position": 24, "global_batch": GLOBAL_BATCH}

@@ -1,0 +1,101 @@
+"""From an image file to the pixels of a square: decoding, EXIF orientation, colour modes, crops."""
+
+import math
+import random
+import warnings
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from . import files
+from .errors import InputError
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode by number of channels
+
+EXIF_ORIENTATION = 0x0112
+TRANSPOSITIONS = {  # by EXIF orientation: what makes the stored image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_image(path, mode="RGB"):
+    """Decode an image file and turn it upright. Only the first frame of an animation is read.
+
+    :param path: a local path or a blob URL.
+    :param mode: the mode of the Pillow image to return, one of MODES.
+    :raises InputError: if the file cannot be decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of damaged metadata
+            with files.open_file(path) as f, Image.open(f) as image:
+                image.load()
+                transposition = _upright_transposition(image)
+                image = _convert(image, mode)
+    except MemoryError:
+        raise
+    except Exception as e:  # Pillow's decoders raise many types for damaged files
+        raise InputError(f"{path}: cannot read this image ({_reason(e)})") from None
+    return image if transposition is None else image.transpose(transposition)
+
+
+def _upright_transposition(image):
+    try:
+        return TRANSPOSITIONS.get(image.getexif().get(EXIF_ORIENTATION))
+    except Exception:  # damaged EXIF data: the pixels are still usable
+        return None
+
+
+def _convert(image, mode):
+    image.info.pop("transparency", None)  # changes no pixel, but can make the conversion warn or fail
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # 16-bit grey: keep the upper 8 bits, as Pillow does for 16-bit colours. convert() would clip to 255.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"the range of pixels of Pillow's mode {image.mode} is not defined: save it with 8 bits")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _reason(error):
+    """A one-line description of a decoding error, without the path."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or damaged"
+    text = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
+    return text if text and isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} {text}".rstrip()
+
+
+def center_crop_arr(pil_image, image_size):
+    """Resize an image so that its shorter side is image_size and take the middle: uint8 [image_size, image_size(, C)].
+
+    :param pil_image: a Pillow image. A grey one gives an array without a channel axis.
+    """
+    arr = np.array(_resize_shorter_side(pil_image, image_size))
+    y, x = ((side - image_size) // 2 for side in arr.shape[:2])
+    return arr[y : y + image_size, x : x + image_size]
+
+
+def random_crop_arr(pil_image, image_size, min_crop_frac=0.8, max_crop_frac=1.0, rng=random):
+    """Resize an image at random and take a random square of it: uint8 [image_size, image_size(, C)].
+
+    :param min_crop_frac: the smallest fraction of the image's shorter side that the square covers.
+    :param max_crop_frac: the largest fraction.
+    :param rng: the source of random numbers: a random.Random, or the module `random`.
+    """
+    shorter = rng.randrange(math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac) + 1)
+    arr = np.array(_resize_shorter_side(pil_image, shorter))
+    y, x = (rng.randrange(side - image_size + 1) for side in arr.shape[:2])
+    return arr[y : y + image_size, x : x + image_size]
+
+
+def _resize_shorter_side(image, size):
+    """Halve with a box filter while the result is at least `size`, which avoids aliasing, then resize bicubically."""
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.BOX)
+    scale = size / min(*image.size)
+    return image.resize(tuple(round(x * scale) for x in image.size), resample=Image.BICUBIC)
