@@ -19,7 +19,7 @@ import numpy as np
 import torch as th
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.sample_util import sample_job
+from guided_diffusion.sample_job import sample_job
 
 
 def main():

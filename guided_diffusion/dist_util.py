@@ -438,3 +438,8 @@ def _finalize_mpi(status):
     timer.daemon = True
     timer.start()
     MPI.Finalize()
+
+
+def wait_for_all():
+    """Wait for all ranks, however long they take."""
+    barrier()

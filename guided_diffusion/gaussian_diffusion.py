@@ -265,7 +265,8 @@ class GaussianDiffusion:
             noise = th.randn_like(x_start)
         if noise.shape != x_start.shape:
             raise ValueError(f"noise of shape {tuple(noise.shape)} for data of shape {tuple(x_start.shape)}")
-        alpha, sigma = self._at("sqrt_alphas_cumprod", t, x_start), self._at("sqrt_one_minus_alphas_cumprod", t, x_start)
+        alpha = self._at("sqrt_alphas_cumprod", t, x_start)
+        sigma = self._at("sqrt_one_minus_alphas_cumprod", t, x_start)
         return alpha * x_start + sigma * noise
 
     def q_posterior_mean_variance(self, x_start, x_t, t):
@@ -335,7 +336,8 @@ class GaussianDiffusion:
         return log_variance.exp(), log_variance
 
     def _predict_xstart_from_eps(self, x_t, t, eps):
-        return self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
+        scaled_eps = self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
+        return self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - scaled_eps
 
     def _predict_xstart_from_xprev(self, x_t, t, xprev):
         # The posterior's mean, solved for x_start.

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch as th
 
 from . import dist_util, files, logger
+from .pictures import save_grid, to_uint8
 from .random_util import SampleNoise, random_labels
 from .respace import SpacedDiffusion, space_timesteps
-from .sample_util import save_grid, to_uint8
 
 
 def log_loss_dict(diffusion, ts, losses):

@@ -22,7 +22,7 @@ class ScheduleSampler(ABC):
 
     @abstractmethod
     def weights(self):
-        """The weights of the timesteps: a numpy array [num_timesteps] of positive numbers, not necessarily normalised."""
+        """The weights of the timesteps: a numpy array [num_timesteps] of positive numbers, which need not sum to 1."""
 
     def state_dict(self):
         """The state that a restarted run needs."""

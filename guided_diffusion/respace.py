@@ -117,7 +117,7 @@ class SpacedDiffusion(GaussianDiffusion):
 
 
 class _WrappedModel:
-    """A model or cond_fn that is called with the timesteps of a SpacedDiffusion and sees those of the original process."""
+    """A model or cond_fn that sees the original process's timesteps when it is called with a SpacedDiffusion's."""
 
     def __init__(self, model, timestep_map, rescale_timesteps, original_num_steps):
         self.model = model

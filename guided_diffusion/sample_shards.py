@@ -76,17 +76,17 @@ class SampleStore:
             np.savez(f, *arrays)
 
     def parts(self):
-        """Yield all images in order, in parts: (index of the first, uint8 [n, H, W, C])."""
+        """Yield all images in order, in parts: (index of the first, array uint8 [..., H, W, C], slice of its rows)."""
         if files.exists(self.path):
             images = NpzArray(self.path, "arr_0")
             for start in range(0, self.shape[0], 64):
-                yield start, images[start : start + 64]
+                yield start, images, slice(start, start + 64)
             return
         position = 0
         for (start, stop), path in self._spans():
             first, last = max(start, position), min(stop, self.shape[0])
             if first < last:
-                yield first, NpzArray(path, "arr_0")[first - start : last - start]
+                yield first, NpzArray(path, "arr_0"), slice(first - start, last - start)
                 position = last
 
     def images(self, indices):
@@ -101,7 +101,7 @@ class SampleStore:
     def assemble(self):
         """Stream all shards into one .npz. The shards stay until remove_shards()."""
         self._write_job(f"{self.stem}.json")  # before the .npz, which cannot be reused without it
-        arrays = {"arr_0": (self.shape, np.uint8, (images for _, images in self.parts()))}
+        arrays = {"arr_0": (self.shape, np.uint8, (images[rows] for _, images, rows in self.parts()))}
         if self.labels is not None:
             arrays["arr_1"] = (self.labels.shape, np.int64, [self.labels])
         with self.explained(self.path), files.write_atomically(self.path) as f:

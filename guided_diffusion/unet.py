@@ -30,7 +30,6 @@ from .nn import (
     zero_module,
 )
 
-
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")  # of EncoderUNetModel
 
 
@@ -472,7 +471,7 @@ class _Encoder(nn.Module):
 class UNetModel(_Encoder):
     """The diffusion model's UNet.
 
-    :param image_size: the images' side, or their (height, width), checked against the number of levels. None: unchecked.
+    :param image_size: the images' side, or their (height, width), checked against the number of levels; None is not.
     :param in_channels: channels of the input.
     :param model_channels: the base width, which channel_mult multiplies.
     :param out_channels: channels of the output.
@@ -600,7 +599,7 @@ class EncoderUNetModel(_Encoder):
             self.out = nn.Sequential(normalization(ch), SiLU(), adaptive_avg_pool_nd(dims, 1), conv, nn.Flatten())
         elif pool == "attention":
             if num_head_channels == -1 or dims != 2 or not isinstance(image_size, int):
-                raise InputError("attention pooling needs num_head_channels, and square 2D images of a known image_size")
+                raise InputError("attention pooling needs num_head_channels, and square 2D images of known image_size")
             self._check_size([image_size])
             attention = AttentionPool2d(image_size // self._encoder_ds, ch, num_head_channels, out_channels)
             self.out = nn.Sequential(normalization(ch), SiLU(), attention)

@@ -1,18 +1,23 @@
 """Sample from a diffusion model guided by a noisy-image classifier: an .npz of images with labels, and a picture.
 
-Run it again after a kill, and it goes on.
+Run the same command again after a kill: it makes the missing samples.
 """
 
 from guided_diffusion import logger
-from guided_diffusion.sample_util import class_flags, guidance_flags, guide, output_flags, sample_job, sampling_flags
-from guided_diffusion.sampling_setup import (
+from guided_diffusion.guidance import route_labels
+from guided_diffusion.sample_job import BatchSampler, sample_job
+from guided_diffusion.sampling_networks import (
     CLASSIFIER,
     DIFFUSION,
-    image_sampler,
+    class_flags,
+    guidance_flags,
+    guide,
     job_of,
     labels_for,
     load_diffusion,
     load_guide,
+    output_flags,
+    sampling_flags,
     set_up_sampling,
 )
 from guided_diffusion.script_util import (
@@ -27,12 +32,23 @@ from guided_diffusion.script_util import (
 def main():
     args = set_up_sampling(create_argparser(), DIFFUSION, CLASSIFIER)
     model, diffusion = load_diffusion(args)
-    cond_fn = guide(load_guide(args), diffusion, **args_to_dict(args, guidance_flags()))
+    classifier = load_guide(args)
+    cond_fn = guide(classifier, diffusion, args.classifier_scale, args.guidance_interval)
     labels = labels_for(args, args.num_classes, "classifier_path", "model_path")
+    sampler = BatchSampler(
+        diffusion,
+        route_labels(model, args.class_cond),  # the labels are the classifier's, and perhaps also the model's
+        (args.in_channels, args.image_size, args.image_size),
+        args.seed,
+        labels,
+        cond_fn,
+        args.use_ddim,
+        args.clip_denoised,
+    )
 
     logger.log("sampling...")
     sample_job(
-        image_sampler(args, model, diffusion, labels, cond_fn),
+        sampler,
         job_of(args, DIFFUSION, CLASSIFIER),
         labels=labels,
         rows_by_class=bool(args.classes),
@@ -42,7 +58,7 @@ def main():
 
 
 def create_argparser():
-    flags = {**sampling_flags(), **class_flags(), **guidance_flags(), "classifier_path": ""}
+    flags = {**sampling_flags(), **class_flags(), **guidance_flags()}
     parser = FlagParser(description=__doc__)
     add_dict_to_argparser(parser, {**flags, **model_and_diffusion_defaults(), **classifier_defaults()})
     return parser

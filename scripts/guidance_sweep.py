@@ -21,16 +21,20 @@ from evaluations.sweep import SWEPT, draw, format_table, write_table  # noqa: E4
 from guided_diffusion import dist_util, files, logger  # noqa: E402
 from guided_diffusion.classifier_util import ClassifierFeatures  # noqa: E402
 from guided_diffusion.errors import InputError, check_at_least, choose  # noqa: E402
-from guided_diffusion.sample_util import class_flags, guidance_flags, guide, sample_job, sampling_flags  # noqa: E402
-from guided_diffusion.sampling_setup import (  # noqa: E402
+from guided_diffusion.guidance import route_labels  # noqa: E402
+from guided_diffusion.sample_job import BatchSampler, sample_job  # noqa: E402
+from guided_diffusion.sampling_networks import (  # noqa: E402
     CLASSIFIER,
     DIFFUSION,
-    image_sampler,
+    class_flags,
+    guidance_flags,
+    guide,
     job_of,
     labels_for,
     load_classifier,
     load_diffusion,
     load_guide,
+    sampling_flags,
     set_up_sampling,
     without_prefix,
 )
@@ -57,8 +61,18 @@ def main():
     for scale in scales:
         logger.log(f"classifier scale {scale:g}")
         flags = Namespace(**{name: getattr(args, name) for name in sample_flags()}, classifier_scale=scale)
+        sampler = BatchSampler(
+            diffusion,
+            route_labels(model, args.class_cond),
+            (args.in_channels, args.image_size, args.image_size),
+            args.seed,
+            labels,
+            guide(classifier, diffusion, scale, args.guidance_interval),
+            args.use_ddim,
+            args.clip_denoised,
+        )
         samples = sample_job(
-            image_sampler(args, model, diffusion, labels, guide(classifier, diffusion, scale, args.guidance_interval)),
+            sampler,
             job_of(flags, DIFFUSION, CLASSIFIER),
             args.num_samples,
             args.batch_size,
@@ -163,7 +177,7 @@ def parse_scales(text):
 
 def sample_flags():
     """The flags that decide the samples, beside the scale, with their defaults: classifier_sample.py's."""
-    flags = {**sampling_flags(), **class_flags(), **guidance_flags(), "classifier_path": ""}
+    flags = {**sampling_flags(), **class_flags(), **guidance_flags()}
     for name in ("classifier_scale", "save_images", "progress_grid"):
         del flags[name]
     return {**flags, **model_and_diffusion_defaults(), **classifier_defaults()}

@@ -4,7 +4,7 @@ from guided_diffusion import dist_util, logger
 from guided_diffusion.guidance import route_labels
 from guided_diffusion.image_datasets import image_dataset
 from guided_diffusion.likelihood_util import bits_per_dim, mean_and_error, save_likelihood
-from guided_diffusion.sampling_setup import DIFFUSION, class_names_of, load_diffusion, set_up_sampling
+from guided_diffusion.sampling_networks import DIFFUSION, class_names_of, load_diffusion, set_up_sampling
 from guided_diffusion.script_util import (
     FlagParser,
     add_dict_to_argparser,

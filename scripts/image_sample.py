@@ -1,13 +1,19 @@
-"""Sample from a diffusion model: an .npz of images, and a picture. Run it again after a kill, and it goes on."""
+"""Sample from a diffusion model: an .npz of images, and a picture.
+
+Run the same command again after a kill: it makes the missing samples.
+"""
 
 from guided_diffusion import logger
-from guided_diffusion.sample_util import class_flags, output_flags, sample_job, sampling_flags
-from guided_diffusion.sampling_setup import (
+from guided_diffusion.guidance import route_labels
+from guided_diffusion.sample_job import BatchSampler, sample_job
+from guided_diffusion.sampling_networks import (
     DIFFUSION,
-    image_sampler,
+    class_flags,
     job_of,
     labels_for,
     load_diffusion,
+    output_flags,
+    sampling_flags,
     set_up_sampling,
 )
 from guided_diffusion.script_util import (
@@ -22,10 +28,19 @@ def main():
     args = set_up_sampling(create_argparser(), DIFFUSION)
     model, diffusion = load_diffusion(args)
     labels = labels_for(args, args.num_classes if args.class_cond else None, "model_path")
+    sampler = BatchSampler(
+        diffusion,
+        route_labels(model, args.class_cond),
+        (args.in_channels, args.image_size, args.image_size),
+        args.seed,
+        labels,
+        use_ddim=args.use_ddim,
+        clip_denoised=args.clip_denoised,
+    )
 
     logger.log("sampling...")
     sample_job(
-        image_sampler(args, model, diffusion, labels),
+        sampler,
         job_of(args, DIFFUSION),
         labels=labels,
         rows_by_class=bool(args.classes),

@@ -1,31 +1,27 @@
-"""Sample small images with guidance and upsample them, as one job (ADM-G, ADM-U). Run it again, and it goes on.
+"""Sample small images with guidance and upsample them, as one job (ADM-G, ADM-U).
 
-The upsampler's flags are those of super_res_sample.py, with `upsampler_` before their names. The small images stay in
-the folder `base` of --log_dir.
+The upsampler's flags are those of super_res_sample.py with the prefix `upsampler_`. The small images stay in the folder
+`base` of --log_dir. Run the same command again after a kill: it makes the missing samples.
 """
 
 from guided_diffusion import files, logger
 from guided_diffusion.errors import InputError, check_at_least
-from guided_diffusion.sample_util import (
-    BaseSamples,
-    class_flags,
-    guidance_flags,
-    guide,
-    sample_job,
-    sampling_flags,
-)
-from guided_diffusion.sampling_setup import (
+from guided_diffusion.guidance import route_labels
+from guided_diffusion.sample_job import UPSAMPLING, BaseSamples, BatchSampler, sample_job
+from guided_diffusion.sampling_networks import (
     CLASSIFIER,
     DIFFUSION,
     PIPELINE_UPSAMPLER,
-    image_sampler,
+    class_flags,
+    guidance_flags,
+    guide,
     job_of,
     labels_for,
     load_diffusion,
     load_guide,
     load_upsampler,
+    sampling_flags,
     set_up_sampling,
-    upsampling_sampler,
     without_prefix,
 )
 from guided_diffusion.script_util import (
@@ -37,7 +33,7 @@ from guided_diffusion.script_util import (
     sr_model_and_diffusion_defaults,
 )
 
-# What the upsampler's flags must agree with
+# The flags of the small images that the upsampler's flags must agree with
 BASE = {"small_size": "image_size", "in_channels": "in_channels", "num_classes": "num_classes"}
 
 
@@ -46,16 +42,15 @@ def main():
     flags = without_prefix(args, PIPELINE_UPSAMPLER)
     check_fit(args, flags)
     job = job_of(args, DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER)
-    upsampler = load_upsampler(
-        flags, flags.path, flags.batch_size if args.compile else 0
-    )  # first: a mistake shows before hours go into small images
+    # Before hours go into small images: a mistake in the upsampler's flags shows here.
+    upsampler = load_upsampler(flags, flags.path, flags.batch_size if args.compile else 0)
     base_samples = sample_base(args, {k: v for k, v in job.items() if not k.startswith(PIPELINE_UPSAMPLER.prefix)})
     upsample(args, flags, job, base_samples, *upsampler)
     logger.log("sampling complete")
 
 
 def check_fit(args, flags):
-    """Refuse an upsampler of other images than the first stage makes."""
+    """Refuse an upsampler that was trained for other images than those of the first stage."""
     check_at_least(1, upsampler_batch_size=flags.batch_size)
     misfits = [name for name in ("small_size", "in_channels") if getattr(flags, name) != getattr(args, BASE[name])]
     if flags.class_cond and flags.num_classes < args.num_classes:
@@ -66,13 +61,23 @@ def check_fit(args, flags):
 
 
 def sample_base(args, job):
-    """The first stage, as classifier_sample.py: the path of its .npz."""
+    """The first stage, as in classifier_sample.py. Returns the path of its .npz."""
     model, diffusion = load_diffusion(args)
-    cond_fn = guide(load_guide(args), diffusion, **args_to_dict(args, guidance_flags()))
+    cond_fn = guide(load_guide(args), diffusion, args.classifier_scale, args.guidance_interval)
     labels = labels_for(args, args.num_classes, "classifier_path", "model_path")
+    sampler = BatchSampler(
+        diffusion,
+        route_labels(model, args.class_cond),
+        (args.in_channels, args.image_size, args.image_size),
+        args.seed,
+        labels,
+        cond_fn,
+        args.use_ddim,
+        args.clip_denoised,
+    )
     logger.log("sampling small images...")
     return sample_job(
-        image_sampler(args, model, diffusion, labels, cond_fn),
+        sampler,
         job,
         labels=labels,
         rows_by_class=bool(args.classes),
@@ -82,11 +87,21 @@ def sample_base(args, job):
 
 
 def upsample(args, flags, job, base_samples, model, diffusion):
-    """The second stage, as super_res_sample.py."""
+    """The second stage, as in super_res_sample.py."""
     base = BaseSamples(base_samples, flags.small_size, flags.in_channels, flags.num_classes, flags.class_cond)
+    sampler = BatchSampler(
+        diffusion,
+        route_labels(model, flags.class_cond),
+        (flags.in_channels, flags.large_size, flags.large_size),
+        args.seed,
+        base.conditions,
+        use_ddim=flags.use_ddim,
+        clip_denoised=args.clip_denoised,
+        stream=UPSAMPLING,
+    )
     logger.log("upsampling...")
     sample_job(
-        upsampling_sampler(flags, model, diffusion, base, args.seed, args.clip_denoised),
+        sampler,
         job,
         batch_size=flags.batch_size,
         labels=base.labels_of(args.num_samples),
@@ -96,7 +111,7 @@ def upsample(args, flags, job, base_samples, model, diffusion):
 
 
 def create_argparser():
-    flags = {**sampling_flags(), **class_flags(), **guidance_flags(), "classifier_path": ""}
+    flags = {**sampling_flags(), **class_flags(), **guidance_flags()}
     upsampler = dict(path="", batch_size=4, use_ddim=False, **sr_model_and_diffusion_defaults())
     flags.update({PIPELINE_UPSAMPLER.prefix + name: default for name, default in upsampler.items()})
     parser = FlagParser(description=__doc__)

@@ -1,14 +1,19 @@
-"""Upsample images: an .npz of small ones becomes one of large ones. Run it again after a kill, and it goes on."""
+"""Upsample images: an .npz of small images becomes one of large images.
+
+Run the same command again after a kill: it makes the missing samples.
+"""
 
 from guided_diffusion import logger
-from guided_diffusion.sample_util import BaseSamples, output_flags, sample_job, sampling_flags
-from guided_diffusion.sampling_setup import (
+from guided_diffusion.guidance import route_labels
+from guided_diffusion.sample_job import UPSAMPLING, BaseSamples, BatchSampler, sample_job
+from guided_diffusion.sampling_networks import (
     UPSAMPLER,
     batch_to_compile,
     job_of,
     load_upsampler,
+    output_flags,
+    sampling_flags,
     set_up_sampling,
-    upsampling_sampler,
 )
 from guided_diffusion.script_util import (
     FlagParser,
@@ -22,10 +27,20 @@ def main():
     args = set_up_sampling(create_argparser(), UPSAMPLER)
     base = BaseSamples(args.base_samples, args.small_size, args.in_channels, args.num_classes, args.class_cond)
     model, diffusion = load_upsampler(args, args.model_path, batch_to_compile(args))
+    sampler = BatchSampler(
+        diffusion,
+        route_labels(model, args.class_cond),
+        (args.in_channels, args.large_size, args.large_size),
+        args.seed,
+        base.conditions,
+        use_ddim=args.use_ddim,
+        clip_denoised=args.clip_denoised,
+        stream=UPSAMPLING,
+    )
 
     logger.log("sampling...")
     sample_job(
-        upsampling_sampler(args, model, diffusion, base, args.seed, args.clip_denoised),
+        sampler,
         job_of(args, UPSAMPLER, base_samples=args.base_samples),
         labels=base.labels_of(args.num_samples),
         **args_to_dict(args, output_flags()),

@@ -16,7 +16,7 @@ from helpers import fill_by_name, randn
 from launch import ROOT, Outcome, clean_environment, flags, script
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.sample_util import sample_job
+from guided_diffusion.sample_job import sample_job
 from guided_diffusion.script_util import (
     classifier_defaults,
     create_classifier,

@@ -273,7 +273,7 @@ MEMORY = """
 import resource, sys
 import numpy as np, torch as th
 from guided_diffusion import dist_util, logger
-from guided_diffusion.sample_util import sample_job
+from guided_diffusion.sample_job import sample_job
 dist_util.setup_dist()
 folder, size, labels = sys.argv[1], int(sys.argv[2]), th.zeros(100000, dtype=th.int64)
 logger.configure(folder + "/log", format_strs=[])

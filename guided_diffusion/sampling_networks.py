@@ -1,18 +1,19 @@
-"""From a sampling script's command line to the networks and samplers that it asks for."""
+"""From a sampling script's command line to its networks with their weights, its labels and its guidance."""
 
-import csv
-import io
 import os
+import warnings
 from argparse import Namespace
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch as th
 
 from . import checkpoint_util, dist_util, files, logger
+from .class_labels import choose_labels, read_class_table
+from .compile_util import CompiledNetwork
 from .errors import InputError
-from .guidance import route_labels
+from .guidance import classifier_cond_fn, limit_guidance
 from .presets import presets_for
-from .sample_util import UPSAMPLING, BatchSampler, by_index, choose_labels, prepare_network
 from .script_util import (
     DIFFUSION_FLAGS,
     args_to_dict,
@@ -22,6 +23,7 @@ from .script_util import (
     given_flags,
     identity_flags,
     model_and_diffusion_defaults,
+    parse_numbers,
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
 )
@@ -29,15 +31,45 @@ from .script_util import (
 # The command line
 
 
+def sampling_flags():
+    """The flags that all sampling scripts share, with their defaults."""
+    return dict(
+        clip_denoised=True,
+        use_ddim=False,
+        model_path="",
+        preset="",
+        models_dir="models",
+        log_dir="",
+        seed=0,
+        compile=False,
+        **output_flags(),
+    )
+
+
+def output_flags():
+    """The flags that sample_job takes under the same names, with their defaults."""
+    return dict(num_samples=10000, batch_size=16, save_images="", progress_grid=False)
+
+
+def class_flags():
+    """The flags that choose labels, with their defaults."""
+    return dict(classes="", class_table="")
+
+
+def guidance_flags():
+    """The flags of guidance by a classifier, with their defaults."""
+    return dict(classifier_path="", classifier_scale=1.0, guidance_interval="")
+
+
 @dataclass(frozen=True)
 class Network:
     """A network that a script samples with.
 
-    :param kind: "diffusion", "classifier" or "upsampler": a preset's.
-    :param path_flag: the flag with its checkpoint's path.
-    :param flags: the flags that it is built from, a dict with their defaults.
-    :param prefix: what the names of these flags begin with on the command line.
-    :param optional: whether the flag with its path may be empty, for a script to do without.
+    :param kind: "diffusion", "classifier" or "upsampler", as in presets.
+    :param path_flag: the name of the flag with the path of its checkpoint.
+    :param flags: the flags that the network is built from, with their defaults.
+    :param prefix: the prefix of these flags' names on the command line.
+    :param optional: whether the path may be empty.
     """
 
     kind: str
@@ -47,7 +79,7 @@ class Network:
     optional: bool = False
 
 
-# What the classifier must have been trained on is the diffusion model's.
+# A classifier must have been trained on the noise of the diffusion model.
 NOISE_FLAGS = ("noise_schedule", "diffusion_steps", "rescale_timesteps")
 DIFFUSION = Network("diffusion", "model_path", model_and_diffusion_defaults())
 CLASSIFIER = Network(
@@ -56,7 +88,7 @@ CLASSIFIER = Network(
 UPSAMPLER = Network("upsampler", "model_path", sr_model_and_diffusion_defaults())
 PIPELINE_UPSAMPLER = replace(UPSAMPLER, path_flag="upsampler_path", prefix="upsampler_")
 
-# Flags that leave the images as they are, but for rounding.
+# Flags that do not change the images, except for rounding.
 NOT_OF_THE_JOB = {
     "num_samples", "batch_size", "compile", "log_dir", "save_images", "progress_grid", "preset", "models_dir",
     "class_table", "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
@@ -64,13 +96,13 @@ NOT_OF_THE_JOB = {
 
 
 def set_up_sampling(parser, *networks):
-    """Parse the command line, join the other ranks, open the run's folder, and settle what the networks are.
+    """Parse the command line, join the other ranks, open the run's folder, and complete the networks' flags.
 
-    They are what --preset says, and the config.json beside each checkpoint; what contradicts them is refused.
+    They come from --preset and from the config.json beside each checkpoint. Flags that contradict these are refused.
 
-    :param parser: the script's, with sample_util's sampling_flags.
-    :param networks: what the script samples with.
-    :return: the parsed flags, complete.
+    :param parser: the script's parser, with sampling_flags.
+    :param networks: the Networks that the script samples with.
+    :return: the complete flags.
     """
     args = parser.parse_args()
     dist_util.setup_dist()
@@ -84,6 +116,8 @@ def set_up_sampling(parser, *networks):
             continue
         names = identity_flags(network.flags)
         checkpoint_util.adopt_config(args, settled, network.path_flag, names, network.prefix)
+    if dist_util.get_rank():
+        warnings.simplefilter("ignore")  # rank 0 shows them
     return args
 
 
@@ -97,7 +131,7 @@ def _apply_preset(args, given, settled, networks):
         flags, names = preset.all_flags(), identity_flags(network.flags)
         for name in names:
             checkpoint_util.settle(args, settled, network.prefix + name, flags[name], f"--preset {args.preset}")
-        samples = hasattr(args, f"{network.prefix}use_ddim")  # image_nll.py doesn't: its bound is of all timesteps
+        samples = hasattr(args, f"{network.prefix}use_ddim")  # image_nll.py does not sample
         fast = given.get(f"{network.prefix}use_ddim", (False,))[0] and preset.ddim_sampling
         advice = {**preset.sampling, **(preset.ddim_sampling if fast else {})} if samples else {}
         if th.cuda.is_available():  # half precision is slow on most CPUs
@@ -110,15 +144,15 @@ def _apply_preset(args, given, settled, networks):
         path = getattr(args, network.path_flag)
         if network.path_flag not in given and not files.exists(path):
             raise InputError(
-                f"--preset {args.preset} needs {path}, which is not there: put the released file in --models_dir, "
+                f"--preset {args.preset} needs {path}, which does not exist: put the released file into --models_dir, "
                 f"or give --{network.path_flag}"
             )
 
 
 def job_of(args, *networks, **more):
-    """What decides the images of a sampling run, for sample_util.sample_job: a dict of flags and of files' content.
+    """What determines the images of a sampling run, for sample_job: a dict of flags and fingerprints of files.
 
-    :param more: further files by the flags that name them.
+    :param more: paths of more files, by the names of their flags.
     """
     paths = {network.path_flag: getattr(args, network.path_flag) for network in networks}
     no_part = {*NOT_OF_THE_JOB, *paths, *more, *(net.prefix + name for net in networks for name in NOT_OF_THE_JOB)}
@@ -129,7 +163,7 @@ def job_of(args, *networks, **more):
 
 
 def without_prefix(args, network):
-    """The flags of one network of several, under their plain names."""
+    """The flags of a network that has a prefix, under their names without it."""
     length = len(network.prefix)
     return Namespace(**{k[length:]: v for k, v in vars(args).items() if k.startswith(network.prefix)})
 
@@ -137,27 +171,27 @@ def without_prefix(args, network):
 def class_names_of(args, *path_flags):
     """The names of the classes, from --class_table or the config.json beside one of the checkpoints; or None."""
     if args.class_table:
-        return dist_util.from_rank_0(lambda: _read_class_table(args.class_table))
+        return dist_util.from_rank_0(lambda: read_class_table(args.class_table))
     configs = [checkpoint_util.read_config(getattr(args, flag)) or {} for flag in path_flags]
     return next((config["classes"] for config in configs if config.get("classes")), None)
 
 
-def _read_class_table(path):
-    try:
-        with files.open_file(path) as f:
-            rows = list(csv.DictReader(io.TextIOWrapper(f, "utf-8")))
-        table = {int(row["label"]): ",".join(filter(None, [row.get("wnid"), row["name"]])) for row in rows}
-        return [table[i] for i in range(len(table))]
-    except OSError as e:
-        raise InputError(f"--class_table {path}: cannot be read ({e.strerror})") from None
-    except (KeyError, ValueError, TypeError):
-        raise InputError(
-            f"--class_table {path}: a CSV file with the columns label and name is expected, with labels from 0 on, "
-            f"such as the classes.csv that datasets/imagenet.py writes"
-        ) from None
+# Networks, labels and guidance
 
 
-# What is built from the flags
+def prepare_network(model, path, use_fp16=False, use_bf16=False, compile_for=0):
+    """Load weights into a network and prepare it for sampling on this rank's device.
+
+    :param use_fp16, use_bf16: reduce the torso's precision.
+    :param compile_for: compile it for batches of this size; 0 does not compile.
+    """
+    checkpoint_util.load_weights(model, path)
+    model.to(dist_util.dev(), memory_format=th.channels_last).eval().requires_grad_(False)
+    if use_fp16:
+        model.convert_to_fp16()
+    elif use_bf16:
+        model.convert_to_bf16()
+    return CompiledNetwork(model, compile_for) if compile_for else model
 
 
 def load_diffusion(args):
@@ -168,15 +202,15 @@ def load_diffusion(args):
 
 
 def batch_to_compile(args):
-    """The size of the batches that networks are to be compiled for, or 0."""
+    """The batch size to compile networks for, or 0."""
     return args.batch_size if args.compile else 0
 
 
 def load_classifier(flags, path, compile_for=0):
     """A classifier with its weights.
 
-    :param flags: the classifier's, under their plain names.
-    :param compile_for: see sample_util.prepare_network.
+    :param flags: the classifier's flags, without prefix.
+    :param compile_for: see prepare_network.
     """
     logger.log("creating classifier...")
     classifier = create_classifier(**args_to_dict(flags, classifier_defaults()))
@@ -184,18 +218,18 @@ def load_classifier(flags, path, compile_for=0):
 
 
 def load_guide(args):
-    """The classifier that guides, of a script's own flags."""
+    """The classifier that guides sampling."""
     config = checkpoint_util.read_config(args.classifier_path) or {}
     if config.get("flags", {}).get("noised") is False:
-        logger.warn(f"{args.classifier_path} has only seen clean images (--noised False): it cannot guide well")
+        logger.warn(f"{args.classifier_path} was trained on clean images (--noised False): it cannot guide well")
     return load_classifier(args, args.classifier_path, batch_to_compile(args))
 
 
 def load_upsampler(flags, path, compile_for=0):
     """The upsampler with its weights, and its process.
 
-    :param flags: the upsampler's, under their plain names.
-    :param compile_for: see sample_util.prepare_network.
+    :param flags: the upsampler's flags, without prefix.
+    :param compile_for: see prepare_network.
     """
     logger.log("creating upsampler...")
     model, diffusion = sr_create_model_and_diffusion(**args_to_dict(flags, sr_model_and_diffusion_defaults()))
@@ -203,38 +237,25 @@ def load_upsampler(flags, path, compile_for=0):
 
 
 def labels_for(args, num_classes, *path_flags):
-    """The label of every sample, as --classes asks: see choose_labels.
+    """The label of every sample, from --classes: see choose_labels.
 
-    :param path_flags: of the checkpoints that may know the classes' names.
+    :param path_flags: the flags of the checkpoints that may record the class names.
     """
     return choose_labels(args.classes, args.num_samples, num_classes, args.seed, class_names_of(args, *path_flags))
 
 
-def image_sampler(args, model, diffusion, labels, cond_fn=None):
-    """A BatchSampler of the diffusion model; `cond_fn`, too, gets the labels."""
-    return BatchSampler(
-        diffusion,
-        route_labels(model, args.class_cond),
-        (args.in_channels, args.image_size, args.image_size),
-        conditions=by_index(labels),
-        cond_fn=cond_fn,
-        **args_to_dict(args, ["seed", "use_ddim", "clip_denoised"]),
-    )
+def guide(classifier, diffusion, classifier_scale, guidance_interval=""):
+    """The cond_fn of the flags of guidance. None at scale 0, which does not need the classifier.
 
-
-def upsampling_sampler(flags, model, diffusion, base, seed, clip_denoised):
-    """A BatchSampler of the upsampler.
-
-    :param flags: the upsampler's, under their plain names.
-    :param base: the BaseSamples to upsample.
+    :param guidance_interval: "a,b" limits guidance to the fraction a to b of the process, from its clean end, 0, to its
+        noisy one, 1.
     """
-    return BatchSampler(
-        diffusion,
-        route_labels(model, flags.class_cond),
-        (flags.in_channels, flags.large_size, flags.large_size),
-        conditions=base.conditions,
-        seed=seed,
-        use_ddim=flags.use_ddim,
-        clip_denoised=clip_denoised,
-        stream=UPSAMPLING,
-    )
+    if not abs(classifier_scale) < float(np.finfo(np.float32).max):
+        raise InputError(f"--classifier_scale {classifier_scale}: must be finite")
+    ends = parse_numbers("guidance_interval", guidance_interval, float)
+    if ends and (len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1):
+        raise InputError(f"--guidance_interval {guidance_interval}: give two numbers from 0 to 1, such as 0.2,0.8")
+    cond_fn = classifier_cond_fn(classifier, classifier_scale) if classifier_scale else None
+    if not ends or cond_fn is None:
+        return cond_fn
+    return limit_guidance(cond_fn, *ends, 1000 if diffusion.rescale_timesteps else diffusion.original_num_steps)

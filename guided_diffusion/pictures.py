@@ -1,0 +1,99 @@
+"""Images as people see them: uint8 arrays, PNG files, grids of samples, and strips of a sampling process."""
+
+import math
+
+import numpy as np
+import torch as th
+from PIL import Image
+
+from . import files
+from .errors import InputError
+
+GRID = 64  # the number of samples in a grid
+
+
+def to_uint8(sample, start=0):
+    """Convert images [N, C, H, W] in [-1, 1] to uint8 [N, H, W, C].
+
+    :param start: the index of the first image, for the message.
+    :raises InputError: if an image has values that are not finite.
+    """
+    bad = ~sample.isfinite().flatten(1).all(dim=1)
+    if bad.any():
+        raise InputError(
+            f"sample {start + int(bad.nonzero()[0])} is not finite: check the model's weights, or use --use_fp16 False"
+        )
+    return ((sample + 1) * 127.5).clamp(0, 255).to(th.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def save_pngs(folder, images, start, labels=None):
+    """Write samples start, start + 1, ... as INDEX.png, or as LABEL_INDEX.png: then the folder can be trained on.
+
+    :param images: uint8 [n, H, W, C].
+    :param labels: the labels of all samples, or None.
+    """
+    with files.disk_errors(folder, "the finished samples are kept"):
+        files.make_dirs(folder)
+        for index, image in enumerate(images, start):
+            prefix = "" if labels is None else f"{labels[index]}_"
+            with files.write_atomically(files.join(folder, f"{prefix}{index:06d}.png"), sync=False) as f:
+                _picture(image).save(f, format="PNG")
+
+
+class Strip:
+    """A picture of the sampling process: a row for each sample, with the predictions of x_start at several steps."""
+
+    def __init__(self, path, rows=8, columns=10):
+        self.path, self.rows, self.columns = path, rows, columns
+        self.seen = []
+
+    def see(self, pred_xstart, step, num_steps):
+        """Keep the prediction of a step, 1 to num_steps, if it is to be shown. The last step writes the picture."""
+        wanted = {round(1 + i * (num_steps - 1) / (self.columns - 1)) for i in range(self.columns)}
+        if step in wanted:
+            self.seen.append(to_uint8(pred_xstart[: self.rows].float().nan_to_num()).cpu().numpy())
+        if step == num_steps:
+            rows = np.stack(self.seen, axis=1)
+            with files.disk_errors(self.path, "the finished samples are kept"):
+                save_grid(self.path, rows.reshape(-1, *rows.shape[2:]), columns=len(self.seen), rows=self.rows)
+
+
+def grid_indices(num_samples, labels=None, columns=10):
+    """The indices of the samples to show: the first 64, or the first of each class if there are 2 to 16 classes."""
+    classes = [] if labels is None else np.unique(labels)
+    if not 1 < len(classes) <= 16:
+        return np.arange(min(num_samples, GRID))
+    return np.sort(np.concatenate([np.flatnonzero(labels == c)[:columns] for c in classes]))
+
+
+def save_grid(path, images, labels=None, columns=None, rows=16):
+    """Write images [N, H, W, C] as one PNG: a row for each class if there are labels of few classes, else a square.
+
+    Images smaller than 64 pixels are enlarged by an integer factor.
+
+    :param columns: the number of images in a row; by default as many as make a square, and at most 16.
+    """
+    classes = [] if labels is None else sorted(set(labels.tolist()))
+    if 1 < len(classes) <= rows:
+        by_class = [images[labels == c][: columns or 16] for c in classes]
+        columns = max(map(len, by_class))
+    else:
+        columns = columns or min(16, math.ceil(math.sqrt(len(images))))
+        by_class = [images[i : i + columns] for i in range(0, min(len(images), columns * rows), columns)]
+    height, width, channels = images.shape[1:]
+    gap = 1
+    canvas = np.full((len(by_class) * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
+    for r, row in enumerate(by_class):
+        for c, image in enumerate(row):
+            y, x = r * (height + gap), c * (width + gap)
+            canvas[y : y + height, x : x + width] = image
+    picture = _picture(canvas)
+    factor = max(1, 64 // min(height, width))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)
+    with files.write_atomically(path) as f:
+        picture.save(f, format="PNG")
+
+
+def _picture(image):
+    """An array [H, W, C] as a Pillow image."""
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)

@@ -1,0 +1,190 @@
+"""Sampling jobs: many samples over all ranks, repeatable and restartable, into one .npz and a picture.
+
+Sample i's label and noise are a function of (seed, i) alone, whatever rank and batch it falls into.
+"""
+
+import numpy as np
+import torch as th
+
+from . import dist_util, files, logger
+from .errors import InputError, check_at_least
+from .logger import progress_bar
+from .npz_arrays import DAMAGED, NpzArray
+from .pictures import Strip, grid_indices, save_grid, save_pngs, to_uint8
+from .random_util import SampleNoise
+from .sample_shards import SampleStore
+
+BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+UPSAMPLING = 1  # the noise stream of upsamplers: other noise than that of the small images
+
+
+class BatchSampler:
+    """Makes batches of samples. Sample i is a function of (seed, i) alone.
+
+    :param diffusion: the process.
+    :param model: called as model(x, t, **conditions).
+    :param shape: (C, H, W) of a sample.
+    :param conditions: a function from a range of samples to the keyword arguments of model and cond_fn: tensors
+        [n, ...]. Or labels [N] of all samples, which are passed as y. Or None.
+    :param cond_fn, use_ddim, clip_denoised: see GaussianDiffusion's sampling loops.
+    :param stream: see SampleNoise.
+    """
+
+    def __init__(self, diffusion, model, shape, seed, conditions=None, cond_fn=None, use_ddim=False,
+                 clip_denoised=True, stream=0):  # fmt: skip
+        self.diffusion, self.model, self.shape, self.seed, self.stream = diffusion, model, tuple(shape), seed, stream
+        self.conditions, self.use_ddim = conditions, use_ddim
+        self.options = dict(cond_fn=cond_fn, clip_denoised=clip_denoised)
+        self.num_steps = diffusion.num_timesteps
+
+    def steps(self, indices):
+        """Sample a range of indices: yields the dict of each step, the last with the finished "sample"."""
+        noise = SampleNoise(self.seed, indices, dist_util.dev(), self.stream)
+        diffusion = self.diffusion
+        loop = diffusion.ddim_sample_loop_progressive if self.use_ddim else diffusion.p_sample_loop_progressive
+        return loop(
+            self.model,
+            (len(indices), *self.shape),
+            noise=noise.randn(*self.shape),
+            model_kwargs={name: v.to(dist_util.dev()) for name, v in self._conditions(indices).items()},
+            randn_like=noise.randn_like,
+            **self.options,
+        )
+
+    def _conditions(self, indices):
+        if self.conditions is None or callable(self.conditions):
+            return self.conditions(indices) if self.conditions else {}
+        return {"y": self.conditions[indices.start : indices.stop]}
+
+
+class BaseSamples:
+    """The small images for an upsampler, from an .npz with M images: sample i is made of image i mod M.
+
+    :param path: the .npz: arr_0 uint8 [M, size, size, in_channels], and labels [M] as arr_1, if there are any.
+    :param class_cond: whether the upsampler needs the labels.
+    :raises InputError: if the file does not have such images and labels.
+    """
+
+    def __init__(self, path, size, in_channels, num_classes, class_cond):
+        self.images, self.labels = _open_samples(path)
+        wanted = (size, size, in_channels)
+        if self.images.dtype != np.uint8:
+            raise InputError(f"--base_samples {path}: images of {self.images.dtype}; uint8 from 0 to 255 is expected")
+        if self.images.shape[1:] != wanted or not len(self.images):
+            raise InputError(
+                f"--base_samples {path}: its images are {'x'.join(map(str, self.images.shape))}, but the upsampler "
+                f"takes Nx{'x'.join(map(str, wanted))} (--small_size {size})"
+            )
+        if self.labels is None and class_cond:
+            raise InputError(f"--base_samples {path}: no labels (arr_1) in it, but the upsampler is class-conditional")
+        if self.labels is not None and class_cond and not 0 <= self.labels.min() <= self.labels.max() < num_classes:
+            raise InputError(f"--base_samples {path}: labels outside the upsampler's 0..{num_classes - 1}")
+
+    def labels_of(self, num_samples):
+        """The labels of samples 0, 1, ...: int64 [num_samples]; None if there are none."""
+        return None if self.labels is None else th.from_numpy(self.labels[np.arange(num_samples) % len(self.images)])
+
+    def conditions(self, indices):
+        """For a range of samples: low_res [n, C, size, size] float32 in [-1, 1], and the labels y [n] if any."""
+        places = np.arange(indices.start, indices.stop) % len(self.images)
+        low_res = th.from_numpy(self.images[places]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return {"low_res": low_res, **({} if self.labels is None else {"y": th.from_numpy(self.labels[places])})}
+
+
+def _open_samples(path):
+    if not path:
+        raise InputError("--base_samples is missing: give an .npz of small images")
+    if not files.exists(path):
+        raise InputError(f"--base_samples {path}: no such file")
+    try:
+        images = NpzArray(path, "arr_0")
+        if len(images.shape) != 4:
+            raise ValueError
+    except DAMAGED:
+        raise InputError(f"--base_samples {path}: not an .npz with images [N, H, W, C] as arr_0") from None
+    try:
+        labels = NpzArray(path, "arr_1")[:]
+    except KeyError:
+        return images, None
+    except DAMAGED:
+        raise InputError(f"--base_samples {path}: its labels (arr_1) cannot be read") from None
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        found = f"{labels.dtype} of shape {labels.shape}"
+        raise InputError(f"--base_samples {path}: arr_1, {found}, is not a label for each image")
+    return images, labels.astype(np.int64)
+
+
+def sample_job(sampler, job, num_samples, batch_size, labels=None, rows_by_class=False, save_images="",
+               progress_grid=False, folder=None):  # fmt: skip
+    """Make all samples of a job that are missing, and then one .npz and a picture. All ranks call it.
+
+    Each rank writes its batches to the folder as it finishes them. The same job, started again on any number of ranks,
+    makes only the missing samples.
+
+    :param job: what determines the images, a dict of plain values. A folder holds samples of one job.
+    :param labels: int64 [num_samples] to save with the images, or None.
+    :param rows_by_class: arrange the picture with a row for each class.
+    :param save_images: a folder to write each sample to as a PNG, or "".
+    :param progress_grid: also draw the sampling process of the first samples.
+    :param folder: the folder of the samples; by default the run's folder.
+    :return: the path of the .npz.
+    """
+    check_at_least(1, num_samples=num_samples, batch_size=batch_size)
+    size = (num_samples, *sampler.shape[1:], sampler.shape[0])
+    store = SampleStore(folder or logger.get_dir(), size, job, None if labels is None else labels.numpy())
+    batches = _in_batches(dist_util.from_rank_0(store.open), batch_size)
+    rank, world_size = dist_util.get_rank(), dist_util.get_world_size()
+    done = num_samples - sum(map(len, batches))
+    if done:
+        logger.log(f"{done} of {num_samples} samples exist already")
+    if progress_grid and not (batches and batches[0].start == 0):
+        logger.log("no new progress grid: the first samples exist already")
+    if save_images:
+        for start, images, rows in store.parts():
+            if start // batch_size % world_size == rank:
+                save_pngs(save_images, images[rows], start, store.labels)
+
+    with progress_bar(total=num_samples, initial=done, desc="sampling", unit="sample", bar_format=BAR_FORMAT) as bar:
+        for indices in batches[rank::world_size]:
+            strip = Strip(f"{store.stem}_progress.png") if progress_grid and indices.start == 0 else None
+            for step, out in enumerate(sampler.steps(indices), start=1):
+                if strip is not None:
+                    strip.see(out["pred_xstart"], step, sampler.num_steps)
+                bar.set_postfix_str(f"step {step}/{sampler.num_steps}", refresh=False)
+                # The other ranks are about as far.
+                bar.update(min(len(indices) * world_size / sampler.num_steps, num_samples - bar.n))
+            images = to_uint8(out["sample"], indices.start).cpu().numpy()
+            store.write(indices.start, images)
+            if save_images:
+                save_pngs(save_images, images, indices.start, store.labels)
+    dist_util.wait_for_all()
+    if rank == 0:
+        _finish(store, rows_by_class)
+    dist_util.wait_for_all()
+    return store.path
+
+
+def _in_batches(gaps, batch_size):
+    """Split the missing samples, a list of (start, stop), into ranges between multiples of batch_size.
+
+    After a kill the batches are then the same as without it.
+    """
+    batches = []
+    for start, stop in gaps:
+        edges = [start, *range((start // batch_size + 1) * batch_size, stop, batch_size), stop]
+        batches += [range(a, b) for a, b in zip(edges, edges[1:])]
+    return batches
+
+
+def _finish(store, rows_by_class):
+    """Write the picture and the .npz, and remove the shards. Not a collective: rank 0 calls it."""
+    if files.exists(store.path):
+        logger.log(f"{store.path} is complete")
+        return
+    picture = f"{store.stem}.png"
+    chosen = grid_indices(store.shape[0], store.labels if rows_by_class else None)
+    with store.explained(picture):
+        save_grid(picture, store.images(chosen), store.labels[chosen] if rows_by_class else None)
+    store.assemble()
+    store.remove_shards()
+    logger.log(f"wrote {store.path} and .png")
