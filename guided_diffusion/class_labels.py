@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 
 import numpy as np
 import torch as th
@@ -45,7 +46,7 @@ def _parse_classes(classes, names):
         for synonym in (name, *name.split(",")):
             numbers.setdefault(synonym.strip().lower(), i)
     for part in parts:
-        if part.lstrip("-").isdecimal():  # a number is a label, even if classes have numbers as names
+        if re.fullmatch(r"-?\d+", part):  # a number is a label, even if classes have numbers as names
             numbers[part.lower()] = int(part)
         if part.lower() not in numbers:
             known = f"the classes are {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else (

@@ -1,4 +1,4 @@
-"""Images as people see them: uint8 arrays, PNG files, grids of samples, and strips of a sampling process."""
+"""Pictures of samples: uint8 arrays, PNG files, grids, and strips that show the sampling process."""
 
 import math
 

@@ -52,8 +52,10 @@ class BatchSampler:
         )
 
     def _conditions(self, indices):
-        if self.conditions is None or callable(self.conditions):
-            return self.conditions(indices) if self.conditions else {}
+        if self.conditions is None:
+            return {}
+        if callable(self.conditions):
+            return self.conditions(indices)
         return {"y": self.conditions[indices.start : indices.stop]}
 
 
@@ -144,15 +146,16 @@ def sample_job(sampler, job, num_samples, batch_size, labels=None, rows_by_class
             if start // batch_size % world_size == rank:
                 save_pngs(save_images, images[rows], start, store.labels)
 
+    mine = batches[rank::world_size]
     with progress_bar(total=num_samples, initial=done, desc="sampling", unit="sample", bar_format=BAR_FORMAT) as bar:
-        for indices in batches[rank::world_size]:
+        for indices in mine:
             strip = Strip(f"{store.stem}_progress.png") if progress_grid and indices.start == 0 else None
             for step, out in enumerate(sampler.steps(indices), start=1):
                 if strip is not None:
                     strip.see(out["pred_xstart"], step, sampler.num_steps)
                 bar.set_postfix_str(f"step {step}/{sampler.num_steps}", refresh=False)
-                # The other ranks are about as far.
-                bar.update(min(len(indices) * world_size / sampler.num_steps, num_samples - bar.n))
+                share = len(indices) / sum(map(len, mine)) / sampler.num_steps
+                bar.update((num_samples - done) * share)  # the other ranks are about as far
             images = to_uint8(out["sample"], indices.start).cpu().numpy()
             store.write(indices.start, images)
             if save_images:
@@ -182,6 +185,11 @@ def _finish(store, rows_by_class):
         logger.log(f"{store.path} is complete")
         return
     picture = f"{store.stem}.png"
+    if gaps := store.missing():
+        raise InputError(
+            f"{store.shards}: samples {gaps[0][0]} to {gaps[0][1] - 1} are not there, although every rank has written "
+            f"its own: give a --log_dir that all nodes share, and run this again"
+        )
     chosen = grid_indices(store.shape[0], store.labels if rows_by_class else None)
     with store.explained(picture):
         save_grid(picture, store.images(chosen), store.labels[chosen] if rows_by_class else None)

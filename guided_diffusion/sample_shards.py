@@ -48,7 +48,7 @@ class SampleStore:
             self._check_job(f"{self.stem}.json")
             if not self._is_whole(self.path, (0, self.shape[0])):
                 raise InputError(f"{self.path}: damaged: remove it and run this again")
-            if self._read_job(job_path) == self.job:
+            if not self._spans() or self._read_job(job_path) == self.job:
                 self.remove_shards()
             return []
         with self.explained(job_path):
@@ -65,7 +65,7 @@ class SampleStore:
             if not self._is_whole(path, span):
                 logger.warn(f"{path} is damaged: its samples will be made again")
                 files.remove(path)
-        return self._missing()
+        return self.missing()
 
     def write(self, start, images):
         """Write a shard with the samples start, start + 1, ...: uint8 [n, H, W, C]."""
@@ -74,6 +74,15 @@ class SampleStore:
         path = files.join(self.shards, "{:09d}-{:09d}.npz".format(*span))
         with self.explained(path), files.write_atomically(path) as f:
             np.savez(f, *arrays)
+
+    def missing(self):
+        """The samples that no shard holds: a sorted list of (start, stop)."""
+        gaps, position, total = [], 0, self.shape[0]
+        for start, stop in [*(span for span, _ in self._spans()), (total, total)]:
+            if position < min(start, total):
+                gaps.append((position, min(start, total)))
+            position = max(position, stop)
+        return gaps
 
     def parts(self):
         """Yield all images in order, in parts: (index of the first, array uint8 [..., H, W, C], slice of its rows)."""
@@ -127,14 +136,6 @@ class SampleStore:
         names = files.list_dir(self.shards) if files.is_dir(self.shards) else []
         found = [re.fullmatch(r"(\d{9,})-(\d{9,})\.npz", name) for name in names]
         return sorted((tuple(map(int, m.groups())), files.join(self.shards, m[0])) for m in found if m)
-
-    def _missing(self):
-        gaps, position, total = [], 0, self.shape[0]
-        for start, stop in [*(span for span, _ in self._spans()), (total, total)]:
-            if position < min(start, total):
-                gaps.append((position, min(start, total)))
-            position = max(position, stop)
-        return gaps
 
     def _is_whole(self, path, span):
         try:

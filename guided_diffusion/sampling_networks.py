@@ -33,17 +33,8 @@ from .script_util import (
 
 def sampling_flags():
     """The flags that all sampling scripts share, with their defaults."""
-    return dict(
-        clip_denoised=True,
-        use_ddim=False,
-        model_path="",
-        preset="",
-        models_dir="models",
-        log_dir="",
-        seed=0,
-        compile=False,
-        **output_flags(),
-    )
+    flags = dict(clip_denoised=True, use_ddim=False, model_path="", preset="", models_dir="models", log_dir="")
+    return {**flags, "seed": 0, "compile": False, **output_flags()}
 
 
 def output_flags():
@@ -125,7 +116,7 @@ def _apply_preset(args, given, settled, networks):
     presets = presets_for(args.preset)
     of_this_script = [(network, presets[network.kind]) for network in networks if network.kind in presets]
     if not of_this_script:
-        raise InputError(f"--preset {args.preset} is a model of another script's: this one samples with "
+        raise InputError(f"--preset {args.preset} is for another script: this one samples with "
                          f"{' and '.join(network.kind for network in networks)}")  # fmt: skip
     for network, preset in of_this_script:
         flags, names = preset.all_flags(), identity_flags(network.flags)

@@ -101,7 +101,7 @@ def run(argv, ranks=None, launcher="mpiexec", env=None, timeout=60):
 # reach the interpreter, its hooks print and its exit status is what a user's shell would see.
 _FORKS = """
 import gc, json, os, runpy, signal, sys, time
-import guided_diffusion.sample_util, guided_diffusion.classifier_util, guided_diffusion.image_datasets
+import guided_diffusion.sample_job, guided_diffusion.classifier_util, guided_diffusion.image_datasets
 gc.freeze()  # collections in the forks would touch, and so copy, every page
 jobs, folder, limit = json.loads(sys.argv[1])
 results = []

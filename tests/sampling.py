@@ -105,11 +105,10 @@ def read_npz(folder):
 
 
 def check_alike(images, others):
-    """Batches of other sizes round sums in another order, which may tip a value over to the next grey level."""
+    """Check the promise for other ranks and batch sizes: within one grey level, and 99 % of the values identical."""
     assert 5 < images.std() and 0.1 < ((images > 0) & (images < 255)).mean()  # neither blank nor all clipped
     difference = np.abs(images.astype(int) - others.astype(int))
-    assert difference.max() <= 1
-    assert (difference == 0).mean() >= 0.995
+    assert difference.max() <= 1 and (difference == 0).mean() >= 0.99
 
 
 # Samples of known content, without a network
@@ -161,7 +160,7 @@ def known_job(folder, num_samples, batch_size, sampler=None, job=None, **options
 
 _RANKS = """
 import gc, glob, json, os, signal, socket, sys, time
-import guided_diffusion.sample_util, guided_diffusion.sampling_setup, guided_diffusion.image_datasets, sampling
+import guided_diffusion.sample_job, guided_diffusion.sampling_networks, guided_diffusion.image_datasets, sampling
 gc.freeze()  # collections in the forks would touch, and so copy, every page
 
 def port():
