@@ -154,8 +154,8 @@ def sample_job(sampler, job, num_samples, batch_size, labels=None, rows_by_class
                 if strip is not None:
                     strip.see(out["pred_xstart"], step, sampler.num_steps)
                 bar.set_postfix_str(f"step {step}/{sampler.num_steps}", refresh=False)
-                share = len(indices) / sum(map(len, mine)) / sampler.num_steps
-                bar.update((num_samples - done) * share)  # the other ranks are about as far
+                share = len(indices) / sum(map(len, mine)) / sampler.num_steps  # the other ranks are about as far
+                bar.update(min((num_samples - done) * share, num_samples - bar.n))
             images = to_uint8(out["sample"], indices.start).cpu().numpy()
             store.write(indices.start, images)
             if save_images:

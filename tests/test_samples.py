@@ -1,34 +1,33 @@
-"""Samples: their noise and labels from seed and index, pixels, grids and files."""
+"""Samples: noise and labels as functions of seed and index, --classes, and the conversion to uint8."""
 
 import numpy as np
 import pytest
 import torch as th
-from PIL import Image
+from helpers import refused
+from sampling import MODEL, read_npz, run_here, save_network
 
 from guided_diffusion import dist_util
-from guided_diffusion.errors import InputError
+from guided_diffusion.class_labels import choose_labels, read_class_table
+from guided_diffusion.pictures import to_uint8
 from guided_diffusion.random_util import SampleNoise, random_labels, seed_everything
-from guided_diffusion.sample_util import choose_labels, save_grid, to_uint8
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
 
-# Noise, labels and seeds
+# Noise and seeds
 
 
 def test_noise_depends_on_seed_and_index_alone():
     together = SampleNoise(7, [3, 4, 5])
     first, second = together.randn(2, 3), together.randn_like(th.zeros(3, 4))
     assert first.shape == (3, 2, 3) and second.shape == (3, 4)
+    th.manual_seed(0)  # torch's own generator does not matter
     alone = SampleNoise(7, [4])
     assert (alone.randn(2, 3)[0] == first[1]).all() and (alone.randn_like(th.zeros(1, 4))[0] == second[1]).all()
     swapped = SampleNoise(7, [5, 3]).randn(2, 3)
     assert (swapped[0] == first[2]).all() and (swapped[1] == first[0]).all()
-    for other in (SampleNoise(8, [4]), SampleNoise(7, [1000])):
+    for other in (SampleNoise(8, [4]), SampleNoise(7, [1000]), SampleNoise(8, [3]), SampleNoise(7, [4], stream=1)):
         assert (other.randn(2, 3) != first[1]).all()
-    # torch's own generator has no part in it
-    th.manual_seed(0)
-    assert (SampleNoise(7, [3]).randn(2, 3)[0] == first[0]).all()
 
 
 def test_noise_is_standard_normal_and_independent_between_samples():
@@ -36,34 +35,7 @@ def test_noise_is_standard_normal_and_independent_between_samples():
     assert abs(float(x.mean())) < 0.02 and abs(float(x.std()) - 1) < 0.02
     correlation = np.corrcoef(x.numpy())[np.triu_indices(200, 1)]
     assert np.abs(correlation).max() < 0.3  # 6.7 standard deviations
-    assert (SampleNoise(0, range(3)).randn_like(th.zeros(3, 2, dtype=th.float64))).dtype == th.float64
-    # (seed, index) is no sum: sample 1 of seed 0 is not sample 0 of seed 1.
-    assert (SampleNoise(0, [1]).randn(4) != SampleNoise(1, [0]).randn(4)).all()
-
-
-def test_labels_depend_on_seed_and_index_alone():
-    labels = random_labels(5, range(3000), 10)
-    assert labels.dtype == th.int64 and (random_labels(5, [7, 11], 10) == labels[[7, 11]]).all()
-    counts = np.bincount(labels.numpy(), minlength=10)
-    assert len(counts) == 10 and np.abs(counts - 300).max() < 100  # 6 standard deviations
-    assert (random_labels(6, range(3000), 10) != labels).float().mean() > 0.8
-
-
-def test_choose_labels():
-    assert (choose_labels("", 50, 10, seed=3) == random_labels(3, range(50), 10)).all()
-    assert choose_labels("balanced", 7, 3, seed=0).tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert choose_labels("207,360", 5, 1000, seed=0).tolist() == [207, 360, 207, 360, 207]
-    assert choose_labels("4", 2, 5, seed=0).tolist() == [4, 4]
-    assert all(choose_labels(c, 3, 10, seed=0).dtype == th.int64 for c in ("", "balanced", "1,2"))
-    for classes in ("5", "0,7", "-1"):
-        with pytest.raises(InputError, match=r"0\.\.4"):
-            choose_labels(classes, 3, 5, seed=0)
-
-
-@pytest.mark.parametrize("classes", [" ", ",", "1,", "1.5", "all"])
-def test_classes_that_do_not_parse(classes):
-    with pytest.raises(InputError, match="--classes"):
-        choose_labels(classes, 3, 5, seed=0)
+    assert SampleNoise(0, range(3)).randn_like(th.zeros(3, 2, dtype=th.float64)).dtype == th.float64
 
 
 def test_seeding_differs_between_ranks_and_repeats(monkeypatch):
@@ -82,7 +54,83 @@ def test_seeding_differs_between_ranks_and_repeats(monkeypatch):
     assert th.rand(1).item() == expected
 
 
-# Pixels, grids and files
+# Labels
+
+IMAGENET = ["n01440764,tench,Tinca tinca", "n01443537,goldfish", "2", "n01484850,great white shark"]
+
+
+def test_labels_are_uniform_functions_of_seed_and_index():
+    labels = choose_labels("", 3000, 10, seed=5)
+    assert labels.dtype == th.int64 and (random_labels(5, [7, 11], 10) == labels[[7, 11]]).all()
+    counts = np.bincount(labels.numpy(), minlength=10)
+    assert len(counts) == 10 and np.abs(counts - 300).max() < 100  # 6 standard deviations
+    assert (random_labels(6, range(3000), 10) != labels).float().mean() > 0.8
+
+
+@pytest.mark.parametrize(
+    "classes, labels",
+    [
+        ("balanced", [0, 1, 2, 3, 0]),
+        ("3,1", [3, 1, 3, 1, 3]),
+        ("goldfish", [1] * 5),
+        ("tench, 3", [0, 3, 0, 3, 0]),
+        ("N01484850", [3] * 5),
+        ("Great White Shark,tinca tinca", [3, 0, 3, 0, 3]),
+        ("2", [2] * 5),
+    ],
+)
+def test_classes_are_numbers_and_names_in_turn(classes, labels):
+    found = choose_labels(classes, 5, 4, 0, IMAGENET)
+    assert found.tolist() == labels and found.dtype == th.int64
+
+
+def test_classes_that_do_not_exist_are_named():
+    refused(lambda: choose_labels("goldfish,whale", 4, 4, 0, IMAGENET), "--classes", "'whale'", "tench")
+    refused(lambda: choose_labels("goldfish", 4, 4, 0), "--classes goldfish", "unknown", "--class_table")
+    refused(lambda: choose_labels("1", 4, None, 0), "not class-conditional")
+    for classes in ("4", "0,7", "-1"):
+        refused(lambda c=classes: choose_labels(c, 4, 4, 0, IMAGENET), f"--classes {classes}", "0..3")
+    for classes in (" ", ",", "1,", "1.5", "all", "--1", "-"):
+        refused(lambda c=classes: choose_labels(c, 4, 4, 0), f"--classes {classes}")
+
+
+def test_classes_from_files(tmp_path):
+    (tmp_path / "a.txt").write_text("3\n0\n\n1\n")
+    np.save(tmp_path / "b.npy", np.array([[3], [0], [1]], np.uint8))
+    for name in ("a.txt", "b.npy"):
+        assert choose_labels(str(tmp_path / name), 5, 4, 0).tolist() == [3, 0, 1, 3, 0]
+    np.save(tmp_path / "floats.npy", np.array([0.5, 1.0]))
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
+    for name, content in {"words.txt": b"1\ntwo\n", "none.txt": b"", "none.npy": b"", "bytes.txt": b"\xff\xfe"}.items():
+        (tmp_path / name).write_bytes(content)
+    for name in ("floats.npy", "objects.npy", "words.txt", "none.txt", "none.npy", "bytes.txt"):
+        path = str(tmp_path / name)
+        refused(lambda p=path: choose_labels(p, 5, 4, 0), f"--classes {path}", "class numbers")
+    refused(lambda: choose_labels(str(tmp_path / "gone.txt"), 5, 4, 0), "gone.txt", "cannot be read")
+
+
+def test_class_tables(tmp_path):
+    path = str(tmp_path / "table.csv")
+    for content in ("label,wnid\n0,n1\n", "label,name\n1,ant\n", "label,name\nx,ant\n"):
+        (tmp_path / "table.csv").write_text(content)
+        refused(lambda: read_class_table(path), f"--class_table {path}", "label", "name")
+    (tmp_path / "table.csv").write_text("label,name\n1,bee\n0,ant\n")
+    assert read_class_table(path) == ["ant", "bee"]
+    refused(lambda: read_class_table(f"{path}.gone"), "--class_table", "cannot be read")
+
+
+def test_names_come_from_a_table_or_from_the_config_beside_the_checkpoint(networks, monkeypatch, tmp_path):
+    options = {**networks, "num_samples": 4, "batch_size": 4, "timestep_respacing": 1, "classifier_scale": 0}
+    (tmp_path / "table.csv").write_text("label,wnid,name\n0,n1,ant\n1,n2,bee\n2,n3,cow\n3,n4,dog\n")
+    run_here(monkeypatch, "classifier_sample", **options, classes="dog,n2", class_table=tmp_path / "table.csv",
+             log_dir=tmp_path / "a")  # fmt: skip
+    assert read_npz(tmp_path / "a")["arr_1"].tolist() == [3, 1, 3, 1]
+    options["model_path"] = save_network(str(tmp_path / "described/model.pt"), MODEL, config={"classes": list("wxyz")})
+    run_here(monkeypatch, "classifier_sample", **options, classes="z,w", log_dir=tmp_path / "b")
+    assert read_npz(tmp_path / "b")["arr_1"].tolist() == [3, 0, 3, 0]
+
+
+# Pixels
 
 
 def test_to_uint8():
@@ -90,55 +138,6 @@ def test_to_uint8():
     out = to_uint8(x)
     assert out.shape == (2, 1, 3, 1) and out.dtype == th.uint8
     assert out.flatten().tolist() == [0, 255, 127, 0, 255, 191]
-    # channels last
-    x = th.stack([th.full((2, 2), v) for v in (-1.0, 0.0, 1.0)])[None]
-    assert to_uint8(x)[0, 1, 1].tolist() == [0, 127, 255]
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_sample_that_is_not_finite_is_named(bad):
-    x = th.zeros(4, 3, 2, 2)
-    x[2, 1, 0, 1] = bad
-    with pytest.raises(InputError, match="sample 102 is not finite"):
-        to_uint8(x, start=100)
-
-
-def read_grid(path, size=64):
-    """The top left pixel of every cell of a grid of images of a size: [rows, columns, C]."""
-    with Image.open(path) as picture:
-        arr = np.asarray(picture)
-    arr = arr if arr.ndim == 3 else arr[..., None]
-    return arr[:: size + 1, :: size + 1], arr.shape
-
-
-def test_grid_puts_a_class_in_each_row(tmp_path):
-    labels = np.array([7, 3, 7, 3, 3])
-    images = np.stack([np.full((64, 64, 3), 10 * i, np.uint8) for i in range(5)])
-    save_grid(str(tmp_path / "grid.png"), images, labels)
-    cells, shape = read_grid(tmp_path / "grid.png")
-    assert shape == (2 * 64 + 1, 3 * 64 + 2, 3)
-    assert cells[..., 0].tolist() == [[10, 30, 40], [0, 20, 255]]  # class 3, class 7 and a blank
-
-
-def test_grid_without_labels_is_a_square_in_order(tmp_path):
-    images = np.stack([np.full((64, 64, 1), 10 * i, np.uint8) for i in range(7)])
-    save_grid(str(tmp_path / "grid.png"), images)
-    cells, _ = read_grid(tmp_path / "grid.png")
-    assert cells[..., 0].tolist() == [[0, 10, 20], [30, 40, 50], [60, 255, 255]]
-
-
-def test_grid_of_many_shows_the_first(tmp_path):
-    images = np.arange(300, dtype=np.uint16)[:, None, None, None].repeat(64, 1).repeat(64, 2) // 2
-    save_grid(str(tmp_path / "grid.png"), images.astype(np.uint8))
-    cells, _ = read_grid(tmp_path / "grid.png")
-    assert cells.shape[:2] == (16, 16) and cells[..., 0].flatten().tolist() == [i // 2 for i in range(256)]
-
-
-def test_small_images_are_enlarged(tmp_path):
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    save_grid(str(tmp_path / "grid.png"), images)
-    with Image.open(tmp_path / "grid.png") as picture:
-        arr = np.asarray(picture)
-    assert arr.shape == (4 * 33, 4 * 33, 3)
-    assert (arr[:64, :64] == images[0].repeat(4, 0).repeat(4, 1)).all()
+    for bad in (float("nan"), float("inf")):
+        x[1, 0, 0, 2] = bad
+        refused(lambda: to_uint8(x, start=100), "sample 101 is not finite")
