@@ -124,9 +124,9 @@ def pictures(indices, shape=(2, 3, 3)):
 
 
 class KnownSampler:
-    """In the place of a BatchSampler: sample i is picture(i). It notes the ranges that it is asked for.
+    """Replaces a BatchSampler: sample i is picture(i). It records the ranges that it is asked for.
 
-    :param fail_at: the index of a sample that is no number.
+    :param fail_at: the index of a sample that is not finite.
     """
 
     num_steps = 3
@@ -138,7 +138,7 @@ class KnownSampler:
     def steps(self, indices):
         self.asked.append(indices)
         size = (*self.shape[1:], self.shape[0])
-        # In the middle of a grey level, so that rounding has no say
+        # In the middle of a grey level, so that rounding does not matter
         x = th.from_numpy((pictures(indices, size).astype(np.float32) + 0.5) / 127.5 - 1).permute(0, 3, 1, 2)
         if self.fail_at in indices:
             x = x.clone()
@@ -149,14 +149,14 @@ class KnownSampler:
 
 
 def known_job(folder, num_samples, batch_size, sampler=None, job=None, **options):
-    """sample_job with a KnownSampler, which is returned with the arrays that it ended in."""
+    """Run sample_job with a KnownSampler. Returns the sampler and the arrays of the .npz."""
     sampler = sampler or KnownSampler()
     path = sample_job(sampler, job or {"seed": 0}, num_samples, batch_size, folder=str(folder), **options)
     with np.load(path) as arrays:
         return sampler, dict(arrays)
 
 
-# Ranks that are forked from a process which has the imports behind it, and killed when the time has come
+# Ranks are forked from a process that has imported everything, and killed at a chosen moment
 
 _RANKS = """
 import gc, glob, json, os, signal, socket, sys, time
@@ -182,23 +182,24 @@ def kill(children):
         os.kill(child, signal.SIGKILL)
 
 def watch(job, children):
-    # Wait for the end of all ranks, or for the moment to kill them: their exit statuses, and whether they were killed
-    alive, statuses, killed, failed = list(children), {}, False, None
+    # Wait for the end of all ranks, or for the moment to kill them. Returns the first status that is not zero, and
+    # whether the ranks were killed at that moment.
+    alive, first, failed_at, killed = list(children), 0, None, False
     while alive:
         for child in list(alive):
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
                 alive.remove(child)
-                statuses[child] = os.waitstatus_to_exitcode(status)
-                failed = failed or (statuses[child] != 0 and time.time())
-        if failed and time.time() - failed > 10:  # as launchers do
+                if status and not first:
+                    first, failed_at = os.waitstatus_to_exitcode(status), time.time()
+        if first and time.time() - failed_at > 0.5:  # launchers end a job when one of its ranks has failed
             kill(alive)
         if job["pattern"] and not killed and len(glob.glob(job["pattern"])) >= job["count"]:
             time.sleep(job["delay"])
-            kill(alive)  # what has ended meanwhile is a zombie: no other process can have its number
+            kill(alive)  # no other process can have the number of a child that has ended: nobody waited for it
             killed = True
         time.sleep(0.0005)
-    return [statuses[child] for child in children], killed
+    return first, killed
 
 for line in sys.stdin:
     job, start, rendezvous, children = json.loads(line), time.time(), port(), []
@@ -211,27 +212,28 @@ for line in sys.stdin:
     if not child:
         become(job, rank, rendezvous)
         break
-    statuses, killed = watch(job, children)
+    status, killed = watch(job, children)
     output = open(job["output"], errors="replace").read()
-    print(json.dumps([statuses, killed, output, time.time() - start, time.time()]), flush=True)
+    print(json.dumps([killed, status, output, time.time() - start, time.time()]), flush=True)
 else:
     sys.exit()
 exec(job["code"], {"__name__": "__main__"})
 """
 
-# What a rank runs: a script by its path, as the first argument; or other code.
+# The code of a rank: a script, whose path is the first argument.
 RUN_SCRIPT = "import runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
 
-# A known_job. Arguments: its folder, the number of samples, the batch size and, where one is to fail, its index.
 KNOWN_JOB = """
-import sys
+import json, resource, sys
 import sampling
 from guided_diffusion import dist_util, logger
 dist_util.setup_dist()
-folder, num_samples, batch_size, fail_at = (*sys.argv[1:], -1)[:4]
+folder, num_samples, batch_size, limit, options = sys.argv[1:]
 logger.configure(folder + "/log", format_strs=[])
-sampler = sampling.KnownSampler(fail_at=int(fail_at))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), -1))
+sampler = sampling.KnownSampler(**json.loads(options))
 sampling.known_job(folder, int(num_samples), int(batch_size), sampler)
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
 print(f"\\nrank {dist_util.get_rank()} made {[list(asked) for asked in sampler.asked]}", flush=True)
 """
 
@@ -248,11 +250,11 @@ def _ranks():
 
 
 def run_ranks(ranks, argv, code=RUN_SCRIPT, kill_at=None, limit=60):
-    """Run code on several ranks, started as torchrun starts them.
+    """Run code on several ranks with the environment that torchrun gives them.
 
-    :param argv: the arguments that it sees as sys.argv[1:].
-    :param kill_at: (a pattern of paths, how many must be there, seconds): then all ranks get SIGKILL.
-    :return: an Outcome, whose return code is the first that is not zero, and whether it was killed.
+    :param argv: sys.argv[1:] of the code.
+    :param kill_at: (pattern, count, seconds): so many seconds after so many paths match the pattern, SIGKILL all ranks.
+    :return: an Outcome, whose return code is the first that is not zero, and whether the ranks were killed.
     """
     pattern, count, delay = kill_at or ("", 0, 0)
     with tempfile.NamedTemporaryFile() as output:
@@ -260,10 +262,21 @@ def run_ranks(ranks, argv, code=RUN_SCRIPT, kill_at=None, limit=60):
         process = _ranks()
         process.stdin.write(json.dumps(dict(job, pattern=str(pattern), count=count, delay=delay)) + "\n")
         process.stdin.flush()
-        statuses, killed, *rest = json.loads(process.stdout.readline())
-    return Outcome(next(filter(None, statuses), 0), *rest), killed
+        killed, *outcome = json.loads(process.stdout.readline())
+    return Outcome(*outcome), killed
+
+
+def known_job_on_ranks(ranks, folder, num_samples, batch_size, limit=-1, **options):
+    """Run known_job on several ranks.
+
+    :param limit: the size in bytes that no file may exceed.
+    :param options: for KnownSampler.
+    :return: an Outcome. Its output says of each rank which samples it made.
+    """
+    return run_ranks(ranks, [folder, num_samples, batch_size, limit, json.dumps(options)], KNOWN_JOB)[0]
 
 
 def shard_files(folder):
-    """What tells the finished shards of a folder from others of the same names."""
-    return {e.name: [e.stat().st_ino, e.stat().st_mtime_ns] for e in os.scandir(folder) if e.name[-4:] == ".npz"}
+    """The finished shards of a folder by name, each with what distinguishes its file from a rewritten one."""
+    found = sorted((e for e in os.scandir(folder) if e.name.endswith(".npz")), key=lambda e: e.name)
+    return {e.name: [e.stat().st_ino, e.stat().st_mtime_ns] for e in found}
