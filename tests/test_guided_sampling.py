@@ -1,6 +1,5 @@
-"""Guidance as the scripts apply it: when the classifier runs, in what precision, and what distribution it leads to."""
+"""Guidance by the scripts: when the classifier runs, its precision, and the distribution of the samples."""
 
-import itertools
 import math
 
 import numpy as np
@@ -20,7 +19,8 @@ from sampling import read_npz, run_here, save_network
 from test_analytic_truth import MIXTURE
 
 from guided_diffusion.respace import space_timesteps
-from guided_diffusion.sample_util import BatchSampler, by_index, guide
+from guided_diffusion.sample_job import BatchSampler
+from guided_diffusion.sampling_networks import guide
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.unet import EncoderUNetModel
 
@@ -29,15 +29,15 @@ pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The timesteps at which the classifier was run, one for each batch and step."""
+    """The timesteps at which the classifier runs, one for each batch and step."""
     times, forward = [], EncoderUNetModel.forward
 
-    def noting(self, x, timesteps):
+    def recording(self, x, timesteps):
         assert len(set(timesteps.tolist())) == 1
         times.append(float(timesteps[0]))
         return forward(self, x, timesteps)
 
-    monkeypatch.setattr(EncoderUNetModel, "forward", noting)
+    monkeypatch.setattr(EncoderUNetModel, "forward", recording)
     return times
 
 
@@ -47,9 +47,7 @@ def sample(monkeypatch, folder, script="classifier_sample", **options):
 
 
 @pytest.mark.parametrize("use_ddim", [False, True])
-def test_the_classifier_runs_at_every_step_and_at_scale_zero_not_at_all(
-    use_ddim, networks, seen, monkeypatch, tmp_path
-):
+def test_the_classifier_runs_at_every_step_unless_the_scale_is_0(use_ddim, networks, seen, monkeypatch, tmp_path):
     options = dict(networks, timestep_respacing=5, use_ddim=use_ddim, classes="balanced")
     guided = sample(monkeypatch, tmp_path / "guided", **options)
     assert seen == sorted(space_timesteps(1000, "5"), reverse=True)
@@ -69,19 +67,18 @@ def test_guidance_may_be_limited_to_an_interval(use_ddim, networks, seen, monkey
     images = {}
     for interval in ("", "0,1", "0.2,0.8", "0.95,0.96"):
         del seen[:]
-        images[interval] = sample(monkeypatch, tmp_path / f"i{interval}", **options, guidance_interval=interval)[
-            "arr_0"
-        ]
+        run = dict(options, guidance_interval=interval)
+        images[interval] = sample(monkeypatch, tmp_path / f"i{interval}", **run)["arr_0"]
         a, b = map(float, interval.split(",")) if interval else (0, 1)
         assert seen == [t for t in steps if a <= t / 1000 <= b], interval
     assert (images["0,1"] == images[""]).all()
     unguided = sample(monkeypatch, tmp_path / "none", **{**options, "classifier_scale": 0})["arr_0"]
-    assert np.abs(images["0.95,0.96"].astype(int) - unguided).max() <= 1  # no step lies within
+    assert np.abs(images["0.95,0.96"].astype(int) - unguided).max() <= 1  # it contains no step
     assert (images["0.2,0.8"] != images[""]).any() and (images["0.2,0.8"] != unguided).any()
 
 
-def test_the_interval_counts_in_the_process_s_own_time(seen, monkeypatch):
-    """Timesteps may be shown rescaled, and the process may have another number of them than 1000."""
+def test_the_interval_is_a_fraction_of_the_process():
+    """Also if timesteps are rescaled, or the process has not 1000 of them."""
     for steps, rescaled in [(500, False), (500, True), (4000, True)]:
         diffusion = create_gaussian_diffusion(steps=steps, timestep_respacing="8", rescale_timesteps=rescaled)
         shown = []
@@ -98,35 +95,32 @@ def test_the_interval_counts_in_the_process_s_own_time(seen, monkeypatch):
         assert 0 < len(want) < 8 and shown == pytest.approx([s * (1000 if rescaled else steps) for s in want])
 
 
-@pytest.mark.parametrize("interval", ["0.2", "0.8,0.2", "-0.1,0.5", "0.5,1.5", "a,b", "0,0.2,0.4", ","])
-def test_intervals_that_cannot_be(interval):
+def test_bad_intervals_and_scales_are_refused():
     diffusion = create_gaussian_diffusion(timestep_respacing="5")
-    for scale in (1.0, 0.0):
-        refused(lambda s=scale: guide(lambda x, t: x, diffusion, s, interval), "--guidance_interval")
+    for interval in ("0.2", "0.8,0.2", "-0.1,0.5", "0.5,1.5", "a,b", "0,0.2,0.4", ","):
+        for scale in (1.0, 0.0):
+            refused(lambda s=scale, i=interval: guide(lambda x, t: x, diffusion, s, i), "--guidance_interval")
+    for scale in (math.nan, math.inf, 1e45):
+        refused(lambda s=scale: guide(lambda x, t: x, diffusion, s), f"--classifier_scale {scale}")
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf, 1e45])
-def test_scales_that_cannot_be(scale):
-    refused(lambda: guide(lambda x, t: x, create_gaussian_diffusion(), scale), f"--classifier_scale {scale}")
-
-
-def test_a_classifier_of_clean_images_is_warned_of(networks, monkeypatch, tmp_path):
+def test_a_classifier_of_clean_images_gives_a_warning(networks, monkeypatch, tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(open(networks["classifier_path"], "rb").read())
     (tmp_path / "config.json").write_text('{"flags": {"noised": false}}')
     options = dict(networks, classifier_path=path, num_samples=2, timestep_respacing=2, log_dir=tmp_path / "out")
     run_here(monkeypatch, "classifier_sample", **options)
-    assert f"{path} has only seen clean images" in (tmp_path / "out" / "log.txt").read_text()
+    assert f"{path} was trained on clean images" in (tmp_path / "out" / "log.txt").read_text()
 
 
-# The precisions of the two networks, for conditional models and for others
+# The precisions of the diffusion model and the classifier
 HALVES = {
     True: [(None, None), ("fp16", None), (None, "fp16"), ("bf16", "bf16")],
     False: [(None, None), ("bf16", None), (None, "bf16"), ("fp16", "fp16")],
 }
 
 
-@pytest.mark.parametrize("use_ddim, class_cond", itertools.product([False, True], [False, True]))
+@pytest.mark.parametrize("use_ddim, class_cond", [(False, True), (True, False)])
 def test_either_network_in_half_precision(use_ddim, class_cond, networks, monkeypatch, tmp_path):
     options = dict(networks, timestep_respacing=4, use_ddim=use_ddim, classes="3,0", classifier_scale=100.0)
     if not class_cond:
@@ -147,20 +141,19 @@ def test_either_network_in_half_precision(use_ddim, class_cond, networks, monkey
     assert guidance > 1
     for halves, images in found.items():
         rounding = np.abs(images - full).mean()
-        most = 0.2 if "bf16" in halves else 0.05  # of what guidance changes; bf16 has three bits fewer
+        most = 0.2 if "bf16" in halves else 0.05  # of what guidance changes; bf16 has three bits less
         assert rounding == 0 if halves == (None, None) else 0 < rounding < most * guidance, halves
 
 
-# What distribution it leads to, with exact models in the networks' place: the biases of a hundred steps are those of
-# test_analytic_truth.
+# The distribution of samples, with exact models in place of networks: test_analytic_truth has the biases of 100 steps.
 
 
 def sample_exactly(data, shape, cond_fn=None, labels=None, use_ddim=False, count=600, batch=200):
-    """Samples with the exact model of some data, in batches, as sample_job makes them: [count, *shape]."""
+    """Samples by the exact model of some data, in batches, as sample_job makes them: [count, *shape]."""
     diffusion = process(100, var=FIXED_LARGE)
     exact = exact_model(data, diffusion)
     sampler = BatchSampler(
-        diffusion, lambda x, t, y=None: exact(x, t), shape, 0, by_index(labels), cond_fn and cond_fn(diffusion),
+        diffusion, lambda x, t, y=None: exact(x, t), shape, 0, labels, cond_fn and cond_fn(diffusion),
         use_ddim, clip_denoised=False,
     )  # fmt: skip
     return th.cat([list(sampler.steps(range(i, i + batch)))[-1]["sample"] for i in range(0, count, batch)])
@@ -179,7 +172,7 @@ def test_samples_have_the_data_s_moments(use_ddim):
 
 @pytest.mark.parametrize("use_ddim", [False, True])
 def test_each_sample_is_guided_to_its_own_label(use_ddim):
-    # At scale 1, by the classifier p(y | x_t) of a mixture's components, samples are the component's.
+    # At scale 1, with the exact classifier p(y | x_t) of a mixture's components, samples have their component's moments.
     labels = (th.arange(600) % 3 == 0).long()
 
     def cond_fn(diffusion):
