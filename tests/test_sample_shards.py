@@ -117,7 +117,7 @@ def test_a_damaged_finished_file_is_refused(labelled, tmp_path):
     assert store.open() == [(0, 20)]
 
 
-def test_shards_without_a_readable_record_of_their_job_are_refused(tmp_path):
+def test_samples_without_a_readable_record_of_their_job_are_refused(tmp_path):
     opened(tmp_path, [(0, 5)])
     record = tmp_path / "shards/job.json"
     whole = record.read_bytes()
@@ -128,6 +128,9 @@ def test_shards_without_a_readable_record_of_their_job_are_refused(tmp_path):
         assert (tmp_path / "shards/000000000-000000005.npz").exists()
         record.write_bytes(whole)
     assert new_store(tmp_path).open() == [(5, 20)]
+    (tmp_path / FINISHED[1]).write_bytes(b"somebody's")
+    refused(new_store(tmp_path).open, FINISHED[0], "--log_dir")
+    assert (tmp_path / FINISHED[1]).read_bytes() == b"somebody's"
 
 
 def test_half_written_files_are_removed(tmp_path):
@@ -173,12 +176,6 @@ def test_another_job_is_refused_and_changes_nothing(complete, tmp_path):
     refused(other.open, "other labels", "--log_dir")
     assert contents() == before
     assert new_store(tmp_path).open() == ([] if complete else [(8, 20)])
-
-
-def test_an_npz_of_unknown_origin_is_refused(tmp_path):
-    (tmp_path / FINISHED[1]).write_bytes(b"somebody's")
-    refused(new_store(tmp_path).open, FINISHED[0], "--log_dir")
-    assert (tmp_path / FINISHED[1]).read_bytes() == b"somebody's"
 
 
 def test_a_job_of_more_or_fewer_samples_uses_the_existing_ones(tmp_path):

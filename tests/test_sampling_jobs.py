@@ -13,7 +13,6 @@ from launch import flags, script
 from sampling import (
     MODEL,
     check_alike,
-    known_job,
     known_job_on_ranks,
     pictures,
     read_npz,
@@ -113,15 +112,7 @@ def test_the_script_s_samples_are_the_original_s(loop, monkeypatch, tmp_path):
     assert np.abs(want - found["arr_0"][:, ::4, ::4]).max() <= 1  # many values are 1, where rounding decides
 
 
-# Exactly N
-
-
-@pytest.mark.parametrize("num_samples, batch_size", [(10, 4), (10, 1), (8, 4), (3, 16)])
-def test_exactly_num_samples_are_made(num_samples, batch_size, tmp_path):
-    sampler, arrays = known_job(tmp_path, num_samples, batch_size)
-    assert [i for asked in sampler.asked for i in asked] == list(range(num_samples))
-    assert [len(asked) for asked in sampler.asked[:-1]] == [batch_size] * (len(sampler.asked) - 1)
-    assert (arrays["arr_0"] == pictures(range(num_samples))).all()
+# Ranks
 
 
 def test_ranks_share_the_batches_and_after_a_restart_the_missing_ones(tmp_path):

@@ -1,137 +1,110 @@
-"""Models by name, and by the record beside their checkpoint: what sampling takes from both, and refuses."""
-
-import runpy
-import sys
+"""Models by --preset and by the config.json beside their checkpoint: the flags that sampling takes from them."""
 
 import numpy as np
 import pytest
 import torch as th
 from helpers import load_json, refused
-from launch import flags, script
 from sampling import CLASSIFIER, MODEL, UPSAMPLER, prefixed, read_npz, run_here, save_network
 
-from guided_diffusion import dist_util, logger, presets
+from guided_diffusion import logger, presets, sampling_networks
 from guided_diffusion.presets import MODELS, Preset
-from guided_diffusion.sampling_setup import CLASSIFIER as CLASSIFIER_NETWORK
-from guided_diffusion.sampling_setup import DIFFUSION, PIPELINE_UPSAMPLER, set_up_sampling
-from guided_diffusion.sampling_setup import UPSAMPLER as UPSAMPLER_NETWORK
-from guided_diffusion.script_util import (
-    classifier_and_diffusion_defaults,
-    model_and_diffusion_defaults,
-    sr_model_and_diffusion_defaults,
-)
+from guided_diffusion.sampling_networks import set_up_sampling
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
 RELEASED = load_json("released_models.json.gz")
-DEFAULTS = {
-    "diffusion": model_and_diffusion_defaults(),
-    "classifier": classifier_and_diffusion_defaults(),
-    "upsampler": sr_model_and_diffusion_defaults(),
-}
-NETWORKS = {
-    "image_sample": (DIFFUSION,),
-    "classifier_sample": (DIFFUSION, CLASSIFIER_NETWORK),
-    "super_res_sample": (UPSAMPLER_NETWORK,),
-    "pipeline_sample": (DIFFUSION, CLASSIFIER_NETWORK, PIPELINE_UPSAMPLER),
-    "image_nll": (DIFFUSION,),
-}
-BY_KIND = {"diffusion": "image_sample", "classifier": "classifier_sample", "upsampler": "super_res_sample"}
-PARSERS = {name: runpy.run_path(script(name))["create_argparser"] for name in NETWORKS}
-# What makes a function of the weights: not how precisely it is computed, nor how it was trained
+DEFAULTS = {n.kind: n.flags for n in vars(sampling_networks).values() if isinstance(n, sampling_networks.Network)}
+SCRIPTS = {"diffusion": "image_sample", "classifier": "classifier_sample", "upsampler": "super_res_sample"}
+# Flags of the released commands that do not change the function that a network computes
 SHAPELESS = {"use_fp16", "dropout", "use_checkpoint", "timestep_respacing", "classifier_use_fp16"}
 
 
 @pytest.fixture(scope="module")
 def models_dir(tmp_path_factory):
-    """A folder with all released files, which hold nothing: they are not read before the flags are settled."""
+    """A folder with empty files under the released names. They are not read before the flags are complete."""
     folder = tmp_path_factory.mktemp("models")
     for name in RELEASED:
         (folder / f"{name}.pt").write_bytes(b"")
     return str(folder)
 
 
+class Settled(Exception):
+    """Ends a script once its flags are complete."""
+
+
 @pytest.fixture
 def settle(monkeypatch, models_dir):
-    """A script's flags as they come out of a command line with --models_dir."""
+    """A function that returns a script's complete flags for a command line with --models_dir."""
+
+    def stop(*args):
+        raise Settled(set_up_sampling(*args))
 
     def settled(name, cuda=False, **values):
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", [script(name), *flags(**{"models_dir": models_dir, **values})])
-            patch.setattr(dist_util, "setup_dist", lambda: None)
+        with monkeypatch.context() as patch, pytest.raises(Settled) as caught:
+            patch.setattr(sampling_networks, "set_up_sampling", stop)
             patch.setattr(th.cuda, "is_available", lambda: cuda)
             patch.setattr(logger, "configure", lambda **kwargs: None)
-            return vars(set_up_sampling(PARSERS[name](), *NETWORKS[name]))
+            run_here(monkeypatch, name, **{"models_dir": models_dir, **values})
+        return vars(caught.value.args[0])
 
     return settled
 
 
 def released_flags(name):
-    """What a released network was made with, by the flags published with it, where they decide on its function."""
+    """The published flags of a released network, as far as they determine its function."""
     kind = RELEASED[name]["kind"]
     made = {**DEFAULTS[kind], **RELEASED[name]["flags"]}
+    if kind == "classifier":
+        made.pop("learn_sigma", None)  # the diffusion model's
     if name == "64x64_classifier":  # trained on the noise of the 64x64 model
         made["noise_schedule"] = "cosine"
     return {k: v for k, v in made.items() if k not in SHAPELESS}
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_a_released_name_is_its_flags_and_its_file(name, settle, models_dir):
+def test_a_released_network_s_name_gives_its_flags_and_file(name, settle, models_dir):
     kind = RELEASED[name]["kind"]
     extra = dict(model_path=f"{models_dir}/64x64_diffusion.pt") if kind == "classifier" else {}
-    args = settle(BY_KIND[kind], preset=name, **extra)
+    args = settle(SCRIPTS[kind], preset=name, **extra)
     want = {k: v for k, v in released_flags(name).items() if k in args}
     assert {k: args[k] for k in want} == want
     assert args["classifier_path" if kind == "classifier" else "model_path"] == f"{models_dir}/{name}.pt"
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_s_name_is_all_that_goes_together(name, settle, models_dir):
+def test_a_model_s_name_gives_all_its_networks(name, settle, models_dir):
     parts = MODELS[name]
     args = settle("pipeline_sample" if len(parts) == 3 else "classifier_sample", preset=name)
-    prefixes = {"upsampler": "upsampler_"}
-    for part in parts:
-        prefix = prefixes.get(RELEASED[part]["kind"], "")
+    for part, prefix, path in zip(parts, ("", "", "upsampler_"), ("model_path", "classifier_path", "upsampler_path")):
         want = {k: v for k, v in prefixed(prefix, released_flags(part)).items() if k in args}
-        if not prefix:  # the classifier's process is the diffusion model's; its variance it does not see
-            want = {k: v for k, v in want.items() if RELEASED[part]["kind"] == "diffusion" or k != "learn_sigma"}
-        assert {k: args[k] for k in want} == want
-    assert args["model_path"] == f"{models_dir}/{parts[0]}.pt"
-    assert args["classifier_path"] == f"{models_dir}/{parts[1]}.pt"
+        assert {k: args[k] for k in want} == want and args[path] == f"{models_dir}/{part}.pt"
     if len(parts) == 3:
-        assert args["upsampler_path"] == f"{models_dir}/{parts[2]}.pt"
         assert args["upsampler_small_size"] == args["image_size"]
 
 
-# The scales of the paper's tables for guided sampling, by 250 steps and by 25 of DDIM
-RECOMMENDED = {"imagenet128": (0.5, 1.25), "imagenet256": (1.0, 2.5), "imagenet512": (4.0, 9.0)}
+# The guidance scales of the ADM paper's tables, for 250 steps and for 25 steps of DDIM
+RECOMMENDED = {"imagenet128": (0.5, 1.25), "imagenet256": (1, 2.5), "imagenet512": (4, 9)}
 
 
 @pytest.mark.parametrize("name", RECOMMENDED)
-def test_sampling_follows_the_paper_where_nothing_else_is_said(name, settle):
+def test_sampling_flags_follow_the_paper_by_default(name, settle):
+    def found(**options):
+        args = settle("classifier_sample", preset=name, **options)
+        return args["timestep_respacing"], args["classifier_scale"]
+
     slow, fast = RECOMMENDED[name]
-    args = settle("classifier_sample", preset=name)
-    assert (args["timestep_respacing"], args["classifier_scale"], args["use_ddim"]) == ("250", slow, False)
-    args = settle("classifier_sample", preset=name, use_ddim=True)
-    assert (args["timestep_respacing"], args["classifier_scale"], args["use_ddim"]) == ("ddim25", fast, True)
-    args = settle("classifier_sample", preset=name, use_ddim=True, classifier_scale=7, timestep_respacing="ddim50")
-    assert (args["timestep_respacing"], args["classifier_scale"]) == ("ddim50", 7.0)
-    assert settle("image_nll", preset=name)["timestep_respacing"] == ""  # a bound on all timesteps
+    assert found() == ("250", slow) and found(use_ddim=True) == ("ddim25", fast)
+    assert found(use_ddim=True, classifier_scale=7, timestep_respacing="ddim50") == ("ddim50", 7)
+    assert settle("image_nll", preset=name)["timestep_respacing"] == ""  # the bound needs all timesteps
+    assert settle("classifier_sample", preset="imagenet256_uncond")["classifier_scale"] == 10  # table 4
 
 
-def test_a_model_without_labels_is_guided_ten_times_as_much(settle):
-    # ADM, table 4: at scale 1 guidance only harms it.
-    assert settle("classifier_sample", preset="imagenet256_uncond")["classifier_scale"] == 10
-    assert settle("classifier_sample", preset="imagenet256_uncond", use_ddim=True)["classifier_scale"] == 10
-    assert settle("classifier_sample", preset="imagenet256")["classifier_scale"] == 1
+def test_half_precision_is_for_gpus_by_default(settle):
+    def half(preset="imagenet256", **options):
+        return settle("classifier_sample", preset=preset, **options)["use_fp16"]
 
-
-def test_half_precision_is_for_gpus_unless_asked_for(settle):
-    assert not settle("classifier_sample", preset="imagenet256")["use_fp16"]
-    assert settle("classifier_sample", preset="imagenet256", cuda=True)["use_fp16"]
-    assert not settle("classifier_sample", preset="imagenet256", cuda=True, use_fp16=False)["use_fp16"]
-    assert not settle("classifier_sample", preset="imagenet512", cuda=True)["use_fp16"]  # released in float32
-    assert settle("classifier_sample", preset="imagenet256", classifier_use_fp16=True)["classifier_use_fp16"]
+    assert not half() and half(cuda=True) and half(use_fp16=True) and not half(cuda=True, use_fp16=False)
+    assert not half("imagenet512", cuda=True)  # released in float32
 
 
 # Contradictions
@@ -155,11 +128,8 @@ def test_a_flag_that_contradicts_a_preset_is_refused(preset, name, value, its, s
         lambda: settle("classifier_sample", preset=preset, **{name: value}),
         f"--{name} {value} on the command line", f"--preset {preset}", f"{name} {its}",
     )  # fmt: skip
-    assert settle("classifier_sample", preset=preset, **{name: its})[name] == its  # the same said twice
-
-
-def test_lists_may_have_spaces(settle):
-    settle("classifier_sample", preset="imagenet256", attention_resolutions="32, 16, 8")
+    assert settle("classifier_sample", preset=preset, **{name: its})[name] == its
+    settle("classifier_sample", preset=preset, attention_resolutions="32, 16, 8")  # lists may have spaces
 
 
 def test_the_upsampler_s_flags_in_a_pipeline_have_a_prefix(settle):
@@ -171,7 +141,7 @@ def test_the_upsampler_s_flags_in_a_pipeline_have_a_prefix(settle):
     assert (args["timestep_respacing"], args["upsampler_timestep_respacing"]) == ("250", "27")
 
 
-def test_a_file_that_is_not_there_is_named(settle, tmp_path):
+def test_unknown_names_and_missing_files_are_named(settle, tmp_path):
     refused(lambda: settle("image_sample", preset="lsun_cat", models_dir=tmp_path), tmp_path / "lsun_cat.pt",
             "--models_dir", "--model_path")  # fmt: skip
     refused(lambda: settle("image_sample", preset="imagenet255"), "'imagenet255'", "imagenet256", "lsun_cat")
@@ -197,7 +167,7 @@ def test_a_config_contradicts_flags_presets_and_other_configs(settle, tmp_path):
     )  # fmt: skip
 
 
-def test_what_changes_no_function_contradicts_nothing(settle, tmp_path):
+def test_flags_that_do_not_change_the_network_may_differ(settle, tmp_path):
     trained = {**MODEL, "dropout": 0.3, "use_fp16": True, "use_checkpoint": True, "timestep_respacing": ""}
     path = save_network(str(tmp_path / "model.pt"), MODEL, config={"flags": trained})
     args = settle("image_sample", model_path=path, use_bf16=True, timestep_respacing=10, dropout=0.0)
@@ -205,7 +175,7 @@ def test_what_changes_no_function_contradicts_nothing(settle, tmp_path):
     assert not args["use_fp16"] and args["use_bf16"] and args["timestep_respacing"] == "10"
 
 
-# What it is all for: heads and their order, which no shape shows
+# Flags that do not show in the shapes of weights: num_heads and use_new_attention_order
 
 
 def sample(monkeypatch, folder, **options):
@@ -219,7 +189,7 @@ def test_heads_come_with_the_config_or_the_preset(monkeypatch, tmp_path):
     right = sample(monkeypatch, tmp_path / "right", model_path=path, **network)
     for name, value in (("num_heads", 1), ("use_new_attention_order", False)):
         wrong = sample(monkeypatch, tmp_path / name, model_path=path, **{**network, name: value})
-        assert (wrong != right).mean() > 0.1  # without a complaint: the shapes are the same
+        assert (wrong != right).mean() > 0.1
 
     described = save_network(str(tmp_path / "described/model.pt"), network, config={"kind": "diffusion"})
     assert (sample(monkeypatch, tmp_path / "1", model_path=described) == right).all()
@@ -231,15 +201,13 @@ def test_heads_come_with_the_config_or_the_preset(monkeypatch, tmp_path):
 def test_an_upsampler_s_config_is_read(monkeypatch, tmp_path):
     network = {**UPSAMPLER, "num_heads": 4}
     np.savez(tmp_path / "base.npz", np.zeros((2, 8, 8, 3), np.uint8), np.arange(2))
-    found = []
-    for config in (None, {}):
-        folder = tmp_path / str(config)
-        path = save_network(str(folder / "model.pt"), network, config=config)
-        run_here(monkeypatch, "super_res_sample", model_path=path, base_samples=tmp_path / "base.npz", num_samples=2,
-                 timestep_respacing=2, log_dir=folder / "out", **(network if config is None else {}))  # fmt: skip
-        found.append(read_npz(folder / "out")["arr_0"])
-    assert (found[0] == found[1]).all()
+    options = dict(base_samples=tmp_path / "base.npz", num_samples=2, timestep_respacing=2)
+    plain, described = (save_network(str(tmp_path / name / "model.pt"), network, config=config)
+                        for name, config in (("a", None), ("b", {})))  # fmt: skip
+    run_here(monkeypatch, "super_res_sample", model_path=plain, log_dir=tmp_path / "1", **options, **network)
+    run_here(monkeypatch, "super_res_sample", model_path=described, log_dir=tmp_path / "2", **options)
+    assert (read_npz(tmp_path / "1")["arr_0"] == read_npz(tmp_path / "2")["arr_0"]).all()
     refused(
-        lambda: run_here(monkeypatch, "super_res_sample", model_path=path, num_heads=2, log_dir=tmp_path / "out"),
-        "--num_heads 2", tmp_path / "{}/config.json",
+        lambda: run_here(monkeypatch, "super_res_sample", model_path=described, num_heads=2, log_dir=tmp_path / "3"),
+        "--num_heads 2", tmp_path / "b/config.json",
     )  # fmt: skip

@@ -23,7 +23,7 @@ from evaluations.metrics import frechet_distance, precision_recall
 from evaluations.ranks import Ranks
 from evaluations.sweep import SWEPT
 from guided_diffusion.classifier_util import ClassifierFeatures
-from guided_diffusion.sample_util import BatchSampler
+from guided_diffusion.sample_job import BatchSampler
 from guided_diffusion.script_util import classifier_defaults, create_classifier
 
 pytestmark = pytest.mark.usefixtures("cpu")

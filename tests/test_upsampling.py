@@ -152,21 +152,16 @@ def pipeline(networks, upsampler):
     return {**options, **prefixed("upsampler_", upsampling)}
 
 
-def one_after_the_other(monkeypatch, folder, pipeline):
-    """Run the two scripts that the pipeline chains. Returns the arrays of each."""
-    base_flags = {k: v for k, v in pipeline.items() if not k.startswith("upsampler_")}
-    run_here(monkeypatch, "classifier_sample", **base_flags, log_dir=folder / "small")
-    theirs = {k.removeprefix("upsampler_"): v for k, v in pipeline.items() if k.startswith("upsampler_")}
-    theirs["model_path"] = theirs.pop("path")
-    (small,) = (folder / "small").glob("*.npz")
-    run_here(monkeypatch, "super_res_sample", **theirs, base_samples=small, seed=pipeline["seed"],
-             num_samples=pipeline["num_samples"], log_dir=folder / "large")  # fmt: skip
-    return read_npz(folder / "small"), read_npz(folder / "large")
-
-
-def test_the_pipeline_is_its_two_scripts(pipeline, monkeypatch, tmp_path):
-    small, large = one_after_the_other(monkeypatch, tmp_path, pipeline)
+def test_the_pipeline_gives_what_its_two_scripts_give(pipeline, monkeypatch, tmp_path):
+    first = {k: v for k, v in pipeline.items() if not k.startswith("upsampler_")}
+    second = {k.removeprefix("upsampler_"): v for k, v in pipeline.items() if k not in first}
+    second.update(
+        model_path=second.pop("path"), base_samples=tmp_path / "small/samples_8x8x8x3.npz", num_samples=8, seed=3
+    )
+    run_here(monkeypatch, "classifier_sample", **first, log_dir=tmp_path / "small")
+    run_here(monkeypatch, "super_res_sample", **second, log_dir=tmp_path / "large")
     run_here(monkeypatch, "pipeline_sample", **pipeline, log_dir=tmp_path / "both")
+    small, large = (read_npz(tmp_path / name) for name in ("small", "large"))
     for folder, want in ((tmp_path / "both/base", small), (tmp_path / "both", large)):
         found = read_npz(folder)
         assert all((found[name] == want[name]).all() for name in ("arr_0", "arr_1"))
