@@ -2,10 +2,10 @@
 
     mpiexec -n 2 python benchmarks/assemble.py --num_samples 20000 --size 128
 
-makes images of noise in the place of a network's samples (20,000 of 128x128 are 983 MB), keeps them as shards, and has
-them assembled into one .npz and a picture, as scripts/image_sample.py would. It reports, for each rank, the peak of its
-resident memory beyond that of a job of one round: the growth with the number of samples. Then it reads the .npz back
-and compares every image with what was made. Exits with 1 where one differs, or a rank grew by more than --most MB.
+writes images of noise (20,000 of 128x128 are 983 MB) as shards and assembles them into one .npz and a picture, as
+scripts/image_sample.py does with a network's samples. For each rank it reports how much the peak of its resident memory
+grows beyond that of a job with one batch a rank. Then it reads the .npz and compares every image. It exits with 1 if an
+image differs, or if a rank grew by more than --most MB.
 """
 
 import argparse
@@ -35,13 +35,13 @@ def main():
                 print(f"rank {rank} grew by {total:.0f} MB, {assembly:.0f} MB of them in the assembly", flush=True)
             path = f"{folder}/samples_{args.num_samples}x{args.size}x{args.size}x3.npz"
             check(path, args)
-            print(f"{args.num_samples} images of {args.size}x{args.size}: {seconds:.1f} s, all as they were made")
+            print(f"{args.num_samples} images of {args.size}x{args.size}: {seconds:.1f} s, all are in the file")
         dist_util.barrier()
     sys.exit(int(max(everywhere)[0] > args.most))
 
 
 class Noise:
-    """Samples that cost nothing to make: sample i's pixels are a function of i alone."""
+    """Replaces a BatchSampler: sample i's pixels are a function of i alone."""
 
     num_steps = 1
 
@@ -53,12 +53,12 @@ class Noise:
 
 
 def pixels(index, shape):
-    """The grey levels of an image: uint8 of a shape."""
+    """The pixels of an image: uint8 of this shape."""
     return np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8)
 
 
 def measure(args, folder):
-    """Run the job: (MB grown over all of it, MB grown since the last shard), and its seconds."""
+    """Run the job. Returns (MB grown over the whole job, MB grown after the rank's last batch) and its seconds."""
     logger.configure(f"{folder}/log", format_strs=[])
     ranks = dist_util.get_world_size()
     labels = th.arange(args.num_samples) % 1000
@@ -71,7 +71,7 @@ def measure(args, folder):
 
 
 class Marked(Noise):
-    """Notes the memory at every batch."""
+    """Records the memory at every batch."""
 
     def __init__(self, size, num_samples, marks):
         super().__init__(size)
@@ -83,7 +83,7 @@ class Marked(Noise):
 
 
 def peak():
-    """The most memory that this process had resident so far, in MB."""
+    """The peak of this process's resident memory, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -97,7 +97,7 @@ def check(path, args):
         for i in range(args.num_samples):
             found = np.frombuffer(f.read(size), np.uint8).reshape(shape[1:])
             if not np.array_equal(found, pixels(i, (3, args.size, args.size)).transpose(1, 2, 0)):
-                sys.exit(f"image {i} is another than was made")
+                sys.exit(f"image {i} in the file differs from the one that was made")
     with np.load(path) as arrays:
         assert np.array_equal(arrays["arr_1"], np.arange(args.num_samples) % 1000)
 

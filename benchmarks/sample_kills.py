@@ -1,12 +1,11 @@
-"""Kill a small sampling job again and again, and compare the file it ends in with that of a job that was left alone.
+"""Kill a small sampling job again and again, and compare its .npz with that of an undisturbed job.
 
     python benchmarks/sample_kills.py --kills 30
 
-samples from a tiny network with random weights on two ranks: once undisturbed, and once with SIGKILL to all its
-processes at random moments; a part of the kills, --assembly of them, falls within the assembly of the .npz. After every
-kill each shard that was finished before must be there still, untouched, as the same file; in the end the .npz must
-equal the undisturbed job's byte for byte, and nothing else may be left behind. About two minutes on two cores. Exits
-with 1 on the first difference.
+samples from a tiny network with random weights on two ranks: once undisturbed, and once with SIGKILL to all processes
+at random moments, --assembly of them during the assembly of the .npz. After each kill, every shard that was finished
+before must still be the same file. At the end the .npz must equal the undisturbed job's byte for byte, and no temporary
+file may be left. It takes about two minutes on two cores, and exits with 1 at the first difference.
 """
 
 import argparse
@@ -40,7 +39,7 @@ def main():
         moments, seen, rng = Counter(), {}, random.Random(args.seed)
         amid = args.kills - args.assembly
         for number in range(args.kills):
-            # Evenly over the job, and then within the assembly, as soon as its file appears and somewhat later
+            # Evenly over the job, and then within the assembly, up to 50 ms after its file appears
             goal = args.num_samples // args.batch_size * (number + rng.random()) / amid if number < amid else None
             moment = run_and_kill(command(args, model_path, killed), killed, goal, rng)
             now = shards(killed)
@@ -51,8 +50,8 @@ def main():
             seen = now
         subprocess.run(command(args, model_path, killed), check=True, capture_output=True, env=ENVIRONMENT)
         compare(alone, killed)
-    told = ", ".join(f"{count} {moment}" for moment, count in sorted(moments.items()))
-    print(f"{args.kills} kills ({told}): the same file, byte for byte, and no shard made twice")
+    counts = ", ".join(f"{count} {moment}" for moment, count in sorted(moments.items()))
+    print(f"{args.kills} kills ({counts}): the same file, byte for byte, and no shard made twice")
 
 
 def save_network(path):
@@ -67,7 +66,7 @@ def save_network(path):
 
 
 def command(args, model_path, folder):
-    """Sample, or go on sampling, in `folder`."""
+    """The command that samples, or goes on sampling, in `folder`."""
     flags = dict(
         model_path=model_path, log_dir=folder, seed=3, num_samples=args.num_samples, batch_size=args.batch_size,
         timestep_respacing=4, **NETWORK,
@@ -79,18 +78,18 @@ def command(args, model_path, folder):
 
 
 def shards(folder):
-    """The finished shards, by name, with what tells a file from another of the same name."""
+    """The finished shards by name, each with what distinguishes its file from a rewritten one."""
     found = [e for e in os.scandir(os.path.join(folder, "shards")) if e.name.endswith(".npz")]
     return {e.name: (e.stat().st_ino, e.stat().st_mtime_ns) for e in found}
 
 
 def run_and_kill(argv, folder, goal, rng):
-    """Start a run and kill all of it, once there are `goal` shards or, where that is None, within the assembly."""
+    """Start a run and kill all its processes once there are `goal` shards, or within the assembly if it is None."""
     process = subprocess.Popen(
         argv, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     finished, growing = (os.path.join(folder, p) for p in ("shards/*-*.npz", "samples_*.npz.*.tmp"))
-    left = set(glob.glob(growing))  # by a kill before: the run removes it
+    left = set(glob.glob(growing))  # by an earlier kill: the run removes it
     while len(glob.glob(finished)) < goal if goal is not None else not set(glob.glob(growing)) - left:
         if process.poll() is not None:
             sys.exit("the run had ended before the kill: give more --num_samples")
@@ -106,24 +105,24 @@ def run_and_kill(argv, folder, goal, rng):
 
 
 def compare(alone, killed):
-    """Exit unless two folders hold the same files of samples, and nothing that was there for a time only."""
+    """Exit unless two folders hold the same files of samples, and no shards."""
     names = [sorted(n for n in os.listdir(f) if n.startswith("samples_") or n == "shards") for f in (alone, killed)]
     if names[0] != names[1]:
         sys.exit(f"{killed} holds {names[1]} and not {names[0]}")
     for name in names[0]:
         first, second = (open(os.path.join(folder, name), "rb").read() for folder in (alone, killed))
         if first != second:
-            sys.exit(f"{name} differs from that of the job that was left alone")
+            sys.exit(f"{name} differs from that of the undisturbed job")
 
 
 def create_argparser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--assembly", type=int, default=8, help="how many of them within the assembly (default: 8)")
+    parser.add_argument("--assembly", type=int, default=8, help="the number of kills within the assembly (default: 8)")
     parser.add_argument("--num_samples", type=int, default=3000)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="for the moments of the kills")
     return parser
 
 

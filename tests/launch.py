@@ -1,10 +1,13 @@
 """Starting the project's commands, or snippets of Python, as a user would: under mpiexec, torchrun or plain python."""
 
+import atexit
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -97,40 +100,110 @@ def run(argv, ranks=None, launcher="mpiexec", env=None, timeout=60):
     return Outcome(process.returncode, output, time.time() - start, time.time())
 
 
-# Each job runs in a fork of one process that has the imports behind it. Nothing surrounds the script there: exceptions
-# reach the interpreter, its hooks print and its exit status is what a user's shell would see.
-_FORKS = """
-import gc, json, os, runpy, signal, sys, time
-import guided_diffusion.sample_job, guided_diffusion.classifier_util, guided_diffusion.image_datasets
+# Jobs are forked from a process that has imported everything, and killed at a chosen moment. Nothing surrounds their
+# code: exceptions reach the interpreter, its hooks print them, and its exit status is what a user's shell would see.
+
+_SERVER = """
+import gc, glob, json, os, signal, socket, sys, time
+import guided_diffusion.sample_job, guided_diffusion.classifier_util, guided_diffusion.image_datasets, sampling
 gc.freeze()  # collections in the forks would touch, and so copy, every page
-jobs, folder, limit = json.loads(sys.argv[1])
-results = []
-for i, job in enumerate(jobs):
-    start, path = time.time(), os.path.join(folder, f"job{i}.txt")
-    child = os.fork()
-    if child == 0:
-        signal.alarm(limit)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(fd, 1), os.dup2(fd, 2)
-        os.environ.update(job["env"])
-        sys.argv = job["argv"]
+
+def port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+def become(job, rank, master_port):
+    signal.alarm(job["limit"])
+    fd = os.open(job["output"], os.O_WRONLY | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(fd, 1), os.dup2(fd, 2)
+    os.environ.update(job["env"])
+    if ranks := job["ranks"]:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(master_port))
+    sys.argv = ["-c", *job["argv"]]
+
+def kill(children):
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+
+def watch(job, children):
+    # Wait for the end of all ranks, or for the moment to kill them. Returns the first status that is not zero, and
+    # whether the ranks were killed at that moment.
+    alive, first, failed_at, killed = list(children), 0, None, False
+    while alive:
+        for child in list(alive):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                alive.remove(child)
+                if status and not first:
+                    first, failed_at = os.waitstatus_to_exitcode(status), time.time()
+        if first and time.time() - failed_at > 0.1:  # launchers end a job when one of its ranks has failed
+            kill(alive)
+        if job["pattern"] and not killed and len(glob.glob(job["pattern"])) >= job["count"]:
+            time.sleep(job["delay"])
+            kill(alive)  # a child that has ended keeps its number until waitpid
+            killed = True
+        time.sleep(0.0005)
+    return first, killed
+
+for line in sys.stdin:
+    job, start, master_port, children = json.loads(line), time.time(), port(), []
+    open(job["output"], "w").close()
+    for rank in range(job["ranks"] or 1):
+        child = os.fork()
+        if not child:
+            break
+        children.append(child)
+    if not child:
+        become(job, rank, master_port)
         break
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    results.append([status, open(path, errors="replace").read(), time.time() - start, time.time()])
+    status, killed = watch(job, children)
+    output = open(job["output"], errors="replace").read()
+    print(json.dumps([killed, status, output, time.time() - start, time.time()]), flush=True)
 else:
-    print(json.dumps(results))
     sys.exit()
-runpy.run_path(sys.argv[0], run_name="__main__")
+exec(job["code"], {"__name__": "__main__"})
 """
 
+# The code of a rank: a script, whose path is the first argument.
+RUN_SCRIPT = "import runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
 
-def run_forked(jobs, folder, env=None, timeout=60):
-    """Run several scripts one after the other as plain python would, without importing torch anew for each.
+
+@functools.cache
+def _server():
+    env = clean_environment()
+    env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], os.path.join(ROOT, "tests")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVER], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(process.stdin.close)
+    return process
+
+
+def run_ranks(ranks, argv, code=RUN_SCRIPT, kill_at=None, env=None, limit=60):
+    """Run code on several ranks with the environment that torchrun gives them, without importing torch anew.
+
+    :param ranks: their number; None is plain python.
+    :param argv: sys.argv[1:] of the code.
+    :param kill_at: (pattern, count, seconds): so many seconds after so many paths match the pattern, SIGKILL all ranks.
+    :return: an Outcome, whose return code is the first that is not zero, and whether the ranks were killed.
+    """
+    pattern, count, delay = kill_at or ("", 0, 0)
+    with tempfile.NamedTemporaryFile() as output:
+        job = dict(ranks=ranks, argv=[str(a) for a in argv], code=code, output=output.name, limit=limit)
+        job.update(env=env or {}, pattern=str(pattern), count=count, delay=delay)
+        process = _server()
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        killed, *outcome = json.loads(process.stdout.readline())
+    return Outcome(*outcome), killed
+
+
+def run_forked(jobs, env=None):
+    """Run several scripts one after the other, as plain python would.
 
     :param jobs: a dict of argument lists (a script's path and its flags).
-    :param folder: a folder for their output.
     :return: a dict of Outcomes with the same keys.
     """
-    listed = [{"argv": list(argv), "env": env or {}} for argv in jobs.values()]
-    done = run(["-c", _FORKS, json.dumps([listed, str(folder), timeout])], timeout=timeout + 2 * len(listed)).check()
-    return {key: Outcome(*result) for key, result in zip(jobs, json.loads(done.output.splitlines()[-1]))}
+    return {key: run_ranks(None, argv, env=env)[0] for key, argv in jobs.items()}

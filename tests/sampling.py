@@ -1,19 +1,15 @@
-"""What the tests of sampling share: scripts run in this process, ranks that are forked and killed, known images."""
+"""Shared by the tests of sampling: small networks, scripts run in this process, and samples of known content."""
 
-import atexit
-import functools
 import json
 import math
 import os
 import runpy
-import subprocess
 import sys
-import tempfile
 
 import numpy as np
 import torch as th
 from helpers import fill_by_name, randn
-from launch import ROOT, Outcome, clean_environment, flags, script
+from launch import flags, run_ranks, script
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.sample_job import sample_job
@@ -156,73 +152,6 @@ def known_job(folder, num_samples, batch_size, sampler=None, job=None, **options
         return sampler, dict(arrays)
 
 
-# Ranks are forked from a process that has imported everything, and killed at a chosen moment
-
-_RANKS = """
-import gc, glob, json, os, signal, socket, sys, time
-import guided_diffusion.sample_job, guided_diffusion.sampling_networks, guided_diffusion.image_datasets, sampling
-gc.freeze()  # collections in the forks would touch, and so copy, every page
-
-def port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-def become(job, rank, rendezvous):
-    signal.alarm(job["limit"])
-    fd = os.open(job["output"], os.O_WRONLY | os.O_APPEND)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(fd, 1), os.dup2(fd, 2)
-    ranks = str(job["ranks"])
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(rendezvous))
-    sys.argv = ["-c", *job["argv"]]
-
-def kill(children):
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-
-def watch(job, children):
-    # Wait for the end of all ranks, or for the moment to kill them. Returns the first status that is not zero, and
-    # whether the ranks were killed at that moment.
-    alive, first, failed_at, killed = list(children), 0, None, False
-    while alive:
-        for child in list(alive):
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                alive.remove(child)
-                if status and not first:
-                    first, failed_at = os.waitstatus_to_exitcode(status), time.time()
-        if first and time.time() - failed_at > 0.5:  # launchers end a job when one of its ranks has failed
-            kill(alive)
-        if job["pattern"] and not killed and len(glob.glob(job["pattern"])) >= job["count"]:
-            time.sleep(job["delay"])
-            kill(alive)  # no other process can have the number of a child that has ended: nobody waited for it
-            killed = True
-        time.sleep(0.0005)
-    return first, killed
-
-for line in sys.stdin:
-    job, start, rendezvous, children = json.loads(line), time.time(), port(), []
-    open(job["output"], "w").close()
-    for rank in range(job["ranks"]):
-        child = os.fork()
-        if not child:
-            break
-        children.append(child)
-    if not child:
-        become(job, rank, rendezvous)
-        break
-    status, killed = watch(job, children)
-    output = open(job["output"], errors="replace").read()
-    print(json.dumps([killed, status, output, time.time() - start, time.time()]), flush=True)
-else:
-    sys.exit()
-exec(job["code"], {"__name__": "__main__"})
-"""
-
-# The code of a rank: a script, whose path is the first argument.
-RUN_SCRIPT = "import runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
-
 KNOWN_JOB = """
 import json, resource, sys
 import sampling
@@ -236,34 +165,6 @@ sampling.known_job(folder, int(num_samples), int(batch_size), sampler)
 resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
 print(f"\\nrank {dist_util.get_rank()} made {[list(asked) for asked in sampler.asked]}", flush=True)
 """
-
-
-@functools.cache
-def _ranks():
-    env = clean_environment()
-    env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], os.path.join(ROOT, "tests")])
-    process = subprocess.Popen(
-        [sys.executable, "-c", _RANKS], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    atexit.register(process.stdin.close)
-    return process
-
-
-def run_ranks(ranks, argv, code=RUN_SCRIPT, kill_at=None, limit=60):
-    """Run code on several ranks with the environment that torchrun gives them.
-
-    :param argv: sys.argv[1:] of the code.
-    :param kill_at: (pattern, count, seconds): so many seconds after so many paths match the pattern, SIGKILL all ranks.
-    :return: an Outcome, whose return code is the first that is not zero, and whether the ranks were killed.
-    """
-    pattern, count, delay = kill_at or ("", 0, 0)
-    with tempfile.NamedTemporaryFile() as output:
-        job = dict(ranks=ranks, argv=[str(a) for a in argv], code=code, output=output.name, limit=limit)
-        process = _ranks()
-        process.stdin.write(json.dumps(dict(job, pattern=str(pattern), count=count, delay=delay)) + "\n")
-        process.stdin.flush()
-        killed, *outcome = json.loads(process.stdout.readline())
-    return Outcome(*outcome), killed
 
 
 def known_job_on_ranks(ranks, folder, num_samples, batch_size, limit=-1, **options):

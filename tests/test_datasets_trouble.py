@@ -31,8 +31,7 @@ from archives import (
     val_images,
     write_lmdb,
 )
-from launch import BAR_INTERRUPTED, run
-from sampling import RUN_SCRIPT
+from launch import BAR_INTERRUPTED, RUN_SCRIPT, run
 
 # Kills and restarts
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import LEARNED, GaussianData, exact_model, process, quick_half_convolutions, refused
-from launch import flags, script
+from launch import flags, run_ranks, script
 from PIL import Image
-from sampling import MODEL, run_here, run_ranks, save_network
+from sampling import MODEL, run_here, save_network
 from test_analytic_truth import gaussian_bpd
 
 from guided_diffusion import likelihood_util, sampling_networks

@@ -1,6 +1,5 @@
 """Samples on disk: shards in any order and of any sizes, restarts, damage, and folders of other jobs."""
 
-import json
 import os
 import random
 
@@ -68,20 +67,6 @@ def test_samples_that_no_shard_holds_are_missing(tmp_path):
         assert gaps == sorted(gaps) and all(start < stop for start, stop in gaps)
         missing = [i for start, stop in gaps for i in range(start, stop)]
         assert missing == [i for i in range(20) if not any(start <= i < stop for start, stop in held)]
-
-
-def test_single_samples_and_parts_are_read_from_the_shards_and_from_the_npz(tmp_path):
-    def parts():
-        return [(start, images[rows]) for start, images, rows in new_store(tmp_path).parts()]
-
-    store = opened(tmp_path, [(7, 20), (0, 4), (4, 7)])
-    wanted = np.array([0, 3, 4, 11, 19])
-    assert (store.images(wanted) == pictures(wanted)).all()
-    assert [(start, len(images)) for start, images in parts()] == [(0, 4), (4, 3), (7, 13)]
-    for done in (False, True):
-        if done:
-            finish(store)
-        assert (np.concatenate([images for _, images in parts()]) == pictures(range(20))).all()
 
 
 # Restarts and damage
@@ -188,12 +173,3 @@ def test_a_job_of_more_or_fewer_samples_uses_the_existing_ones(tmp_path):
     assert (arrays["arr_0"] == pictures(range(10))).all() and arrays["arr_1"].tolist() == [i % 7 for i in range(10)]
     assert new_store(tmp_path, count=10).open() == []
     assert new_store(tmp_path).open() == [(0, 8), (14, 20)]  # the shard of samples 10 to 13 has stayed
-
-
-def test_a_complete_job_keeps_the_shards_of_another(tmp_path):
-    finish(opened(tmp_path, [(0, 20)]))
-    other = dict(count=30, job={**JOB, "seed": 5})
-    opened(tmp_path, [(0, 4)], **other)
-    assert new_store(tmp_path).open() == []
-    assert new_store(tmp_path, **other).open() == [(4, 30)]
-    assert json.loads((tmp_path / "shards/job.json").read_text())["seed"] == 5

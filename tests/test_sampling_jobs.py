@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import DATA, fill_by_name, refused
-from launch import flags, script
+from launch import flags, run_ranks, script
 from sampling import (
     MODEL,
     check_alike,
@@ -17,7 +17,6 @@ from sampling import (
     pictures,
     read_npz,
     run_here,
-    run_ranks,
     save_network,
     shard_files,
 )
@@ -55,19 +54,12 @@ def test_samples_depend_on_seed_and_index_alone(networks, monkeypatch, tmp_path)
         assert (other["arr_1"] == first["arr_1"]).all()
     for batch_size in (3, 8):  # the same batches: the same samples on other ranks
         assert (found[1, batch_size]["arr_0"] == found[3, batch_size]["arr_0"]).all()
-
-
-def test_another_seed_makes_other_samples(networks, monkeypatch, tmp_path):
-    def sample(seed, num_samples=6):
-        folder = str(tmp_path / f"{seed}.{num_samples}")
-        options = dict(networks, classifier_scale=0, num_samples=num_samples, timestep_respacing=3, use_ddim=True)
-        run_here(monkeypatch, "classifier_sample", log_dir=folder, seed=seed, batch_size=3, **options)
-        return read_npz(folder)["arr_0"]
-
-    images, others = sample(0), sample(1)
-    assert (images != others).mean() > 0.9
-    assert len({image.tobytes() for image in [*images, *others]}) == 12
-    assert (sample(0, 3) == images[:3]).all()  # the number of samples does not matter
+    for seed in (3, 4):  # fewer samples
+        run = dict(options, num_samples=3, batch_size=3, seed=seed, log_dir=tmp_path / f"seed {seed}")
+        run_here(monkeypatch, "classifier_sample", **run)
+        same = read_npz(run["log_dir"])["arr_0"] == found[1, 3]["arr_0"][:3]
+        assert same.all() if seed == 3 else same.mean() < 0.5
+    assert len({image.tobytes() for image in first["arr_0"]}) == 10
 
 
 # The original's numbers, through the script
@@ -182,20 +174,6 @@ def test_killed_jobs_end_as_undisturbed_ones(networks, tmp_path):
     first, second = (next(folder.glob("samples_*.npz")).read_bytes() for folder in (alone, killed))
     assert first == second
     assert not shards.exists() and not list(killed.glob("**/*.tmp"))
-
-
-def test_a_killed_job_goes_on_with_other_ranks_and_batches(networks, monkeypatch, tmp_path):
-    options = dict(networks, num_samples=20, timestep_respacing=2)
-    reference, folder = str(tmp_path / "reference"), str(tmp_path / "moved")
-    run_here(monkeypatch, "classifier_sample", **options, batch_size=20, log_dir=reference)
-    argv = [script("classifier_sample"), *flags(**options, batch_size=3, log_dir=folder)]
-    assert run_ranks(2, argv, kill_at=(f"{folder}/shards/*-*.npz", 2, 0))[1]
-    existing = [i for name in shard_files(f"{folder}/shards") for i in range(*map(int, name[:-4].split("-")))]
-    made, steps = [], sample_job.BatchSampler.steps
-    monkeypatch.setattr(sample_job.BatchSampler, "steps", lambda self, i: made.extend(i) or steps(self, i))
-    run_here(monkeypatch, "classifier_sample", **options, batch_size=8, log_dir=folder)
-    assert len(existing) >= 6 and sorted(made + existing) == list(range(20))
-    check_alike(read_npz(reference)["arr_0"], read_npz(folder)["arr_0"])
 
 
 def test_changed_flags_and_files_are_refused(networks, monkeypatch, tmp_path):

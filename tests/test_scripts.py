@@ -251,16 +251,10 @@ def test_classifier_logs_training_and_held_out_metrics(classifier):
 
 def test_classifier_trains_in_half_precision(digits, tmp_path):
     common = flags(data_dir=digits, batch_size=4, iterations=2, save_interval=2, num_workers=0, **TINY_CLASSIFIER)
-    done = run_forked(
-        {
-            kind: [
-                *(script("classifier_train"), *common),
-                *(f"--classifier_use_{kind}", "True", "--log_dir", str(tmp_path / kind)),
-            ]
-            for kind in ("fp16", "bf16")
-        },
-        tmp_path,
-    )
+    argv = {
+        kind: [*common, f"--classifier_use_{kind}", "True", "--log_dir", tmp_path / kind] for kind in ("fp16", "bf16")
+    }
+    done = run_forked({kind: [script("classifier_train"), *argv[kind]] for kind in argv})
     for kind, outcome in done.items():
         outcome.check()
         state_dict = load(tmp_path / kind, "model000002.pt")
@@ -373,7 +367,7 @@ def variants(trained, classifier, tmp_path_factory):
         ],
     }  # fmt: skip
     jobs = {name: [*argv, "--log_dir", str(folder / name)] for name, argv in jobs.items()}
-    for outcome in run_forked(jobs, folder).values():
+    for outcome in run_forked(jobs).values():
         outcome.check()
     return {name: read_samples(folder / name) for name in jobs}
 
@@ -397,7 +391,7 @@ def unconditional(digits, tmp_path_factory):
         "guided": [script("classifier_sample"), *model, *guide, "--classifier_scale", "50"],
     }
     jobs = {name: [*argv, "--log_dir", str(folder / name)] for name, argv in jobs.items()}
-    for outcome in run_forked(jobs, folder).values():
+    for outcome in run_forked(jobs).values():
         outcome.check()
     return {name: read_samples(folder / name, (10, 16, 16, 1)) for name in ("unguided", "scale 0", "guided")}
 

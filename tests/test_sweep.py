@@ -11,9 +11,9 @@ import pytest
 import torch as th
 import torch.nn.functional as F
 from helpers import fill_by_name, refused
-from launch import flags, run_forked, script
+from launch import flags, run_forked, run_ranks, script
 from PIL import Image
-from sampling import CLASSIFIER, MODEL, new_network, prefixed, read_npz, run_here, run_ranks, save_network
+from sampling import CLASSIFIER, MODEL, new_network, prefixed, read_npz, run_here, save_network
 from test_evaluation_features import BAD, KnownNetwork, truth
 
 from evaluations import evaluator
@@ -338,7 +338,7 @@ def test_what_a_user_sees(stage, references, tmp_path):
         case: [script("guidance_sweep"), *flags(**bad_flags(case, stage, references), log_dir=tmp_path / str(i))]
         for i, case in enumerate(cases)
     }
-    outcomes = run_forked(argv, tmp_path)
+    outcomes = run_forked(argv)
     outcomes["ranks"], _ = run_ranks(2, argv[cases[-1]])
     for case, outcome in outcomes.items():
         words = BAD_FLAGS[cases[-1] if case == "ranks" else case][1]
