@@ -1,13 +1,13 @@
-"""Speed of a sampling step of the released models: the UNet, and guided, the classifier's gradient, too.
+"""Measure the speed of a sampling step of the released models: of the UNet, and with the classifier's gradient.
 
     python benchmarks/sampling.py
     python benchmarks/sampling.py --presets all --batch_sizes 1,8,64 --precisions bf16,fp16 --compile False,True
 
-prints for each model, batch size, precision, and compiled or not: seconds a step, images a second at 250 steps,
-utilisation (the step's operations a second, by torch's counter, over the machine's rate for a large matrix product of
-the same type), peak memory, and how far what the step changes is from what it changes in float32, run eagerly. With
---psnr True also the PSNR of unguided samples of 25 DDIM steps against float32's. Weights are random, of a size that
-keeps activations alive. Each row is measured in a process of its own.
+prints a row for each model, batch size, precision, and compiled or not: seconds per step, images per second at 250
+steps, utilisation (the step's operations per second, by torch's counter, over the machine's rate for a large matrix
+product of the same dtype), peak memory, and the relative error of the step's update against eager float32. --psnr True
+adds the PSNR of unguided samples of 25 DDIM steps against float32. Weights are random, scaled so that activations keep
+their size. Each row is measured in a process of its own.
 """
 
 import argparse

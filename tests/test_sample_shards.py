@@ -35,19 +35,24 @@ def finish(store):
     store.remove_shards()
 
 
-def some_spans(rng, count, share=1.0):
-    """A share of the spans between random edges, in random order."""
-    edges = sorted({0, count, *(rng.randrange(count) for _ in range(6))})
+def some_spans(rng):
+    """The spans between random edges from 0 to 20, in random order."""
+    edges = sorted({0, 20, *(rng.randrange(20) for _ in range(6))})
     spans = list(zip(edges, edges[1:]))
-    return rng.sample(spans, round(share * len(spans)))
+    return rng.sample(spans, len(spans))
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_shards_of_any_sizes_become_the_same_file(labelled, tmp_path):
     rng, found = random.Random(0), set()
-    for attempt in range(5):
-        folder = tmp_path / str(attempt)
-        finish(opened(folder, some_spans(rng, 20), labelled=labelled))
+    for attempt in range(10):
+        folder, spans = tmp_path / str(attempt), some_spans(rng)[attempt % 3 :]
+        store = opened(folder, spans, labelled=labelled)
+        gaps = new_store(folder, labelled=labelled).open()
+        assert gaps == store.missing() == sorted(gaps)
+        held = [i for start, stop in [*spans, *gaps] for i in range(start, stop)]
+        assert sorted(held) == list(range(20))
+        finish(opened(folder, gaps, labelled=labelled))
         assert sorted(os.listdir(folder)) == FINISHED
         found.add((folder / FINISHED[1]).read_bytes())
     assert len(found) == 1
@@ -56,17 +61,6 @@ def test_shards_of_any_sizes_become_the_same_file(labelled, tmp_path):
     assert (arrays["arr_0"] == pictures(range(20))).all()
     if labelled:
         assert arrays["arr_1"].tolist() == [i % 7 for i in range(20)] and arrays["arr_1"].dtype == np.int64
-
-
-def test_samples_that_no_shard_holds_are_missing(tmp_path):
-    rng = random.Random(1)
-    for attempt in range(20):
-        folder, held = tmp_path / str(attempt), some_spans(rng, 20, share=0.5)
-        opened(folder, held)
-        gaps = new_store(folder).open()
-        assert gaps == sorted(gaps) and all(start < stop for start, stop in gaps)
-        missing = [i for start, stop in gaps for i in range(start, stop)]
-        assert missing == [i for i in range(20) if not any(start <= i < stop for start, stop in held)]
 
 
 # Restarts and damage

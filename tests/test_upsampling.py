@@ -74,11 +74,6 @@ def test_sample_i_is_made_of_base_image_i_mod_n(use_ddim, upsampler, monkeypatch
     assert len({found["arr_0"][i].tobytes() for i in (0, 3, 6)}) == 3
 
 
-def test_an_upsampler_has_other_noise_than_its_small_images():
-    first, second = (SampleNoise(0, [0], "cpu", stream).randn(100) for stream in (0, UPSAMPLING))
-    assert (first != second).all()
-
-
 def test_a_model_without_labels_keeps_those_of_its_small_images(monkeypatch, tmp_path):
     network = {**UPSAMPLER, "class_cond": False}
     path = save_network(str(tmp_path / "model.pt"), network)
@@ -164,6 +159,9 @@ def test_the_pipeline_gives_what_its_two_scripts_give(pipeline, monkeypatch, tmp
         assert all((found[name] == want[name]).all() for name in ("arr_0", "arr_1"))
     assert large["arr_0"].shape == (8, 16, 16, 3) and (large["arr_1"] == small["arr_1"]).all()
     assert large["arr_0"].std() > 5
+    for name, value in dict(classifier_scale=2.0, upsampler_timestep_respacing=3, upsampler_use_ddim=True).items():
+        run = {**pipeline, name: value, "log_dir": tmp_path / "both"}
+        refused(lambda r=run: run_here(monkeypatch, "pipeline_sample", **r), f"--{name} ")
 
 
 def test_a_killed_pipeline_goes_on(pipeline, tmp_path):
@@ -183,14 +181,6 @@ def test_a_killed_pipeline_goes_on(pipeline, tmp_path):
     for name in ("base/samples_8x8x8x3.npz", "samples_8x16x16x3.npz"):
         assert (alone / name).read_bytes() == (killed / name).read_bytes()
     assert not [*killed.glob("**/*.tmp"), *killed.glob("**/shards")]
-
-
-def test_a_pipeline_s_changed_flags_are_refused(pipeline, monkeypatch, tmp_path):
-    run_here(monkeypatch, "pipeline_sample", **pipeline, log_dir=tmp_path / "out")
-    for name, value in dict(classifier_scale=2.0, upsampler_timestep_respacing=3, upsampler_use_ddim=True).items():
-        changed = {**pipeline, name: value}
-        refused(lambda c=changed: run_here(monkeypatch, "pipeline_sample", **c, log_dir=tmp_path / "out"), f"--{name} ")
-    run_here(monkeypatch, "pipeline_sample", **{**pipeline, "upsampler_batch_size": 5}, log_dir=tmp_path / "out")
 
 
 def test_an_upsampler_that_does_not_fit_is_refused_before_sampling(pipeline, monkeypatch, tmp_path):
