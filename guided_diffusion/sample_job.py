@@ -184,12 +184,12 @@ def _finish(store, rows_by_class):
     if files.exists(store.path):
         logger.log(f"{store.path} is complete")
         return
-    picture = f"{store.stem}.png"
     if gaps := store.missing():
         raise InputError(
             f"{store.shards}: samples {gaps[0][0]} to {gaps[0][1] - 1} are not there, although every rank has written "
             f"its own: give a --log_dir that all nodes share, and run this again"
         )
+    picture = f"{store.stem}.png"
     chosen = grid_indices(store.shape[0], store.labels if rows_by_class else None)
     with store.explained(picture):
         save_grid(picture, store.images(chosen), store.labels[chosen] if rows_by_class else None)
