@@ -67,7 +67,8 @@ def test_the_script_trains_resumes_and_shows(images, tmp_path, large, small, ran
     again.check()
     saved = sorted(path.name for path in (tmp_path / "run").glob("*.pt"))
     assert saved == sorted(f"{k}{s:06d}.pt" for k in ("ema_0.9999_", "model", "opt", "state") for s in (2, 4))
-    assert sorted(path.name for path in (tmp_path / "run/preview").iterdir()) == ["000002.png", "000004.png"]
+    previews = sorted(path.name for path in (tmp_path / "run/preview").iterdir())
+    assert previews == ["000002_weights.png", "000004_weights.png"]
     built = {**sr_model_and_diffusion_defaults(), **TINY_UPSAMPLER, "large_size": large, "small_size": small}
     model, _ = sr_create_model_and_diffusion(**{**built, "class_cond": True, "num_classes": 3})
     model.load_state_dict(th.load(tmp_path / "run/model000004.pt"), strict=True)
