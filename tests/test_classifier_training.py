@@ -79,18 +79,6 @@ def test_validation_does_not_touch_training(seed):
     assert all(th.equal(a, b) for a, b in zip(*ends))
 
 
-def test_validation_keeps_no_graph_and_logs_by_quartile():
-    loop = new_classifier_loop(data=labelled(), val_data=labelled(100), eval_interval=1)
-    grads = []
-    compute = loop.compute_loss
-    loop.compute_loss = lambda *a, **k: grads.append(th.is_grad_enabled()) or compute(*a, **k)
-    loop.evaluate()
-    assert grads == [False]
-    names = logger.getkvs().keys()
-    assert {"val_loss", "val_acc@1", "val_acc@5"} <= names
-    assert any(name.startswith("val_acc@1_q") for name in names) and not any(n.startswith("train") for n in names)
-
-
 def test_the_same_step_validates_with_the_same_noise():
     logged = []
     for _ in range(2):
@@ -99,13 +87,6 @@ def test_the_same_step_validates_with_the_same_noise():
         loop.evaluate()
         logged.append(logger.dumpkvs()["val_loss"])
     assert logged[0] == logged[1]
-
-
-def test_a_classifier_may_have_an_average(quiet):
-    loop = new_classifier_loop(data=labelled(), ema_rate="0.5")
-    loop.run_loop()
-    model, average = (th.load(f"{quiet}/{name}_000004.pt".replace("model_", "model")) for name in ("model", "ema_0.5"))
-    assert model.keys() == average.keys() and any(not th.equal(model[k], average[k]) for k in model)
 
 
 def test_the_place_in_the_held_out_images_is_saved():

@@ -75,27 +75,20 @@ def test_the_average_is_shown_once_it_has_seen_enough_steps(tmp_path):
     """3 / (1 - rate) steps: 6 for a rate of 0.5. Until then, the weights are shown. The log says which."""
     logger.configure(str(tmp_path), format_strs=["log"])
     model, diffusion = new_model()
-    shown = []
+    shown, own = [], {}  # own: the weights after each step
 
     class Note:
         def write(self, shown_model, step, weights):
             assert shown_model is model and not model.training
-            expected = loop.ema_params[0] if weights == "ema_0.5" else before_preview
+            expected = own[step - 1] if weights == "weights" else loop.ema_params[0]
             assert all(th.equal(a, b) for a, b in zip(model.parameters(), expected, strict=True))
-            shown.append((step, weights))
+            shown.append(weights)
             return f"picture{step}.png"
 
     loop = new_loop(model, diffusion, data=endless(), total_steps=8, preview=Note(), sample_interval=1, ema_rate="0.5")
-    write_preview = loop.write_preview
-
-    def noting():
-        nonlocal before_preview
-        before_preview = copies(model.parameters())
-        write_preview()
-
-    before_preview, loop.write_preview = None, noting
+    loop.after_step = lambda: own.update({loop.step: copies(model.parameters())})
     loop.run_loop()
-    assert shown == [(step, "weights" if step < 6 else "ema_0.5") for step in range(1, 9)]
+    assert shown == ["weights"] * 5 + ["ema_0.5"] * 3
     log = (tmp_path / "log.txt").read_text()
     assert "wrote picture5.png: samples of the weights themselves" in log
     assert "wrote picture6.png: samples of the moving average of rate 0.5" in log

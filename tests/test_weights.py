@@ -19,13 +19,10 @@ def weights():
 
 def load(path):
     """Load a file into a new network. Return its weights and the log."""
-    logger.configure(str(path.parent), format_strs=["log"])
-    try:
+    with logger.scoped_configure(str(path.parent), format_strs=["log"]):
         model = UNetModel(**SMALL)
         load_weights(model, str(path))
-        return model.state_dict(), (path.parent / "log.txt").read_text()
-    finally:
-        logger.reset()
+    return model.state_dict(), (path.parent / "log.txt").read_text()
 
 
 def prefixed(prefix, state_dict):
