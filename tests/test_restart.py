@@ -109,33 +109,28 @@ class Numbers:
         return index, rng.random()
 
 
-def streams(monkeypatch, ranks, length=50, **options):
-    """The streams of all ranks of a job."""
+def streams(monkeypatch, ranks, batch=GLOBAL_BATCH, **options):
+    """The streams of all ranks of a job, over 50 images."""
     made = []
     for rank in range(ranks):
         as_rank(monkeypatch, rank, ranks)
-        made.append(ImageStream(Numbers(length), GLOBAL_BATCH // ranks, num_workers=0, **{"seed": 3, **options}))
+        made.append(ImageStream(Numbers(50), batch // ranks, num_workers=0, **{"seed": 3, **options}))
     return made
 
 
-def global_batch(rank_streams):
-    """The next step's items over all ranks, in the order of their positions."""
-    batches = [next(stream) for stream in rank_streams]
-    return [(int(b[0][j]), float(b[1][j])) for j in range(len(batches[0][0])) for b in batches]
+def items(rank_streams, steps):
+    """The items of some steps over all ranks, in the order of their positions."""
+    batches = [[next(stream) for stream in rank_streams] for _ in range(steps)]
+    return [(int(b[0][j]), float(b[1][j])) for step in batches for j in range(len(step[0][0])) for b in step]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_steps_see_the_same_images_however_they_are_split(ranks, monkeypatch):
-    one, several = streams(monkeypatch, 1), streams(monkeypatch, ranks)
-    for _ in range(9):
-        assert global_batch(one) == global_batch(several)
-
-
-def test_each_epoch_shows_every_image_once_with_new_randomness(monkeypatch):
+def test_the_order_of_images_does_not_depend_on_ranks_and_shows_each_once_an_epoch(ranks, monkeypatch):
+    shown = items(streams(monkeypatch, 1), 13)
+    assert items(streams(monkeypatch, ranks), 13) == shown
+    indices, draws = zip(*shown)
     # 50 is not a multiple of the global batch: batches cross the ends of epochs.
-    stream = streams(monkeypatch, 1, length=50)
-    shown, draws = zip(*[item for _ in range(13) for item in global_batch(stream)])
-    epochs = [shown[:50], shown[50:100], shown[100:150]]
+    epochs = [indices[:50], indices[50:100], indices[100:150]]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and len(set(draws)) == len(draws)
 
@@ -145,31 +140,17 @@ def test_fixed_order_deals_images_in_turn(monkeypatch):
     assert first == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
 
 
-@pytest.mark.parametrize("before, after", [(1, 1), (2, 3)])
-def test_a_stream_goes_on_where_another_was(before, after, monkeypatch):
-    stream, fresh = streams(monkeypatch, before), streams(monkeypatch, after, seed=99)
-    for _ in range(6):
-        global_batch(stream)
-    for s in fresh:
-        s.load_state_dict(stream[0].state_dict())
-    for _ in range(5):
-        assert global_batch(stream) == global_batch(fresh)
-
-
-def test_a_stream_continues_at_its_position_with_another_global_batch(monkeypatch):
-    stream, undisturbed = streams(monkeypatch, 1)[0], streams(monkeypatch, 1)
-    for _ in range(6):
-        global_batch([stream])
-    other = ImageStream(Numbers(50), 5, num_workers=0, seed=99)
-    other.load_state_dict(stream.state_dict())
-    expected = [item for _ in range(11) for item in global_batch(undisturbed)][6 * GLOBAL_BATCH :]
-    assert [item for _ in range(12) for item in global_batch([other])] == expected
-
-
-def test_state_files_that_count_steps_load(monkeypatch):
-    stream = streams(monkeypatch, 1)[0]
-    stream.load_state_dict({"seed": 3, "step": 4, "global_batch": 6})
-    assert stream.state_dict() == {"seed": 3, "position": 24, "global_batch": GLOBAL_BATCH}
+@pytest.mark.parametrize("ranks, batch", [(1, GLOBAL_BATCH), (3, GLOBAL_BATCH), (1, 5)])
+def test_a_stream_continues_at_its_position(ranks, batch, monkeypatch):
+    """Also on other ranks, with another global batch, and from a state file that counts steps, as old ones do."""
+    stream = streams(monkeypatch, 2)
+    expected = items(streams(monkeypatch, 1), 11)[6 * GLOBAL_BATCH :]
+    items(stream, 6)
+    for state in (stream[0].state_dict(), {"seed": 3, "step": 6, "global_batch": GLOBAL_BATCH}):
+        resumed = streams(monkeypatch, ranks, batch, seed=99)
+        for s in resumed:
+            s.load_state_dict(state)
+        assert items(resumed, len(expected) // batch) == expected
 
 
 # Restarts
