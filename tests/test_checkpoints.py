@@ -12,7 +12,6 @@ from guided_diffusion import checkpoint_util, files, logger
 from guided_diffusion.checkpoint_util import Checkpoint, adopt_config
 from guided_diffusion.train_util import find_ema_checkpoint, parse_resume_step_from_filename
 from guided_diffusion.training_job import record_run
-from guided_diffusion.training_state import find_model_to_resume
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
@@ -35,13 +34,6 @@ def test_find_ema_checkpoint(tmp_path):
         assert find_ema_checkpoint(main, 12, rate) == str(tmp_path / "ema_0.9999_000012.pt")
     assert find_ema_checkpoint(main, 13, "0.9999") is find_ema_checkpoint(main, 12, "0.5") is None
     assert find_ema_checkpoint(None, 12, "0.9999") is None
-
-
-@pytest.mark.parametrize("name", ["ema_0.9_000004.pt", "ema_0.9999_000004.pt", "opt000004.pt", "state000004.pt"])
-def test_resuming_from_another_file_of_a_checkpoint_names_the_model_file(name):
-    refused(lambda: find_model_to_resume(f"run/{name}"), f"--resume_checkpoint run/{name}", "run/model000004.pt")
-    assert find_model_to_resume("run/model000004.pt") == "run/model000004.pt"
-    assert find_model_to_resume("models/64x64_diffusion.pt") == "models/64x64_diffusion.pt"
 
 
 def test_atomic_writes(quiet):

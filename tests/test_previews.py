@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch as th
-from helpers import GaussianData, batch_of, copies, exact_model, new_loop, new_model, process
+from helpers import GaussianData, copies, endless, exact_model, new_loop, new_model, process
 from PIL import Image
 
 from guided_diffusion import logger
@@ -13,11 +13,6 @@ from guided_diffusion.previews import Preview
 from guided_diffusion.script_util import create_gaussian_diffusion
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
-
-
-def endless():
-    while True:
-        yield batch_of(6), {}
 
 
 def test_previews_are_samples_from_the_same_noise(quiet):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
-from helpers import batch_of, copies, new_loop, new_model, quick_half_convolutions, refused
+from helpers import batch_of, copies, endless, new_loop, new_model, quick_half_convolutions, refused
 from launch import clean_environment, run
 
 from guided_diffusion import logger
@@ -26,12 +26,6 @@ def bad_batch():
     x = batch_of(6)
     x[3, 0, 0, 0] = math.nan
     return x
-
-
-def endless(batches):
-    while True:
-        for batch in batches:
-            yield batch, {}
 
 
 # Skipped steps
@@ -67,7 +61,7 @@ def test_a_step_with_a_bad_loss_and_a_good_gradient_is_skipped():
 def test_a_run_whose_steps_stay_bad_stops_with_the_reason(precision, quiet, monkeypatch):
     batches = [batch_of(6)] * 2 + [bad_batch()] * 8
     with quick_half_convolutions(monkeypatch):
-        loop = new_loop(*new_model(), data=endless(batches), save_interval=2, max_bad_steps=5, **precision)
+        loop = new_loop(*new_model(), data=endless(*batches), save_interval=2, max_bad_steps=5, **precision)
         with pytest.raises(RunStopped) as caught:
             loop.run_loop()
     message = str(caught.value)
@@ -85,7 +79,7 @@ def test_a_run_whose_steps_stay_bad_stops_with_the_reason(precision, quiet, monk
 @pytest.mark.parametrize("batches, max_bad_steps", [("bbg", 3), ("b", 0)])
 def test_fewer_bad_steps_than_the_limit_keep_a_run_going(batches, max_bad_steps):
     batches = [bad_batch() if kind == "b" else batch_of(6) for kind in batches]
-    loop = new_loop(*new_model(), data=endless(batches), total_steps=24, max_bad_steps=max_bad_steps)
+    loop = new_loop(*new_model(), data=endless(*batches), total_steps=24, max_bad_steps=max_bad_steps)
     loop.run_loop()
     assert loop.steps_done == 24
 
@@ -93,7 +87,7 @@ def test_fewer_bad_steps_than_the_limit_keep_a_run_going(batches, max_bad_steps)
 def test_a_checkpoint_after_skipped_steps_does_not_replace_a_good_one(quiet):
     """A run that ends after skipped steps saves once more."""
     batches = [batch_of(6)] * 4 + [bad_batch()] * 6
-    loop = new_loop(*new_model(), data=endless(batches), save_interval=2, total_steps=9, keep_checkpoints=1)
+    loop = new_loop(*new_model(), data=endless(*batches), save_interval=2, total_steps=9, keep_checkpoints=1)
     loop.run_loop()
     saved = sorted(name for name in os.listdir(quiet) if name.startswith("model"))
     assert saved == ["model000004.pt", "model000009.pt"]
@@ -107,10 +101,10 @@ ENDS = {"total_steps": (4, dict(total_steps=4)), "a signal": (4, {}), "save_inte
 @pytest.mark.parametrize("precision", PRECISIONS[:2], ids=str)
 def test_weights_that_are_not_finite_are_never_saved(precision, end, quiet):
     """The step that spoils them has a finite loss and gradient: only the next one would be skipped."""
-    new_loop(*new_model(), data=endless([batch_of(6)]), total_steps=2, **precision).run_loop()
+    new_loop(*new_model(), data=endless(), total_steps=2, **precision).run_loop()
     saved, good = sorted(os.listdir(quiet)), os.path.join(quiet, "model000002.pt")
     step, options = ENDS[end]
-    loop = new_loop(*new_model(), data=endless([batch_of(6)]), resume_checkpoint=good, lr=1e38, weight_decay=10.0,
+    loop = new_loop(*new_model(), data=endless(), resume_checkpoint=good, lr=1e38, weight_decay=10.0,
                     **options, **precision)  # fmt: skip
     if end == "a signal":
         loop.after_step = lambda: os.kill(os.getpid(), signal.SIGTERM) if loop.step else None
@@ -119,7 +113,7 @@ def test_weights_that_are_not_finite_are_never_saved(precision, end, quiet):
 
 
 def test_averages_that_are_not_finite_are_never_saved(quiet):
-    loop = new_loop(*new_model(), data=endless([batch_of(6)]), total_steps=3)
+    loop = new_loop(*new_model(), data=endless(), total_steps=3)
     with th.no_grad():
         loop.ema_params[0][0].view(-1)[0] = -math.inf
     refused(loop.run_loop, "step 3: weights are not finite", "ema_0.9_000003.pt", "1 of ", "none yet")
@@ -128,7 +122,7 @@ def test_averages_that_are_not_finite_are_never_saved(quiet):
 
 @pytest.mark.parametrize("name", ["model000002.pt", "ema_0.9_000002.pt"])
 def test_weights_that_are_not_finite_are_not_resumed_from(name, quiet):
-    new_loop(*new_model(), data=endless([batch_of(6)]), total_steps=2).run_loop()
+    new_loop(*new_model(), data=endless(), total_steps=2).run_loop()
     path = os.path.join(quiet, name)
     weights = th.load(path)
     weights["out.2.bias"][0] = math.nan
@@ -141,7 +135,7 @@ def test_importance_sampling_learns_nothing_from_a_bad_loss():
     model, diffusion = new_model(diffusion_steps=4, noise_schedule="cosine")
     sampler = LossSecondMomentResampler(diffusion, history_per_term=2)
     batches = [batch_of(6)] * 6 + [bad_batch()] + [batch_of(6)] * 3
-    loop = new_loop(model, diffusion, data=endless(batches), schedule_sampler=sampler, total_steps=10)
+    loop = new_loop(model, diffusion, data=endless(*batches), schedule_sampler=sampler, total_steps=10)
     loop.run_loop()
     assert sampler._loss_counts.min() == 2 and np.isfinite(sampler.weights()).all()
     spoilt = sampler.state_dict()
@@ -224,7 +218,7 @@ def test_divergence_ends_all_ranks_with_one_message(planted, options, words, tmp
 
 def test_a_full_disk_leaves_the_previous_checkpoint(quiet):
     """A limit on the size of files stands in for the disk. It makes writes fail within a file."""
-    options = dict(data=endless([batch_of(6)]), save_interval=2, resume_checkpoint="auto")
+    options = dict(data=endless(), save_interval=2, resume_checkpoint="auto")
     new_loop(*new_model(), **options, total_steps=2).run_loop()
     before = {path.name: path.read_bytes() for path in Path(quiet).iterdir()}
     good = Path(quiet) / "model000002.pt"

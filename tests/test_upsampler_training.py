@@ -46,19 +46,18 @@ def images(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("large, small, ranks", [(16, 8, 2), (24, 16, None)])
-def test_the_script_trains_resumes_and_shows(images, tmp_path, large, small, ranks):
-    options = dict(TINY_UPSAMPLER, data_dir=images, log_dir=tmp_path / "run", large_size=large, small_size=small,
+def test_the_script_trains_resumes_and_shows(images, tmp_path):
+    options = dict(TINY_UPSAMPLER, data_dir=images, log_dir=tmp_path / "run", large_size=24, small_size=16,
                    class_cond=True, num_classes=3, batch_size=2, num_workers=0, log_interval=1, seed=0,
                    save_interval=2, sample_interval=2)  # fmt: skip
-    run([script("super_res_train"), *flags(**options, total_steps=2)], ranks=ranks).check()
-    again = run([script("super_res_train"), *flags(**options, total_steps=4, resume_checkpoint="auto")], ranks=ranks)
+    run([script("super_res_train"), *flags(**options, total_steps=2)], ranks=2).check()
+    again = run([script("super_res_train"), *flags(**options, total_steps=4, resume_checkpoint="auto")], ranks=2)
     again.check()
     saved = sorted(path.name for path in (tmp_path / "run").glob("*.pt"))
     assert saved == sorted(f"{k}{s:06d}.pt" for k in ("ema_0.9999_", "model", "opt", "state") for s in (2, 4))
     previews = sorted(path.name for path in (tmp_path / "run/preview").iterdir())
     assert previews == ["000002_weights.png", "000004_weights.png"]
-    built = {**sr_model_and_diffusion_defaults(), **TINY_UPSAMPLER, "large_size": large, "small_size": small}
+    built = {**sr_model_and_diffusion_defaults(), **TINY_UPSAMPLER, "large_size": 24, "small_size": 16}
     model, _ = sr_create_model_and_diffusion(**{**built, "class_cond": True, "num_classes": 3})
     model.load_state_dict(th.load(tmp_path / "run/model000004.pt"), strict=True)
 
