@@ -58,9 +58,9 @@ def measure(args, variant):
     import torch as th
 
     from guided_diffusion import dist_util, logger
-    from guided_diffusion.monitor import peak_memory_mb
     from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
     from guided_diffusion.train_util import TrainLoop
+    from guided_diffusion.training_metrics import peak_memory_mb
 
     if args.threads:
         th.set_num_threads(args.threads)

@@ -1,4 +1,4 @@
-"""Training the noisy-image classifier: hooks of the common training loop."""
+"""Training and evaluating the noisy-image classifier: a TrainLoop, accuracy by noise level, and features."""
 
 import numpy as np
 import torch as th
@@ -9,13 +9,13 @@ from .errors import check_at_least
 from .image_datasets import each_once
 from .random_util import SampleNoise, SeededRandomness
 from .train_util import TrainLoop
-from .training_setup import common_training_flags
+from .training_job import common_training_flags
 
-VALIDATION_SEED = 1 << 40  # of validation's own random numbers: more than people give
+VALIDATION_SEED = 1 << 40  # larger than the seeds that people give, so that validation has its own random numbers
 
 
 def classifier_training_flags():
-    """The flags of training a classifier that ClassifierTrainLoop takes as they are, with their defaults."""
+    """Return the flags that the script passes on to ClassifierTrainLoop, with their defaults."""
     return dict(
         noised=True,
         iterations=150000,
@@ -33,7 +33,7 @@ class ClassifierTrainLoop(TrainLoop):
 
     :param noised: False trains on clean images, at t = 0.
     :param iterations: the step at which training ends.
-    :param anneal_lr: let the learning rate fall linearly to zero by then.
+    :param anneal_lr: let the learning rate fall linearly to zero over the iterations.
     :param val_data: an iterator of held-out batches, or None.
     :param eval_interval: steps between evaluations on a batch of val_data.
     :param kwargs: TrainLoop's.
@@ -50,11 +50,11 @@ class ClassifierTrainLoop(TrainLoop):
         kwargs = {"ema_rate": "", "initial_lg_loss_scale": 16.0, **kwargs}
         super().__init__(total_steps=iterations, lr_anneal_steps=iterations if anneal_lr else 0, **kwargs)
 
-    def _owners_of_state(self):
-        return {**super()._owners_of_state(), "val_data": self.val_data}
+    def stateful(self):
+        return {**super().stateful(), "val_data": self.val_data}
 
     def prepare(self, batch, cond, randomness=None):
-        """Noise the images; the timesteps go along with the labels."""
+        """Noise the images, and add their timesteps to the labels."""
         randomness = randomness or self.randomness
         batch = batch.to(dist_util.dev())
         t = th.zeros(len(batch), dtype=th.long, device=dist_util.dev())
@@ -80,7 +80,7 @@ class ClassifierTrainLoop(TrainLoop):
 
     @th.no_grad()
     def evaluate(self):
-        """Log loss and accuracy on a held-out batch, with noise that training knows nothing of."""
+        """Log loss and accuracy on a held-out batch, with noise that does not depend on training's random numbers."""
         self.model.eval()
         batch, cond = next(self.val_data)
         self.val_randomness.start_step(self.steps_done, len(batch))
@@ -98,14 +98,14 @@ def correct_in_top_k(logits, labels, k):
     return (top == labels[:, None]).any(dim=1).float()
 
 
-NOISE_LEVELS = ("clean", "q0", "q1", "q2", "q3")  # without noise, and by quartile of the timesteps
+NOISE_LEVELS = ("clean", "q0", "q1", "q2", "q3")  # no noise, and the quartiles of the timesteps
 
 
 @th.no_grad()
 def accuracy_by_noise(model, diffusion, dataset, batch_size, num_workers=0, skip_bad_images=False):
-    """A classifier's accuracy on every image of a data set, shared among the ranks; every rank must call it.
+    """Return a classifier's accuracy on all images of a data set. Every rank must call it: the ranks share the images.
 
-    Image i is seen clean and once in each quartile of the timesteps, with noise that is a function of i alone.
+    It sees image i clean, and once in each quartile of the timesteps, with noise that is a function of i alone.
 
     :param dataset: an ImageDataset with labels, without random crops and flips.
     :return: {"acc@1": {level: share}, "acc@5": {...}} with the levels of NOISE_LEVELS.
@@ -136,16 +136,16 @@ def _timestep_in_quartile(diffusion, index, quartile):
 
 
 def accuracy_table(shares):
-    """The outcome of accuracy_by_noise as text, a row a measure."""
+    """Format the result of accuracy_by_noise as text, one row per measure."""
     rows = [["held out", *NOISE_LEVELS]]
     rows += [[name, *(f"{100 * share:.1f}%" for share in by_level.values())] for name, by_level in shares.items()]
     return "\n".join("  ".join(f"{cell:>8}" for cell in row) for row in rows)
 
 
 class ClassifierFeatures:
-    """What a classifier that was trained on clean images sees in images: an evaluation's network in Inception's place.
+    """Features of images from a classifier that was trained on clean images, to evaluate with in place of Inception's.
 
-    Its pool features are what its last layer, a linear one, turns into logits. It has no spatial features.
+    Its pool features are the inputs of its last layer, which is linear. It has no spatial features.
 
     :param classifier: an EncoderUNetModel.
     """
@@ -160,7 +160,7 @@ class ClassifierFeatures:
 
     @th.inference_mode()
     def __call__(self, images):
-        """Features of uint8 images [N, H, W, C]: float32 [N, pool_dim] and [N, 0]."""
+        """Return the features of uint8 images [N, H, W, C]: float32 [N, pool_dim] and [N, 0]."""
         seen = []
         hook = self.last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
@@ -173,5 +173,5 @@ class ClassifierFeatures:
 
     @th.inference_mode()
     def logits(self, pool):
-        """The classifier's logits [N, classes] by its pool features."""
+        """Return the logits [N, classes] for pool features."""
         return F.linear(pool, self.last.weight.float().flatten(1), self.last.bias.float())

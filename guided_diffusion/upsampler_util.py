@@ -1,4 +1,4 @@
-"""Training the upsampler: hooks of the common training loop."""
+"""Training the upsampler: a TrainLoop that makes small images from large ones."""
 
 import torch.nn.functional as F
 
@@ -9,10 +9,10 @@ from .train_util import TrainLoop
 
 
 class UpsamplerTrainLoop(TrainLoop):
-    """Trains a diffusion model of large images given small ones, which it makes from the large ones on the device.
+    """Trains a diffusion model of large images given small ones. It makes the small images on the device.
 
     :param small_size: the side of the small images.
-    :param kwargs: TrainLoop's; its data are large images.
+    :param kwargs: TrainLoop's. The data are large images.
     """
 
     def __init__(self, *, small_size, **kwargs):
@@ -25,18 +25,18 @@ class UpsamplerTrainLoop(TrainLoop):
 
 
 def shrink(images, size):
-    """Images [N, C, H, W] at [N, C, size, size]: each new pixel is the mean of the area it covers."""
+    """Resize images [N, C, H, W] to [N, C, size, size]. Each new pixel is the mean of the area that it covers."""
     return F.interpolate(images, (size, size), mode="area")
 
 
 def check_sizes(large_size, small_size):
-    """Refuse sizes between which there is nothing to upsample."""
+    """Raise InputError unless the small size is positive and at most the large one."""
     if not 0 < small_size <= large_size:
         raise InputError(f"--small_size {small_size} must be from 1 to --large_size {large_size}")
 
 
 def fixed_conditions(dataset, small_size, count, skip_bad_images=False):
-    """What to show previews of an upsampler: `count` images spread over a data set, shrunk, and their labels if any.
+    """Return the conditions for previews: `count` images spread over a data set, shrunk, and their labels if any.
 
     :param dataset: an ImageDataset.
     """

@@ -16,7 +16,7 @@ from guided_diffusion.script_util import (
     classifier_and_diffusion_defaults,
     create_classifier_and_diffusion,
 )
-from guided_diffusion.training_setup import record_run, set_up_training, training_data
+from guided_diffusion.training_job import record_run, set_up_training, training_data
 
 
 def main():

@@ -2,7 +2,7 @@
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.image_datasets import data_flags
-from guided_diffusion.monitor import Preview
+from guided_diffusion.previews import Preview
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
     FlagParser,
@@ -12,7 +12,7 @@ from guided_diffusion.script_util import (
     model_and_diffusion_defaults,
 )
 from guided_diffusion.train_util import TrainLoop
-from guided_diffusion.training_setup import diffusion_training_flags, record_run, set_up_training, training_data
+from guided_diffusion.training_job import diffusion_training_flags, record_run, set_up_training, training_data
 
 
 def main():

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import time
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -278,6 +279,14 @@ def randomize(model, seed=0):
 def batch_of(count, seed=1):
     g = th.Generator().manual_seed(seed)
     return th.rand(count, 3, 8, 8, generator=g) * 2 - 1
+
+
+def endless(*batches, seconds=0.0):
+    """Data for a loop: the batches of images again and again, each after some seconds."""
+    while True:
+        for batch in batches or [batch_of(6)]:
+            time.sleep(seconds)
+            yield batch, {}
 
 
 def new_loop(model, diffusion, kind=TrainLoop, **options):

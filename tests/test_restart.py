@@ -1,4 +1,4 @@
-"""Runs that repeat, and runs that are killed and go on: with a seed, on other ranks, after signals and SIGKILL."""
+"""Runs that repeat, and runs that are killed and resumed: with a seed, on other ranks, after signals and SIGKILL."""
 
 import json
 import os
@@ -12,12 +12,12 @@ import time
 
 import pytest
 import torch as th
-from launch import BIN, ROOT, clean_environment, flags, run, run_forked, script
+from helpers import as_rank
+from launch import BIN, ROOT, clean_environment, flags, run, script
 
-from guided_diffusion import dist_util
 from guided_diffusion.image_datasets import ImageStream
 
-# 64 channels: with 32, group norm's groups are single channels, and biases before it have no gradient but rounding's.
+# 64 channels: with 32, each group of a group norm is one channel, and the biases before it get only rounding errors.
 NETWORK = dict(image_size=8, num_channels=64, channel_mult="1", num_res_blocks=1, attention_resolutions="8")
 GLOBAL_BATCH = 12
 
@@ -32,7 +32,8 @@ def digits(tmp_path_factory):
     return str(folder)
 
 
-def train_command(digits, folder, **extra):
+def command(digits, folder, **extra):
+    """The arguments of a training run."""
     options = dict(
         data_dir=digits, log_dir=folder, lr=1e-4, ema_rate="0.5", log_interval=1, save_interval=4, total_steps=10
     )
@@ -40,11 +41,63 @@ def train_command(digits, folder, **extra):
     return [script("image_train"), *flags(**{**options, **extra})]
 
 
+def train(digits, folder, ranks=1, **extra):
+    """Train on a number of ranks, and return the outcome."""
+    return run(command(digits, folder, **extra), ranks=ranks)
+
+
+def mpiexec(digits, folder, **extra):
+    """Start training on two ranks, and return the process of mpiexec."""
+    return start([os.path.join(BIN, "mpiexec"), "-n", "2", sys.executable, *command(digits, folder, **extra)])
+
+
+def start(argv):
+    out = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(argv, env=clean_environment(), start_new_session=True, **out)
+
+
+def processes_of(folder):
+    """The processes that train in a folder, ranks and their workers: {pid: pid of the parent}."""
+    found = {}
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline") as f:
+                argv = f.read().split("\0")
+            with open(f"/proc/{pid}/stat") as f:
+                parent = int(f.read().rsplit(")", 1)[1].split()[1])
+        except OSError:  # it has ended meanwhile
+            continue
+        if argv[0] == sys.executable and folder in argv:
+            found[int(pid)] = parent
+    return found
+
+
+def names(folder, kind="model"):
+    return sorted(name for name in os.listdir(folder) if name.startswith(kind) and name.endswith(".pt"))
+
+
+def load(folder, name):
+    return th.load(os.path.join(folder, name))
+
+
+def logged_steps(folder):
+    header, *rows = [line.split(",") for line in open(os.path.join(folder, "progress.csv"))]
+    return [row[header.index("step")] for row in rows]
+
+
+def check_same_end(folder, reference, step=10):
+    """Check that weights, averages, moments and logged steps are the same bit for bit."""
+    for name in (f"model{step:06d}.pt", f"ema_0.5_{step:06d}.pt", f"opt{step:06d}.pt"):
+        got, want = load(folder, name), load(reference, name)
+        th.testing.assert_close(got.get("state", got), want.get("state", want), rtol=0, atol=0)
+    assert logged_steps(folder) == logged_steps(reference)
+
+
 # The order of images
 
 
 class Numbers:
-    """A dataset whose items say which they are, and what randomness they got."""
+    """A dataset whose items are their index and a random number."""
 
     def __init__(self, length):
         self.length = length
@@ -56,42 +109,30 @@ class Numbers:
         return index, rng.random()
 
 
-def streams(monkeypatch, ranks, length=50, **options):
-    """The streams of all ranks of a job."""
+def streams(monkeypatch, ranks, batch=GLOBAL_BATCH, **options):
+    """The streams of all ranks of a job, over 50 images."""
     made = []
     for rank in range(ranks):
-        monkeypatch.setattr(dist_util, "get_rank", lambda: rank)
-        monkeypatch.setattr(dist_util, "get_world_size", lambda: ranks)
-        made.append(ImageStream(Numbers(length), GLOBAL_BATCH // ranks, num_workers=0, **{"seed": 3, **options}))
+        as_rank(monkeypatch, rank, ranks)
+        made.append(ImageStream(Numbers(50), batch // ranks, num_workers=0, **{"seed": 3, **options}))
     return made
 
 
-def global_batch(rank_streams):
-    """The next step's items over all ranks, in the order of their positions."""
-    batches = [next(stream) for stream in rank_streams]
-    return [(int(b[0][j]), float(b[1][j])) for j in range(len(batches[0][0])) for b in batches]
+def items(rank_streams, steps):
+    """The items of some steps over all ranks, in the order of their positions."""
+    batches = [[next(stream) for stream in rank_streams] for _ in range(steps)]
+    return [(int(b[0][j]), float(b[1][j])) for step in batches for j in range(len(step[0][0])) for b in step]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_steps_see_the_same_images_however_they_are_split(ranks, monkeypatch):
-    one, several = streams(monkeypatch, 1), streams(monkeypatch, ranks)
-    for _ in range(9):
-        assert global_batch(one) == global_batch(several)
-
-
-def test_each_epoch_sees_every_image_once(monkeypatch):
+def test_the_order_of_images_does_not_depend_on_ranks_and_shows_each_once_an_epoch(ranks, monkeypatch):
+    shown = items(streams(monkeypatch, 1), 13)
+    assert items(streams(monkeypatch, ranks), 13) == shown
+    indices, draws = zip(*shown)
     # 50 is not a multiple of the global batch: batches cross the ends of epochs.
-    stream = streams(monkeypatch, 1, length=50)
-    shown = [i for _ in range(13) for i, _ in global_batch(stream)]
-    epochs = [shown[:50], shown[50:100], shown[100:150]]
+    epochs = [indices[:50], indices[50:100], indices[100:150]]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_an_image_gets_new_randomness_each_time(monkeypatch):
-    stream = streams(monkeypatch, 1, length=12)
-    draws = [draw for _ in range(5) for _, draw in global_batch(stream)]
-    assert len(set(draws)) == len(draws)
+    assert epochs[0] != epochs[1] != epochs[2] and len(set(draws)) == len(draws)
 
 
 def test_fixed_order_deals_images_in_turn(monkeypatch):
@@ -99,124 +140,64 @@ def test_fixed_order_deals_images_in_turn(monkeypatch):
     assert first == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
 
 
-@pytest.mark.parametrize("before, after", [(1, 1), (2, 3)])
-def test_a_stream_goes_on_where_another_was(before, after, monkeypatch):
-    stream, fresh = streams(monkeypatch, before), streams(monkeypatch, after, seed=99)
-    for _ in range(6):
-        global_batch(stream)
-    for s in fresh:
-        s.load_state_dict(stream[0].state_dict())
-    for _ in range(5):
-        assert global_batch(stream) == global_batch(fresh)
+@pytest.mark.parametrize("ranks, batch", [(1, GLOBAL_BATCH), (3, GLOBAL_BATCH), (1, 5)])
+def test_a_stream_continues_at_its_position(ranks, batch, monkeypatch):
+    """Also on other ranks, with another global batch, and from a state file that counts steps, as old ones do."""
+    stream = streams(monkeypatch, 2)
+    expected = items(streams(monkeypatch, 1), 11)[6 * GLOBAL_BATCH :]
+    items(stream, 6)
+    for state in (stream[0].state_dict(), {"seed": 3, "step": 6, "global_batch": GLOBAL_BATCH}):
+        resumed = streams(monkeypatch, ranks, batch, seed=99)
+        for s in resumed:
+            s.load_state_dict(state)
+        assert items(resumed, len(expected) // batch) == expected
 
 
-# Runs with a seed
+# Restarts
+
+OPTIONS = dict(seed=7, batch_size=6, save_interval=1, dropout=0.2, resume_checkpoint="auto")
 
 
-def weights(folder, step):
-    return th.load(os.path.join(folder, f"model{step:06d}.pt"))
+@pytest.fixture(scope="module")
+def undisturbed(digits, tmp_path_factory):
+    """The folder of a run with OPTIONS on two ranks."""
+    folder = str(tmp_path_factory.mktemp("undisturbed"))
+    train(digits, folder, 2, **OPTIONS).check()
+    return folder
 
 
-def test_a_seeded_run_does_not_depend_on_its_split(digits, tmp_path):
-    def final(name, ranks, microbatch):
-        folder = str(tmp_path / name)
-        options = dict(seed=5, batch_size=GLOBAL_BATCH // ranks, microbatch=microbatch, total_steps=4)
-        run(train_command(digits, folder, **options), ranks=ranks).check()
-        return weights(folder, 4)
-
-    want = final("one", 1, -1)
-    for name, ranks, microbatch in [("small", 1, 3), ("two", 2, -1), ("both", 3, 2)]:
-        got = final(name, ranks, microbatch)
-        assert max(float((got[k] - want[k]).abs().max()) for k in want) < 1e-5, name
-
-
-# Runs that are stopped
-
-
-def mpiexec(command):
-    return [os.path.join(BIN, "mpiexec"), "-n", "2", sys.executable, *command]
-
-
-def start(command):
-    out = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, env=clean_environment(), start_new_session=True, **out)
-
-
-def processes_of(folder):
-    """The process numbers of what trains in a folder, and their parents' {pid: parent}; ps may be missing."""
-    found = {}
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/cmdline") as f:
-                argv = f.read().split("\0")
-        except OSError:  # it has ended meanwhile
-            continue
-        if argv[0] == sys.executable and folder in argv:
-            with open(f"/proc/{pid}/stat") as f:
-                found[int(pid)] = int(f.read().rsplit(")", 1)[1].split()[1])
-    return found
-
-
-def ranks_of(folder):
-    """The process numbers of the ranks; their workers are their children, with the same command line."""
-    found = processes_of(folder)
-    return sorted(pid for pid, parent in found.items() if parent not in found)
-
-
-def same(a, b):
-    if isinstance(a, th.Tensor):
-        return th.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def check_same_end(folder, reference, step=10):
-    for name in (f"model{step:06d}.pt", f"ema_0.5_{step:06d}.pt", f"opt{step:06d}.pt"):
-        assert same(th.load(os.path.join(folder, name)), th.load(os.path.join(reference, name))), name
-    steps = [[line.split(",") for line in open(os.path.join(f, "progress.csv"))] for f in (folder, reference)]
-    column = [rows[0].index("step") for rows in steps]
-    assert [r[column[0]] for r in steps[0]] == [r[column[1]] for r in steps[1]]
-
-
-@pytest.mark.parametrize("seed, sampler", [(-1, "loss-second-moment"), (7, "uniform")])
-def test_killed_runs_end_as_if_they_had_not_been(seed, sampler, digits, tmp_path):
-    options = dict(seed=seed, schedule_sampler=sampler, batch_size=6, save_interval=1, dropout=0.2)
-    reference, folder = str(tmp_path / "reference"), str(tmp_path / "killed")
+@pytest.mark.parametrize("seed", [7, -1])
+def test_killed_runs_end_like_an_undisturbed_one(seed, digits, undisturbed, tmp_path):
+    folder, options = str(tmp_path / "killed"), OPTIONS
     if seed < 0:  # without a seed, both must start from the same first checkpoint
-        run(train_command(digits, reference, **options, total_steps=1), ranks=2).check()
-        shutil.copytree(reference, folder)
-        options["resume_checkpoint"] = "auto"
-    run(train_command(digits, reference, **options), ranks=2).check()
-
-    rng, options["resume_checkpoint"] = random.Random(seed), "auto"
+        undisturbed, options = (
+            str(tmp_path / "reference"),
+            {**OPTIONS, "seed": -1, "schedule_sampler": "loss-second-moment"},
+        )
+        train(digits, undisturbed, 2, **options, total_steps=1).check()
+        shutil.copytree(undisturbed, folder)
+        train(digits, undisturbed, 2, **options).check()
+    rng = random.Random(seed)
     for _ in range(3):
-        process = start(mpiexec(train_command(digits, folder, **options)))
-        for line in process.stdout:  # among steps and saves, which is where all of the time goes from here on
-            if "training..." in line:
+        process = mpiexec(digits, folder, **options)
+        for line in process.stdout:
+            if "training..." in line:  # then kill it during the steps and saves
                 break
         time.sleep(rng.uniform(0, 1.0))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        for name in os.listdir(folder) if os.path.isdir(folder) else []:
-            if name.endswith(".pt"):
-                th.load(os.path.join(folder, name))  # whatever has its final name is whole
-    run(train_command(digits, folder, **options), ranks=2).check()
-    check_same_end(folder, reference)
+        for name in names(folder, ""):
+            load(folder, name)  # a file with its final name is complete
+    train(digits, folder, 2, **options).check()
+    check_same_end(folder, undisturbed)
 
 
-def test_torchrun_starts_killed_ranks_again(digits, tmp_path):
-    """torchrun keeps the store by which its first ranks met: the next ones must not wait for those."""
-    reference, folder = str(tmp_path / "reference"), str(tmp_path / "killed")
-    options = dict(seed=7, batch_size=6, save_interval=1, resume_checkpoint="auto")
-    run(train_command(digits, reference, **options), ranks=2).check()
-
-    command = [os.path.join(BIN, "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    command += ["--max_restarts", "2", "--monitor_interval", "0.1"]
-    process = start([*command, "--no_python", sys.executable, *train_command(digits, folder, **options)])
+def test_torchrun_restarts_killed_ranks(digits, undisturbed, tmp_path):
+    folder = str(tmp_path)
+    torchrun = [os.path.join(BIN, "torchrun"), "--standalone", "--nproc_per_node", "2", "--max_restarts", "2"]
+    torchrun += ["--monitor_interval", "0.1", "--no_python", sys.executable]
+    process = start([*torchrun, *command(digits, folder, **OPTIONS)])
     limit = threading.Timer(90, os.killpg, (process.pid, signal.SIGKILL))
     limit.start()
     output = ""
@@ -228,121 +209,94 @@ def test_torchrun_starts_killed_ranks_again(digits, tmp_path):
     status = process.wait()
     limit.cancel()
     assert status == 0 and output.count("training...") == 3, output
-    check_same_end(folder, reference)
+    check_same_end(folder, undisturbed)
 
 
-@pytest.mark.parametrize("number, to_all", [(signal.SIGTERM, False), (signal.SIGUSR1, False), (signal.SIGTERM, True)])
-def test_a_signal_saves_and_ends_well(number, to_all, digits, tmp_path):
-    """A cluster may tell one rank, or everything that runs: the workers that read images, too."""
+@pytest.mark.parametrize("number, to_all", [(signal.SIGUSR1, False), (signal.SIGTERM, True)])
+def test_a_signal_saves_and_ends_the_run(number, to_all, digits, tmp_path):
+    """A cluster may send it to one rank, or to all processes, including the workers that read images."""
     folder = str(tmp_path)
-    options = dict(batch_size=4, total_steps=100000, save_interval=100000, num_workers=1)
-    process = start(mpiexec(train_command(digits, folder, **options)))
+    process = mpiexec(digits, folder, batch_size=4, total_steps=100000, save_interval=100000, num_workers=1)
     for line in process.stdout:
         if line.startswith("| step "):
             break
-    told = list(processes_of(folder)) if to_all else ranks_of(folder)[-1:]
-    assert len(told) == (4 if to_all else 1)
-    for pid in told:
+    processes = processes_of(folder)
+    assert len(processes) == 4
+    for pid in processes if to_all else [max(pid for pid, parent in processes.items() if parent not in processes)]:
         os.kill(pid, number)
     output = process.communicate(timeout=30)[0]
     assert process.returncode == 0, output
-    saved = [name for name in os.listdir(folder) if name.startswith("model")]
-    assert len(saved) == 1 and "as a signal asked" in output
+    assert len(names(folder)) == 1 and "as a signal asked" in output
 
 
-def test_half_written_checkpoints_are_passed_over(digits, tmp_path):
-    folder = str(tmp_path)
-    run(train_command(digits, folder, batch_size=4, total_steps=2)).check()
-    (tmp_path / "opt000008.pt").write_bytes(b"")
-    (tmp_path / "model000009.pt.123.tmp").write_bytes(b"")
-    (tmp_path / "notes.tmp").write_text("a user's own")
-    done = run(train_command(digits, folder, batch_size=4, total_steps=3, resume_checkpoint="auto")).check()
+@pytest.fixture(scope="module")
+def four_steps(digits, tmp_path_factory):
+    """The folder of a run with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("four") / "run"
+    options = dict(dropout=0.3, rescale_learned_sigmas=True, use_bf16=True)
+    train(digits, str(folder), total_steps=4, save_interval=2, batch_size=4, **options).check()
+    return folder
+
+
+def test_a_resumed_run_passes_over_incomplete_checkpoints_and_keeps_its_flags(digits, four_steps, tmp_path):
+    folder = shutil.copytree(four_steps, tmp_path / "run")
+    (folder / "opt000008.pt").write_bytes(b"")
+    (folder / "model000009.pt.123.tmp").write_bytes(b"")
+    (folder / "notes.tmp").write_text("a user's own")
+    done = train(digits, folder, total_steps=5, batch_size=4, use_bf16=False, resume_checkpoint="auto").check()
     assert "ignoring the half-written checkpoint of step 8" in done.output
-    assert "model000003.pt" in os.listdir(folder) and "model000009.pt.123.tmp" not in os.listdir(folder)
-    assert "notes.tmp" in os.listdir(folder)
+    assert names(folder) == ["model000002.pt", "model000004.pt", "model000005.pt"]
+    assert not (folder / "model000009.pt.123.tmp").exists() and (folder / "notes.tmp").exists()
+    recorded = json.loads((folder / "config.json").read_text())["flags"]
+    assert (recorded["dropout"], recorded["rescale_learned_sigmas"], recorded["use_bf16"]) == (0.3, True, False)
+    assert logged_steps(folder) == ["0", "1", "2", "3", "4"]
 
 
-def test_runs_do_not_mix_in_a_folder(digits, tmp_path):
-    """Started anew, or from an early checkpoint, a run would leave "auto" a mixture to choose from."""
-    folder, options = str(tmp_path / "run"), dict(batch_size=4, num_workers=0, save_interval=2)
-    run(train_command(digits, folder, **options, total_steps=4)).check()
-    early = os.path.join(folder, "model000002.pt")
-    for extra in (dict(noise_schedule="cosine"), dict(resume_checkpoint=early)):
-        done = run(train_command(digits, folder, **options, total_steps=3, **extra))
-        assert done.returncode == 1 and "Traceback" not in done.output
-        assert "holds model000004.pt" in done.output and "--resume_checkpoint auto" in done.output
-    other = str(tmp_path / "other")
-    run(train_command(digits, other, **options, total_steps=3, resume_checkpoint=early)).check()
-    options.pop("num_workers")
-    done = run(train_command(digits, "", **options, total_steps=3, resume_checkpoint="auto"))
-    assert done.returncode == 1 and "error: --resume_checkpoint auto looks in --log_dir" in done.output
+AUTO = dict(resume_checkpoint="auto")
+REFUSED = {  # flags, and words of the message
+    "a new run": (dict(noise_schedule="cosine"), ["holds model000004.pt", "--resume_checkpoint auto"]),
+    "an earlier step": (dict(resume_checkpoint="{run}/model000002.pt"), ["holds model000004.pt"]),
+    "an average": (dict(resume_checkpoint="{run}/ema_0.5_000004.pt"), ["ema_0.5_000004.pt", "{run}/model000004.pt"]),
+    "no folder": (dict(log_dir="", **AUTO), ["--resume_checkpoint auto looks in --log_dir"]),
+    "no data": (dict(data_dir="nope", **AUTO), ["--data_dir nope"]),
+    "a bad rate": (dict(lr=-1, **AUTO), ["--lr -1"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_run_leaves_the_folder_as_it_is(name, digits, four_steps):
+    """Runs that mix in a folder would leave "auto" a mixture to choose from."""
+    before = {path.name: path.read_bytes() for path in four_steps.iterdir() if path.name != "log.txt"}
+    options, words = REFUSED[name]
+    options = {key: value.format(run=four_steps) if isinstance(value, str) else value for key, value in options.items()}
+    done = train(digits, four_steps, **{**dict(batch_size=4, total_steps=6), **options})
+    assert done.returncode == 1 and "Traceback" not in done.output
+    assert all(word.format(run=four_steps) in done.output for word in ["error: ", *words]), done.output
+    assert {path.name: path.read_bytes() for path in four_steps.iterdir() if path.name != "log.txt"} == before
 
 
 def test_a_run_that_was_killed_before_its_first_save_starts_its_records_anew(digits, tmp_path):
-    folder = str(tmp_path)
     (tmp_path / "progress.csv").write_text("step,loss\n0,1.0\n1,0.9\n2,0.")
-    run(train_command(digits, folder, batch_size=4, total_steps=2, resume_checkpoint="auto")).check()
-    lines = [line.split(",") for line in (tmp_path / "progress.csv").read_text().splitlines()]
-    assert [line[lines[0].index("step")] for line in lines[1:]] == ["0", "1"]
+    train(digits, str(tmp_path), batch_size=4, total_steps=2, resume_checkpoint="auto").check()
+    assert logged_steps(tmp_path) == ["0", "1"]
 
 
-def test_a_command_with_a_mistake_leaves_the_records_as_they_are(digits, tmp_path):
-    records = tmp_path / "run" / "progress.csv"
-    records.parent.mkdir()
-    records.write_text("step,loss\n0,1.0\n1,0.9\n2,0.")
-    mistakes = {"data_dir": "nope", "lr": -1}
-    jobs = {name: train_command(digits, str(records.parent), **{name: value}) for name, value in mistakes.items()}
-    for name, done in run_forked(jobs, tmp_path).items():
-        assert done.returncode == 1 and f"--{name} {mistakes[name]}" in done.output, done.output
-        assert records.read_text() == "step,loss\n0,1.0\n1,0.9\n2,0.", name
-
-
-def test_a_resumed_run_keeps_flags_that_were_not_given(digits, tmp_path):
-    folder = str(tmp_path)
-    first = dict(dropout=0.3, rescale_learned_sigmas=True, use_bf16=True)
-    run(train_command(digits, folder, batch_size=4, total_steps=1, **first)).check()
-    again = train_command(digits, folder, batch_size=4, total_steps=2, resume_checkpoint="auto", use_bf16=False)
-    run(again).check()
-    with open(os.path.join(folder, "config.json")) as f:
-        recorded = json.load(f)["flags"]
-    assert (recorded["dropout"], recorded["rescale_learned_sigmas"], recorded["use_bf16"]) == (0.3, True, False)
-
-
-# Runs that go on on other ranks
-
-
-def test_a_run_goes_on_on_other_ranks_with_its_global_batch(digits, tmp_path):
-    """The same command, on what ranks there are: the weights are those of a run that had two throughout."""
-    options = dict(seed=5, batch_size=GLOBAL_BATCH // 2, save_interval=2, resume_checkpoint="auto")
+def test_the_weights_do_not_depend_on_ranks_and_microbatches(digits, tmp_path):
+    """A run that moves from two ranks to three and one ends like one on a single rank, with the same command."""
     reference, folder = str(tmp_path / "reference"), str(tmp_path / "moved")
-    run(train_command(digits, reference, **options, total_steps=6), ranks=2).check()
-    for ranks, end in [(2, 2), (3, 4), (1, 6)]:
-        done = run(train_command(digits, folder, **options, total_steps=end), ranks=ranks).check()
+    options = dict(seed=5, save_interval=2, batch_size=GLOBAL_BATCH, resume_checkpoint="auto")
+    train(digits, reference, **options, total_steps=6).check()
+    options["batch_size"] = GLOBAL_BATCH // 2
+    for ranks, microbatch, end in [(2, -1, 2), (3, 2, 4), (1, 5, 6)]:
+        done = train(digits, folder, ranks, **options, microbatch=microbatch, total_steps=end).check()
         if ranks != 2:
             assert f"{GLOBAL_BATCH // ranks} images a step on each of {ranks} ranks keep the global" in done.output
-    got, want = weights(folder, 6), weights(reference, 6)
-    assert max(float((got[k] - want[k]).abs().max()) for k in want) < 1e-5
+    th.testing.assert_close(load(folder, "model000006.pt"), load(reference, "model000006.pt"), rtol=0, atol=1e-5)
 
     options["resume_checkpoint"] = os.path.join(folder, "model000006.pt")
-    refused = run(train_command(digits, folder, **options, total_steps=8), ranks=5)
+    refused = train(digits, folder, 5, **options, total_steps=8)
     assert refused.returncode != 0 and "Traceback" not in refused.output
     assert "5 ranks cannot share evenly" in refused.output and "--batch_size" in refused.output
-    options["batch_size"] = 2  # another one is meant
-    changed = run(train_command(digits, folder, **options, total_steps=8), ranks=5).check()
+    options["batch_size"] = 10  # another global batch is wanted
+    changed = train(digits, folder, **options, total_steps=8).check()
     assert "the global batch is 10 images now; it was 12" in changed.output
-
-
-def test_a_stream_continues_at_its_position_with_another_global_batch(monkeypatch):
-    stream, undisturbed = streams(monkeypatch, 1)[0], streams(monkeypatch, 1)
-    for _ in range(6):
-        global_batch([stream])
-    other = ImageStream(Numbers(50), 5, num_workers=0, seed=99)
-    other.load_state_dict(stream.state_dict())
-    expected = [item for _ in range(11) for item in global_batch(undisturbed)][6 * GLOBAL_BATCH :]
-    assert [item for _ in range(12) for item in global_batch([other])] == expected
-
-
-def test_state_files_that_count_steps_load(monkeypatch):
-    stream = streams(monkeypatch, 1)[0]
-    stream.load_state_dict({"seed": 3, "step": 4, "global_batch": 6})
-    assert stream.state_dict() == {"seed": 3, "position": 24, "global_batch": GLOBAL_BATCH}

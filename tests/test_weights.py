@@ -1,4 +1,4 @@
-"""Weights as people have them: wrapped in dicts, with prefixed names, in safetensors files; and files that are none."""
+"""Files of weights: wrapped in dicts, with prefixed names, in safetensors files, or of another model."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from helpers import SMALL, fill_by_name, refused
 
 from guided_diffusion import logger
 from guided_diffusion.checkpoint_util import load_weights
-from guided_diffusion.unet import EncoderUNetModel, UNetModel
+from guided_diffusion.unet import UNetModel
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -17,15 +17,12 @@ def weights():
     return fill_by_name(UNetModel(**SMALL)).state_dict()
 
 
-def load(path, capsys=None):
-    """The weights that a new network has after loading a file, and what was logged."""
-    logger.configure(str(path.parent), format_strs=["log"])
-    try:
+def load(path):
+    """Load a file into a new network. Return its weights and the log."""
+    with logger.scoped_configure(str(path.parent), format_strs=["log"]):
         model = UNetModel(**SMALL)
         load_weights(model, str(path))
-        return model.state_dict(), (path.parent / "log.txt").read_text()
-    finally:
-        logger.reset()
+    return model.state_dict(), (path.parent / "log.txt").read_text()
 
 
 def prefixed(prefix, state_dict):
@@ -74,7 +71,6 @@ def test_refusals_say_what_the_file_is(weights, tmp_path):
         ({"model": 3}, ["int"]),
         ([1, 2], ["list"]),
         ({}, ["dict"]),
-        (fill_by_name(EncoderUNetModel(**SMALL)).state_dict(), ["a classifier"]),
     ):
         th.save(content, path)
         refused(lambda: load(path), "model.pt", *words)
@@ -89,3 +85,24 @@ def test_refusals_say_what_the_file_is(weights, tmp_path):
     np.savez(tmp_path / "samples.npz", np.zeros(3))
     refused(lambda: load(tmp_path / "samples.npz"), "samples.npz")
     refused(lambda: load(tmp_path / "nothing.pt"), "nothing.pt", "no such")
+
+
+def test_weights_of_another_model_are_refused_with_both_shapes(weights, tmp_path):
+    path = tmp_path / "model.pt"
+    other = UNetModel(**{**SMALL, "model_channels": 64})
+    th.save(other.state_dict(), path)
+    differing = [(n, tuple(v.shape), tuple(weights[n].shape)) for n, v in other.state_dict().items()]
+    differing = [(n, a, b) for n, a, b in differing if a != b]
+    words = [f"{n} is {a} in the file and {b} here" for n, a, b in differing[:3]]
+    refused(
+        lambda: load(path), "model.pt: the weights do not fit the model", *words, f"{len(differing) - 3} more differ"
+    )
+    (tmp_path / "config.json").write_text('{"flags": {"num_channels": 64}}')
+    refused(lambda: load(path), f"recorded in {tmp_path / 'config.json'}")
+    fewer = {n: v for n, v in weights.items() if n != "out.2.bias"}
+    th.save({**fewer, "out.3.bias": th.zeros(5)}, path)
+    refused(
+        lambda: load(path),
+        "out.2.bias is missing in the file and (3,) here",
+        "out.3.bias is (5,) in the file and missing here",
+    )

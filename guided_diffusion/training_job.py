@@ -1,16 +1,24 @@
-"""From a training script's command line to what its loop is built from: ranks, folder, seed, what to resume, data."""
+"""The set-up of a training script: its flags, ranks, folder, seed, checkpoint to resume, data, and config.json."""
 
 import os
 
-from . import checkpoint_util, dist_util, files, logger
+from . import dist_util, files, logger
+from .checkpoint_util import (
+    Checkpoint,
+    get_blob_logdir,
+    parse_resume_step_from_filename,
+    require_path,
+    write_config,
+)
 from .errors import InputError
 from .image_datasets import data_flags, load_data
 from .random_util import seed_everything
 from .script_util import RUNTIME_FLAGS, args_to_dict, given_flags, identity_flags
+from .training_state import continues_records, find_model_to_resume, refuse_later_checkpoints
 
 
 def common_training_flags(batch_size):
-    """The flags that TrainLoop takes as they are, whatever it trains, with their defaults."""
+    """Return the flags that all training scripts pass on to TrainLoop, with their defaults."""
     return dict(
         batch_size=batch_size,
         microbatch=-1,
@@ -27,7 +35,7 @@ def common_training_flags(batch_size):
 
 
 def diffusion_training_flags():
-    """The flags of training a diffusion model that TrainLoop takes as they are, with their defaults."""
+    """Return the flags that scripts for diffusion models pass on to TrainLoop, with their defaults."""
     return dict(
         lr=1e-4,
         weight_decay=0.0,
@@ -43,49 +51,47 @@ def diffusion_training_flags():
 
 
 def set_up_training(parser, network_flags):
-    """Parse the command line, join the other ranks, open the run's folder, seed, and settle what to resume.
+    """Parse the command line, join the other ranks, open the run's folder, seed, and find the checkpoint to resume.
 
-    :param parser: the script's; with log_dir and the common training flags.
-    :param network_flags: the names of the flags of the network and process.
-    :return: the parsed flags, where a resumed run has the network flags of its config.json, and `batch_size` is such
-        that the global batch is the one it had; and a record for record_run, a dict, whose "classes" are those of the
-        run that goes on in its folder, else None.
+    :param parser: the script's parser, with log_dir and the common training flags.
+    :param network_flags: the flags of the network and process, a dict by name.
+    :return: the flags and a record for record_run. A resumed run has the network flags of its config.json, and a
+        `batch_size` that keeps its global batch. The record is a dict. Its "classes" are those of the run that
+        continues in its own folder, or None.
     """
     args = parser.parse_args()
     dist_util.setup_dist()
     if args.resume_checkpoint == "auto" and not (args.log_dir or os.environ.get("OPENAI_LOGDIR")):
         raise InputError("--resume_checkpoint auto looks in --log_dir, which is missing: give it")
     logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
-    files.make_dirs(checkpoint_util.get_blob_logdir())
+    files.make_dirs(get_blob_logdir())
     seed_everything(args.seed)
-    args.resume_checkpoint = checkpoint_util.resolve_resume_checkpoint(args.resume_checkpoint)
+    args.resume_checkpoint = find_model_to_resume(args.resume_checkpoint)
     record = {"flags": dict(vars(args)), "classes": None}
-    goes_on = not args.resume_checkpoint or checkpoint_util.is_of_this_run(args.resume_checkpoint)
+    same_folder = continues_records(args.resume_checkpoint)
     if args.resume_checkpoint:
-        given = given_flags(parser)
-        checkpoint_util.adopt_config(args, dict(given), "resume_checkpoint", identity_flags(network_flags))
-        config = checkpoint_util.read_config(args.resume_checkpoint) or {}
-        for name in RUNTIME_FLAGS & network_flags.keys() & config.get("flags", {}).keys() - given.keys():
-            source = checkpoint_util.beside(args.resume_checkpoint, checkpoint_util.CONFIG_NAME)
-            checkpoint_util.check_recorded(source, name, config["flags"][name], getattr(args, name))
-            setattr(args, name, config["flags"][name])  # by hand, these may change from run to run
+        require_path("resume_checkpoint", args.resume_checkpoint)
+        checkpoint, given = Checkpoint(args.resume_checkpoint), given_flags(parser)
+        checkpoint.adopt_flags(args, dict(given), identity_flags(network_flags))
+        # Flags of how the network runs may change from run to run: those given by hand hold.
+        checkpoint.adopt_flags(args, {}, sorted(RUNTIME_FLAGS & network_flags.keys() - given.keys()))
         record["flags"] = dict(vars(args))
-        _keep_global_batch(args, config)
-        record["classes" if goes_on else "former_classes"] = config.get("classes")
-    if goes_on:
-        step = checkpoint_util.parse_resume_step_from_filename(args.resume_checkpoint)
-        dist_util.from_rank_0(lambda: checkpoint_util.refuse_later_checkpoints(step))
+        _keep_global_batch(args, checkpoint)
+        record["classes" if same_folder else "former_classes"] = checkpoint.classes
+    if same_folder:
+        step = parse_resume_step_from_filename(args.resume_checkpoint)
+        dist_util.from_rank_0(lambda: refuse_later_checkpoints(step))
     record["global_batch"] = args.batch_size * dist_util.get_world_size()
     return args, record
 
 
-def _keep_global_batch(args, config):
-    """Set args.batch_size so that a run resumed on another number of ranks keeps its global batch.
+def _keep_global_batch(args, checkpoint):
+    """Set args.batch_size so that a run keeps its global batch when it resumes on another number of ranks.
 
-    Only where --batch_size is what it was: another one is taken to be meant.
+    A --batch_size that differs from the recorded one changes the global batch.
     """
-    total, ranks = config.get("global_batch"), dist_util.get_world_size()
-    if not total or config["flags"].get("batch_size") != args.batch_size or total == ranks * args.batch_size:
+    total, ranks = (checkpoint.config or {}).get("global_batch"), dist_util.get_world_size()
+    if not total or checkpoint.flags.get("batch_size") != args.batch_size or total == ranks * args.batch_size:
         return
     if total % ranks:
         raise InputError(
@@ -97,9 +103,9 @@ def _keep_global_batch(args, config):
 
 
 def training_data(args, record, image_size, **changes):
-    """The images that the flags ask for: see load_data.
+    """Return an iterator of the images that the flags select. See load_data.
 
-    :param record: what set_up_training returned.
+    :param record: the record from set_up_training.
     :param changes: arguments of load_data that differ from the flags.
     """
     options = dict(
@@ -117,20 +123,20 @@ def training_data(args, record, image_size, **changes):
 def record_run(record, kind, classes):
     """Write config.json to the run's folder, and print the table of classes.
 
-    :param record: what set_up_training returned.
+    :param record: the record from set_up_training.
     :param kind: "diffusion", "upsampler" or "classifier".
     :param classes: the names of the classes in the order of their labels, or None.
     """
     record = dict(record)
     former = record.pop("former_classes", None)
     if classes and former and classes != former:
-        logger.warn("the classes are numbered by this run's data, and not as in the run that it resumes from")
+        logger.warn("the class numbers come from this run's data, and differ from those of the run that it resumes")
     room = record["flags"].get("num_classes")
     if classes and room and room > len(classes):
         logger.warn(
-            f"the data have {len(classes)} classes, fewer than --num_classes {room}: no image teaches the others"
+            f"the data have {len(classes)} classes, fewer than --num_classes {room}: the others get no training images"
         )
-    checkpoint_util.write_config(**{**record, "classes": classes}, kind=kind)
+    write_config(**{**record, "classes": classes}, kind=kind)
     if classes:
         named = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:10]))
         logger.log(f"{len(classes)} classes: {named}{', ...' if len(classes) > 10 else ''}")

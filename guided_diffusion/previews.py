@@ -1,0 +1,103 @@
+"""Previews: pictures of samples from a model in training, always from the same noise, so that its progress shows."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import torch as th
+
+from . import dist_util, files, logger
+from .pictures import save_grid, to_uint8
+from .random_util import SampleNoise, random_labels
+from .respace import SpacedDiffusion, space_timesteps
+
+
+def average_is_ready(rate, steps):
+    """Whether a moving average has seen enough steps to be worth a preview: 3 / (1 - rate).
+
+    Before that, more than exp(-3) = 5 % of it are still the initial weights, and its samples are noise.
+    """
+    return rate < 1 and steps >= round(3 / (1 - rate))
+
+
+@contextmanager
+def evaluating(model, state_dict):
+    """Put a model into evaluation mode, with the weights in `state_dict`, in a `with` block."""
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state_dict)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.load_state_dict(own)
+        model.train()
+
+
+class Preview:
+    """Writes grids of DDIM samples with few steps, from the same noise and labels each time.
+
+    :param diffusion: the process that the model is trained on.
+    :param shape: (C, H, W) of a sample.
+    :param num_classes: the number of classes if the model is class-conditional; labels then come from `random_labels`.
+    :param conditions: more model keyword arguments, tensors [count, ...].
+    :param count: the number of samples.
+    :param steps: the number of timesteps to visit.
+    :param batch_size: samples that pass through the network at once, on each rank.
+    """
+
+    def __init__(self, diffusion, shape, num_classes=None, conditions=None, count=16, steps=25, batch_size=16, seed=0):
+        self.diffusion = _with_fewer_steps(diffusion, steps)
+        self.shape = tuple(shape)
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.conditions = dict(conditions or {})
+        if num_classes is not None:
+            self.conditions.setdefault("y", random_labels(seed, range(count), num_classes))
+
+    def write(self, model, step, weights):
+        """Sample with `model` and write preview/STEP_WEIGHTS.png to the run's folder, from rank 0.
+
+        Every rank must call it: the ranks share the sampling.
+
+        :param weights: the name of the model's weights, such as "ema_0.9999".
+        :return: the path of the picture.
+        """
+        mine = range(dist_util.get_rank(), self.count, dist_util.get_world_size())
+        images = {}
+        for start in range(0, len(mine), self.batch_size):
+            indices = mine[start : start + self.batch_size]
+            images.update(zip(indices, self._sample(model, indices).cpu().numpy()))
+        by_index = {i: image for of_rank in dist_util.gather_objects(images) for i, image in of_rank.items()}
+        folder = files.join(logger.get_dir(), "preview")
+        path = files.join(folder, f"{step:06d}_{weights}.png")
+        if dist_util.get_rank() == 0:
+            files.make_dirs(folder)
+            save_grid(path, np.stack([by_index[i] for i in range(self.count)]))
+        return path
+
+    @th.no_grad()
+    def _sample(self, model, indices):
+        device = dist_util.dev()
+        noise = SampleNoise(self.seed, indices, device)
+        steps = self.diffusion.ddim_sample_loop_progressive(
+            model,
+            (len(indices), *self.shape),
+            noise=noise.randn(*self.shape),
+            model_kwargs={name: values[list(indices)].to(device) for name, values in self.conditions.items()},
+            device=device,
+            randn_like=noise.randn_like,
+        )
+        *_, last = steps
+        return to_uint8(last["sample"].nan_to_num())  # grey if a diverging network gives NaN
+
+
+def _with_fewer_steps(diffusion, steps):
+    """Return the process with at most `steps` of its timesteps. One that visits a subset already stays as it is."""
+    if diffusion.num_timesteps <= max(steps, getattr(diffusion, "original_num_steps", steps) - 1):
+        return diffusion
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(diffusion.num_timesteps, [steps]),
+        betas=diffusion.betas,
+        model_mean_type=diffusion.model_mean_type,
+        model_var_type=diffusion.model_var_type,
+        loss_type=diffusion.loss_type,
+        rescale_timesteps=diffusion.rescale_timesteps,
+    )

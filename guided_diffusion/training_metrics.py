@@ -1,0 +1,75 @@
+"""Metrics of a training run: losses by noise level, throughput, and memory."""
+
+import datetime
+import sys
+import time
+from contextlib import contextmanager
+
+import torch as th
+
+from . import logger
+
+
+def log_loss_dict(diffusion, ts, losses):
+    """Log the mean of each loss, and its mean by quartile of the timesteps (NAME_q0 has the least noise).
+
+    :param ts: timesteps [N].
+    :param losses: a dict of tensors [N].
+    """
+    quartiles = [int(4 * t / diffusion.num_timesteps) for t in ts.tolist()]
+    for key, values in losses.items():
+        values = values.detach().tolist()
+        for quartile, value in zip(quartiles, values):
+            logger.logkv_mean(key, value)
+            logger.logkv_mean(f"{key}_q{quartile}", value)
+
+
+class Throughput:
+    """Measures how fast a run trains, between two rows of the log.
+
+    :ivar steps: the number of steps since the last row, which the caller increments.
+    """
+
+    def __init__(self):
+        self._restart()
+
+    def _restart(self):
+        self.start, self.steps, self.waited = time.perf_counter(), 0, 0.0
+
+    @contextmanager
+    def waiting(self):
+        """Count the time in a `with` block as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def metrics(self, images_per_step, steps_left=None):
+        """Return the metrics of a row, and start to measure for the next one.
+
+        :param images_per_step: over all ranks.
+        :param steps_left: the steps until the end of the run, if it has one.
+        :return: a dict: steps_per_s; images_per_s over all ranks; data_wait, the share of the time that this rank
+            waited for data; memory_mb, see peak_memory_mb; and eta, the time left.
+        """
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        rate = self.steps / seconds
+        found = {
+            "steps_per_s": rate,
+            "images_per_s": rate * images_per_step,
+            "data_wait": self.waited / seconds,
+            "memory_mb": peak_memory_mb(),
+        }
+        if steps_left is not None and rate > 0:
+            found["eta"] = str(datetime.timedelta(seconds=round(steps_left / rate)))
+        self._restart()
+        return found
+
+
+def peak_memory_mb():
+    """Return the most memory this process has used, in MiB: on its GPU, or without a GPU its resident set."""
+    if th.cuda.is_available():
+        return th.cuda.max_memory_allocated() / 2**20
+    import resource  # does not exist on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
