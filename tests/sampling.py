@@ -169,13 +169,13 @@ def port():
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
-def become(job, rank, rendezvous):
+def become(job, rank, master_port):
     signal.alarm(job["limit"])
     fd = os.open(job["output"], os.O_WRONLY | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(fd, 1), os.dup2(fd, 2)
     ranks = str(job["ranks"])
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(rendezvous))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(master_port))
     sys.argv = ["-c", *job["argv"]]
 
 def kill(children):
@@ -192,7 +192,7 @@ def watch(job, children):
                 alive.remove(child)
                 statuses[child] = os.waitstatus_to_exitcode(status)
                 failed = failed or (statuses[child] != 0 and time.time())
-        if failed and time.time() - failed > 10:  # as launchers do
+        if failed and time.time() - failed > 0.1:  # as launchers do
             kill(alive)
         if job["pattern"] and not killed and len(glob.glob(job["pattern"])) >= job["count"]:
             time.sleep(job["delay"])
@@ -202,7 +202,7 @@ def watch(job, children):
     return [statuses[child] for child in children], killed
 
 for line in sys.stdin:
-    job, start, rendezvous, children = json.loads(line), time.time(), port(), []
+    job, start, master_port, children = json.loads(line), time.time(), port(), []
     open(job["output"], "w").close()
     for rank in range(job["ranks"]):
         child = os.fork()
@@ -210,7 +210,7 @@ for line in sys.stdin:
             break
         children.append(child)
     if not child:
-        become(job, rank, rendezvous)
+        become(job, rank, master_port)
         break
     statuses, killed = watch(job, children)
     output = open(job["output"], errors="replace").read()
