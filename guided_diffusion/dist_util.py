@@ -64,7 +64,7 @@ def setup_dist():
         print("warning: ranks share a GPU, or torch lacks nccl: averaging gradients by gloo is slow", file=sys.stderr)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     sys.excepthook = _end_job  # again: init_process_group installs a hook of its own, which buffers stderr
-    atexit.register(_leave)
+    atexit.register(_leave, os.getpid())
 
 
 def _fill_in_environment():
@@ -274,13 +274,15 @@ def barrier():
 # Ending
 
 
-def _leave():
+def _leave(pid):
     """Destroy the process group at the end of the process.
 
     A thread of gloo may still hold the last collective's tensor, and it needs the GIL to free it. destroy_process_group
     waits for that thread, before torch 2.13 without releasing the GIL: a deadlock. The pause lets the thread finish.
+
+    :param pid: the rank's process. A child that it forked must not touch the group.
     """
-    if dist.is_initialized():
+    if os.getpid() == pid and dist.is_initialized():
         time.sleep(0.1)
         dist.destroy_process_group()
 
