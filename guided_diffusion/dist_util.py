@@ -5,6 +5,7 @@ launcher ends the others: mpiexec and torchrun always do, srun with --kill-on-ba
 """
 
 import atexit
+import hashlib
 import importlib
 import os
 import pickle
@@ -13,7 +14,6 @@ import re
 import socket
 import sys
 import time
-import traceback
 import warnings
 from contextlib import suppress
 from datetime import timedelta
@@ -22,13 +22,12 @@ import torch as th
 import torch.distributed as dist
 
 from . import files
-from .errors import InputError, as_input_error, end_quietly, launcher_rank
+from .errors import InputError, describe_failure, launcher_rank
 
 GPUS_PER_NODE = 8  # unused; kept for scripts that import it
 TIMEOUT = timedelta(minutes=10)  # of the start and of every collective
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torch's
 MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-LOST_CONNECTION = ("by peer", "Broken pipe", "Timed out waiting", "remote process exited")  # words of gloo and nccl
 
 _mpi_comm = None  # MPI's communicator of all ranks, if MPI launched the job
 
@@ -56,9 +55,7 @@ def setup_dist():
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         th.set_num_threads(max(1, th.get_num_threads() // local_size))  # the ranks of a node share its cores
-    store = _connect(world_size)
-    store.set(f"GPU of rank {rank}", _select_gpu(local_rank))
-    gpus = [store.get(f"GPU of rank {r}").decode() for r in range(world_size)]
+    store, gpus = _meet(rank, world_size, _select_gpu(local_rank))
     backend = choose_backend(gpus)
     if rank == 0 and backend == "gloo" and any(gpus):
         print("warning: ranks share a GPU, or torch lacks nccl: averaging gradients by gloo is slow", file=sys.stderr)
@@ -108,12 +105,27 @@ def _ranks_of_slurm():
     return os.environ["SLURM_PROCID"], world_size, os.environ["SLURM_LOCALID"], local_size, address, port
 
 
-def _connect(world_size):
-    """The key-value store that all ranks share."""
+def _meet(rank, world_size, gpu):
+    """Wait for all ranks. Returns a key-value store that they share, and the GPU of each.
+
+    torchrun keeps its store when it restarts ranks (--max_restarts), so the keys of dead ranks are still in it. Hence
+    each rank writes a random number with its GPU, and the ranks use a part of the store that is named after the numbers
+    of all. They have met when all of them have read the same numbers.
+    """
     if world_size == 1:
-        return dist.HashStore()
+        return dist.HashStore(), [gpu]
     try:
-        return next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
+        store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
+        store.set(f"rank {rank}", f"{os.urandom(8).hex()} {gpu}")
+        seen = None
+        while True:
+            found = store.multi_get([f"rank {r}" for r in range(world_size)])
+            if found != seen:
+                seen, part = found, hashlib.sha256(b"".join(found)).hexdigest()
+                store.add(part, 1)
+            if store.add(part, 0) == world_size:
+                return dist.PrefixStore(part, store), [text.decode().partition(" ")[2] for text in found]
+            time.sleep(0.05)
     except (RuntimeError, ValueError) as e:
         reason = str(e).splitlines()[0]
         raise InputError(f"ranks cannot connect: check RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: {reason}") from None
@@ -290,16 +302,7 @@ def _leave(pid):
 def _end_job(kind, error, trace):
     """The hook for uncaught exceptions: print the reason and end the job."""
     rank, several = launcher_rank(), int(os.environ.get("WORLD_SIZE", 1)) > 1
-    error, status = as_input_error(error), 1
-    if isinstance(error, InputError):
-        text = f"error: {error}"
-    elif isinstance(error, KeyboardInterrupt):
-        text, status = "interrupted", 130
-        end_quietly()
-    elif isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_CONNECTION):
-        text = f"error: lost the connection to another rank, which has probably failed: {str(error).splitlines()[0]}"
-    else:
-        text = "".join(traceback.format_exception(kind, error, trace)).rstrip()
+    text, status = describe_failure(error)
     if rank > 0:
         time.sleep(1)  # rank 0 speaks first: if all ranks failed alike, the launcher then ends this one
         text = f"\nrank {rank}: {text}"  # on a new line: rank 0's progress bar may have left the cursor within one

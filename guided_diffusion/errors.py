@@ -5,10 +5,13 @@ import math
 import os
 import re
 import sys
+import traceback
 
 # Variables in which launchers give each process its rank: torchrun, Open MPI, MPICH and Intel MPI, MVAPICH, srun.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# In the errors that gloo and nccl raise when another rank has ended.
+LOST_CONNECTION = ("by peer", "Broken pipe", "Timed out waiting", "remote process exited")
 
 
 class InputError(ValueError):
@@ -34,9 +37,10 @@ def end_quietly():
 
 
 def as_input_error(error):
-    """Convert an error of the operating system (out of memory, disk full, permission denied) into an InputError.
+    """Convert an error whose cause lies outside the program into an InputError.
 
-    Returns any other error unchanged.
+    Such causes are: no memory left, a full disk, a permission denied, another rank that has ended. Returns any other
+    error unchanged.
     """
     text = str(error)
     if isinstance(error, MemoryError):
@@ -62,7 +66,21 @@ def as_input_error(error):
     if text.startswith("DataLoader worker"):
         reason = text.splitlines()[0]
         return InputError(f"a worker process died ({reason}): main memory may be full: lower --num_workers")
+    if any(words in text for words in LOST_CONNECTION):
+        reason = text.splitlines()[0]
+        return InputError(f"lost the connection to another rank, which has probably failed: {reason}")
     return error
+
+
+def describe_failure(error):
+    """The message and the exit status for an exception that ends the program: one line unless it is a bug."""
+    error = as_input_error(error)
+    if isinstance(error, InputError):
+        return f"error: {error}", 1
+    if isinstance(error, KeyboardInterrupt):
+        end_quietly()
+        return "interrupted", 130
+    return "".join(traceback.format_exception(error)).rstrip(), 1
 
 
 def choose(what, name, known):
