@@ -8,8 +8,7 @@ import argparse
 import math
 
 from . import gaussian_diffusion as gd
-from .errors import InputError
-from .rendezvous import launcher_rank
+from .errors import InputError, launcher_rank
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 

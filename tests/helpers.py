@@ -262,8 +262,8 @@ def refused(build, *words):
 
 def new_model(**options):
     """A small UNet with random weights throughout, and its process."""
-    options = dict(image_size=8, num_channels=32, channel_mult="1", num_res_blocks=1, num_heads=2,
-                   attention_resolutions="8", **options)  # fmt: skip
+    options = {**dict(image_size=8, num_channels=32, channel_mult="1", num_res_blocks=1, num_heads=2,
+                      attention_resolutions="8"), **options}  # fmt: skip
     model, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **options})
     randomize(model)
     return model, diffusion

@@ -1,60 +1,52 @@
-"""What several ranks do together: training as one process would, sharing values, and finding their devices."""
+"""What several ranks do together: training as one process would, exchanging values, and their process group."""
 
 import os
-import threading
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch as th
-from launch import TINY, run
+from helpers import batch_of, copies, new_loop, new_model, randomize
+from launch import run
+from PIL import Image
+from sampling import CLASSIFIER, run_ranks
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from guided_diffusion import dist_util, logger, rendezvous
+from guided_diffusion import dist_util, logger, train_util
+from guided_diffusion.classifier_util import ClassifierTrainLoop
 from guided_diffusion.errors import InputError
 from guided_diffusion.resample import LossSecondMomentResampler
-from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from guided_diffusion.script_util import classifier_defaults, create_classifier
 from guided_diffusion.train_util import TrainLoop
 
-GLOBAL_BATCH = 12
-STEPS = 4
-LR = 1e-4
-EMA_RATE = 0.9
+GLOBAL_BATCH, STEPS, LR, EMA_RATE = 12, 4, 1e-4, 0.9
 TESTS = os.path.dirname(os.path.abspath(__file__))
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
 
-# What runs on the ranks. Each writes what it has in the end to rankN.pt of the folder `out`.
+# What runs on the ranks. Each writes its results to rankN.pt of the folder `out`.
 
 
 def make_model(seed, **options):
-    """A small model whose weights are all random: those that start from zero would hide much of the gradient.
-
-    64 channels: with 32, each of group norm's groups is one channel, and biases before it have no gradient at all.
-    """
-    options = dict(TINY, image_size=8, attention_resolutions="8", num_channels=64, learn_sigma=True, class_cond=True,
-                   num_classes=10, **options)  # fmt: skip
-    model, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **options})
-    g = th.Generator().manual_seed(seed)
-    with th.no_grad():
-        for p in model.parameters():
-            p.copy_(th.randn(p.shape, generator=g) * (0.05 if p.ndim > 1 else 0.3))
+    """A small model; with 32 channels, group norm's groups would be single channels, whose biases have no gradient."""
+    model, diffusion = new_model(num_channels=64, learn_sigma=True, class_cond=True, num_classes=10, **options)
+    randomize(model, seed)
     return model, diffusion
 
 
 def global_batches():
-    """The same batches whoever asks: (images, what goes with them), with their timesteps and noise fixed."""
+    """(images, labels, timesteps and noise) of each step, the same on every rank."""
     g = th.Generator().manual_seed(7)
     for _ in range(STEPS):
-        yield (
-            th.rand(GLOBAL_BATCH, 3, 8, 8, generator=g) * 2 - 1,
-            {
-                "y": th.randint(10, (GLOBAL_BATCH,), generator=g),
-                "t": th.randint(1000, (GLOBAL_BATCH,), generator=g),
-                "noise": th.randn(GLOBAL_BATCH, 3, 8, 8, generator=g),
-            },
-        )
+        yield th.rand(GLOBAL_BATCH, 3, 8, 8, generator=g) * 2 - 1, {
+            "y": th.randint(10, (GLOBAL_BATCH,), generator=g),
+            "t": th.randint(1000, (GLOBAL_BATCH,), generator=g),
+            "noise": th.randn(GLOBAL_BATCH, 3, 8, 8, generator=g),
+        }
 
 
 def mean_loss(model, diffusion, x, cond):
@@ -76,38 +68,64 @@ def my_share(batches):
         yield x[part], {k: v[part] for k, v in cond.items()}
 
 
-def train(microbatch, seed):
+@contextmanager
+def as_on_gpus():
+    """Loops made within this use DistributedDataParallel, as on GPUs, while their tensors stay on the CPU."""
+
+    def wrap(model, device_ids, **options):
+        return DistributedDataParallel(model, **options)  # which takes no device_ids for CPUs
+
+    with (
+        patch.object(th.cuda, "is_available", lambda: True),
+        patch.object(dist_util, "dev", lambda: th.device("cpu")),
+        patch.object(train_util, "DistributedDataParallel", wrap),
+    ):
+        yield
+
+
+def make_loop(model, diffusion, kind, ddp=False, **options):
+    with as_on_gpus() if ddp else nullcontext():
+        loop = new_loop(model, diffusion, kind, batch_size=GLOBAL_BATCH // dist_util.get_world_size(), **options)
+    assert isinstance(loop.ddp_model, DistributedDataParallel) == ddp
+    return loop
+
+
+def train(seed, microbatch=-1, ddp=False, **model_options):
     """The gradient of the first step, the weights after STEPS and their average."""
-    model, diffusion = make_model(seed)
-    loop = FixedNoiseLoop(
-        model=model,
-        diffusion=diffusion,
-        data=None,
-        batch_size=GLOBAL_BATCH // dist_util.get_world_size(),
-        microbatch=microbatch,
-        lr=LR,
-        ema_rate=str(EMA_RATE),
-        log_interval=1,
-        save_interval=100,
-        resume_checkpoint="",
-    )
+    model, diffusion = make_model(seed, **model_options)
+    loop = make_loop(model, diffusion, FixedNoiseLoop, ddp, microbatch=microbatch, lr=LR, ema_rate=str(EMA_RATE))
     gradient = None
     for x, cond in my_share(global_batches()):
         if gradient is None:
             loop.forward_backward(x, cond)
             gradient = [p.grad.clone() for p in model.parameters()]
         loop.run_step(x, cond)
-    return {
-        "gradient": gradient,
-        "weights": [p.detach().clone() for p in model.parameters()],
-        "ema": [p.detach().clone() for p in loop.ema_params[0]],
-    }
+    return {"gradient": gradient, "weights": copies(model.parameters()), "ema": copies(loop.ema_params[0])}
+
+
+def train_classifier(ddp):
+    """The weights after STEPS, each followed by a held-out batch: a forward pass of the network without a backward."""
+    classifier = create_classifier(**{**classifier_defaults(), **CLASSIFIER})
+    randomize(classifier, seed=dist_util.get_rank())
+
+    def batches():
+        for step in range(2 * STEPS):
+            seed = 100 * step + dist_util.get_rank()
+            yield batch_of(5, seed), {"y": th.arange(seed, seed + 5) % 4}
+
+    options = dict(iterations=STEPS, val_data=batches(), eval_interval=1, microbatch=2, lr=0.1, seed=0)
+    loop = make_loop(classifier, make_model(seed=0)[1], ClassifierTrainLoop, ddp, **options)
+    # Makes the update proportional to the gradient: Adam's own would hide a factor, and magnify rounding near zero.
+    loop.opt.param_groups[0]["eps"] = 1.0
+    for x, cond in list(batches())[:STEPS]:
+        loop.run_step(x, cond)
+    return copies(classifier.parameters())
 
 
 def losses_of_rank(rank):
     """A number of losses that differs from rank to rank, none among them, over 3 timesteps."""
-    count = [2, 7, 0][rank]
-    return [(i + rank) % 3 for i in range(count)], [1.0 + rank + 0.25 * i for i in range(count)]
+    numbers = range([2, 7, 0][rank])
+    return [(i + rank) % 3 for i in numbers], [1.0 + rank + 0.25 * i for i in numbers]
 
 
 def learn_from_losses():
@@ -121,11 +139,8 @@ def freeze_and_train():
     """How far a frozen parameter moves in a step with weight decay."""
     model, diffusion = make_model(seed=0)
     model.time_embed.requires_grad_(False)
-    share = GLOBAL_BATCH // dist_util.get_world_size()
-    loop = FixedNoiseLoop(model=model, diffusion=diffusion, data=None, batch_size=share, microbatch=-1, lr=0.1,
-                          weight_decay=0.5, ema_rate="", log_interval=1, save_interval=100,
-                          resume_checkpoint="")  # fmt: skip
-    before = [p.clone() for p in model.time_embed.parameters()]
+    loop = make_loop(model, diffusion, FixedNoiseLoop, lr=0.1, weight_decay=0.5)
+    before = copies(model.time_embed.parameters())
     loop.run_step(*next(my_share(global_batches())))
     return largest_difference(before, list(model.time_embed.parameters()))
 
@@ -143,21 +158,25 @@ def exchange():
 
 
 def on_ranks(out):
-    """The whole of what a rank does for these tests."""
     dist_util.setup_dist()
     rank, share = dist_util.get_rank(), GLOBAL_BATCH // dist_util.get_world_size()
     logger.configure(dir=out, format_strs=[])
-    th.save(
-        {
-            # Other ranks start from other weights: rank 0's must reach all.
-            "whole": train(microbatch=-1, seed=rank),
-            "uneven": train(microbatch=share // 2 + 1, seed=rank),
-            "frozen_moved": freeze_and_train(),
-            "sampler_weights": th.from_numpy(learn_from_losses()),
-            **exchange(),
-        },
-        os.path.join(out, f"rank{rank}.pt"),
-    )
+    found = {
+        # Each rank starts from other weights: rank 0's must reach all.
+        **{name: train(rank, **{"microbatch": share // 2 + 1, **options}) for name, options in TRAININGS.items()},
+        "classifiers": [train_classifier(ddp) for ddp in (False, True)],
+        "frozen_moved": freeze_and_train(),
+        "sampler_weights": th.from_numpy(learn_from_losses()),
+        **exchange(),
+    }
+    th.save(found, os.path.join(out, f"rank{rank}.pt"))
+
+
+TRAININGS = {
+    "whole": dict(microbatch=-1),
+    "uneven": {},
+    "ddp": dict(ddp=True, use_checkpoint=True),  # the backward pass recomputes blocks
+}
 
 
 # The tests
@@ -177,7 +196,7 @@ def reference():
     """What plain PyTorch makes of the whole batches: no TrainLoop, no ranks, no microbatches."""
     model, diffusion = make_model(seed=0)
     opt = AdamW(model.parameters(), lr=LR, weight_decay=0.0)
-    average = [p.detach().clone() for p in model.parameters()]
+    average = copies(model.parameters())
     gradient = None
     for x, cond in global_batches():
         opt.zero_grad()
@@ -185,24 +204,21 @@ def reference():
         gradient = gradient or [p.grad.clone() for p in model.parameters()]
         opt.step()
         average = [EMA_RATE * a + (1 - EMA_RATE) * p.detach() for a, p in zip(average, model.parameters())]
-    return {
-        "gradient": gradient,
-        "weights": [p.detach() for p in model.parameters()],
-        "ema": average,
-        "start": [p.detach() for p in make_model(seed=0)[0].parameters()],
-    }
+    weights = copies(model.parameters())
+    # Weights that stand still would agree however they were trained.
+    assert largest_difference(weights, list(make_model(seed=0)[0].parameters())) > 2 * LR
+    return {"gradient": gradient, "weights": weights, "ema": average}
 
 
 def largest_difference(a, b):
     assert len(a) == len(b)
-    return max(float((x - y).abs().max()) for x, y in zip(a, b))
+    return max(float((x - y).detach().abs().max()) for x, y in zip(a, b))
 
 
 def check_training(got, reference):
     size = max(float(g.abs().max()) for g in reference["gradient"])
-    assert largest_difference(got["gradient"], reference["gradient"]) < 1e-5 * size
-    assert largest_difference(got["weights"], reference["weights"]) < 1e-5
-    assert largest_difference(got["ema"], reference["ema"]) < 1e-5
+    for name, tolerance in [("gradient", 1e-5 * size), ("weights", 1e-5), ("ema", 1e-5)]:
+        assert largest_difference(got[name], reference[name]) < tolerance, name
 
 
 def test_frozen_parameters_stay(ranks):
@@ -210,28 +226,25 @@ def test_frozen_parameters_stay(ranks):
     assert [got["frozen_moved"] for got in ranks] == [0.0] * len(ranks)
 
 
-def test_reference_moves(reference):
-    # Guards the comparisons: weights that stand still would agree however they were trained.
-    assert largest_difference(reference["start"], reference["weights"]) > 2 * LR
-
-
 @pytest.mark.parametrize("microbatch", [-1, 5])
 def test_one_process_trains_like_plain_pytorch(microbatch, reference):
     with logger.scoped_configure(dir=None, format_strs=[]):
-        check_training(train(microbatch, seed=0), reference)
+        check_training(train(0, microbatch), reference)
 
 
-@pytest.mark.parametrize("microbatches", ["whole", "uneven"])
-def test_ranks_train_like_plain_pytorch(microbatches, ranks, reference):
+@pytest.mark.parametrize("training", TRAININGS)
+def test_ranks_train_like_plain_pytorch(training, ranks, reference):
     for got in ranks:
-        check_training(got[microbatches], reference)
+        check_training(got[training], reference)
+        # Bit for bit: ranks that drift apart by rounding would drift on.
+        assert largest_difference(ranks[0][training]["weights"], got[training]["weights"]) == 0
 
 
-def test_ranks_hold_identical_weights(ranks):
-    # Bit for bit: ranks that drift apart by rounding would drift on.
-    for other in ranks[1:]:
-        for microbatches in ("whole", "uneven"):
-            assert largest_difference(ranks[0][microbatches]["weights"], other[microbatches]["weights"]) == 0
+def test_classifiers_train_with_ddp_as_without(ranks):
+    for got in ranks:
+        plain, ddp = got["classifiers"]
+        assert largest_difference(plain, ddp) < 1e-6
+        assert largest_difference(ranks[0]["classifiers"][1], ddp) == 0
 
 
 def test_samplers_learn_from_all_ranks(ranks):
@@ -249,11 +262,7 @@ def test_samplers_learn_from_all_ranks(ranks):
 
 def test_values_pass_between_ranks(ranks):
     for got in ranks:
-        assert [g.tolist() for g in got["gathered"]] == [
-            [],
-            [[10, 11]],
-            [[20, 21], [22, 23]],
-        ][: len(ranks)]
+        assert [g.tolist() for g in got["gathered"]] == [[], [[10, 11]], [[20, 21], [22, 23]]][: len(ranks)]
         assert got["object"] == {"rank": 0, "text": "x"}
         assert all((p == value).all() for p, value in zip(got["params"], [0.0, 0.5]))
 
@@ -267,63 +276,35 @@ def test_values_pass_in_one_process():
     assert (dist_util.get_rank(), dist_util.get_world_size()) == (0, 1)
 
 
-# How ranks find their devices
+# The process group
 
 
-def backends(names):
-    """What ranks choose who find GPUs of these names, "" for none; or what they are told instead."""
-    store, found = dist_util.dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), {}
-
-    def choose_device(local_rank):
-        if names[local_rank] is None:
-            raise RuntimeError("CUDA error: out of order")
-        return names[local_rank]
-
-    def choose(rank):
-        client = dist_util.dist.TCPStore("127.0.0.1", store.port, is_master=False)
-        try:
-            found[rank] = dist_util._choose_backend(client, rank, len(names), rank)
-        except (InputError, RuntimeError) as e:
-            found[rank] = str(e)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist_util, "_choose_device", choose_device)
-        patch.setattr(dist_util.dist, "is_nccl_available", lambda: True)
-        threads = [threading.Thread(target=choose, args=[rank]) for rank in range(len(names))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    return [found[rank] for rank in range(len(names))]
+def test_nccl_where_every_rank_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(dist_util.dist, "is_nccl_available", lambda: True)
+    for gpus in (["node GPU-0"], ["a GPU-0", "a GPU-1", "b GPU-0"]):
+        assert dist_util.choose_backend(gpus) == "cpu:gloo,cuda:nccl"
+    for gpus in (["a GPU-0", "a GPU-0"], ["", "", ""]):
+        assert dist_util.choose_backend(gpus) == "gloo"
+    with pytest.raises(InputError, match="rank 1 has no GPU"):
+        dist_util.choose_backend(["a GPU-0", "", "a GPU-1"])
 
 
-@pytest.mark.parametrize(
-    "names, backend",
-    [
-        (["node GPU-0"], "nccl"),
-        ([""], "gloo"),
-        (["a GPU-0", "a GPU-1", "b GPU-0"], "nccl"),  # also where each rank sees only its own
-        (["a GPU-0", "a GPU-0"], "gloo"),
-        (["", "", ""], "gloo"),
-    ],
-)
-def test_nccl_where_every_rank_has_a_gpu_of_its_own(names, backend, capfd):
-    assert backends(names) == [backend] * len(names)
-    assert ("ranks share a GPU" in capfd.readouterr().err) == (names == ["a GPU-0", "a GPU-0"])
+OWN_GROUP = """
+import sys
+import torch.distributed as dist
+from guided_diffusion import dist_util
+from guided_diffusion.image_datasets import load_data
+dist.init_process_group("gloo")
+dist_util.setup_dist()
+data = load_data(data_dir=sys.argv[1], batch_size=5, image_size=4, num_workers=0, random_flip=False)
+seen = [float(x.mean()) for _ in range(4) for x in next(data)[0]]
+seen = sum(dist_util.gather_objects(seen), [])
+assert len(set(seen)) == 40, f"{len(set(seen))} of 40 images"
+"""
 
 
-def test_all_ranks_refuse_where_some_find_no_gpu():
-    assert all(text.startswith("1 of 3 ranks find no GPU, rank 1 the first:") for text in backends(["a 0", "", "a 1"]))
-
-
-def test_all_ranks_end_where_one_has_a_broken_gpu():
-    told = "rank 1 cannot use its GPU, and says why"
-    assert backends(["a 0", None, "a 2"]) == [told, "CUDA error: out of order", told]
-
-
-@pytest.mark.parametrize("name", ["LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"])
-def test_the_rank_within_the_node(name, monkeypatch):
-    for other in rendezvous.LOCAL_RANK_VARIABLES:
-        monkeypatch.delenv(other, raising=False)
-    monkeypatch.setenv(name, "5")
-    assert rendezvous._from_environment(rendezvous.LOCAL_RANK_VARIABLES, 0) == 5
+def test_an_epoch_in_a_process_group_of_the_callers_has_every_image(tmp_path):
+    # Ranks once drew seeds of their own there: two ranks saw 30 of 40 images.
+    for i in range(40):
+        Image.new("RGB", (4, 4), (i, i, i)).save(tmp_path / f"{i}.png")
+    run_ranks(2, [tmp_path], OWN_GROUP)[0].check()
