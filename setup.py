@@ -12,7 +12,11 @@ setup(
         "mpi": ["mpich>=4.2"],  # an MPI library, where the machine has none of its own
         "tensorboard": ["tensorboard>=2.15"],
         "plots": ["matplotlib>=3.8"],
+        "safetensors": ["safetensors>=0.4"],
         "datasets": ["lmdb>=1.4", "scipy>=1.11", "scikit-learn>=1.5"],
-        "test": ["pytest>=8", "scikit-learn>=1.5", "scipy>=1.11", "lmdb>=1.4", "tensorboard>=2.15", "matplotlib>=3.8"],
+        "test": [
+            "pytest>=8", "scikit-learn>=1.5", "scipy>=1.11", "lmdb>=1.4", "tensorboard>=2.15", "matplotlib>=3.8",
+            "safetensors>=0.4", "onnxruntime>=1.20", "onnxscript>=0.3", "thop>=0.1",
+        ],
     },
 )

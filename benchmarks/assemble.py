@@ -28,7 +28,7 @@ def main():
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         folder = dist_util.broadcast_object(folder)
         grown, seconds = measure(args, folder)
-        dist_util.barrier()
+        dist_util.wait_for_all()
         everywhere = dist_util.gather_objects(grown)
         if dist_util.get_rank() == 0:
             for rank, (total, assembly) in enumerate(everywhere):
@@ -36,7 +36,7 @@ def main():
             path = f"{folder}/samples_{args.num_samples}x{args.size}x{args.size}x3.npz"
             check(path, args)
             print(f"{args.num_samples} images of {args.size}x{args.size}: {seconds:.1f} s, all are in the file")
-        dist_util.barrier()
+        dist_util.wait_for_all()
     sys.exit(int(max(everywhere)[0] > args.most))
 
 

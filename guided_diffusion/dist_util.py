@@ -6,7 +6,6 @@ launcher ends the others: mpiexec and torchrun always do, srun with --kill-on-ba
 
 import atexit
 import hashlib
-import importlib
 import os
 import pickle
 import platform
@@ -31,12 +30,6 @@ MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 _patient_group = None  # of all ranks, without a timeout
 _mpi_comm = None  # MPI's communicator of all ranks, if MPI launched the job
-
-
-def __getattr__(name):  # MPI: other projects import it from here; loading it starts MPI, so load it only for them
-    if name == "MPI":
-        return importlib.import_module("mpi4py.MPI")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # Starting

@@ -14,12 +14,12 @@ from guided_diffusion import dist_util
 from guided_diffusion.errors import InputError
 dist_util.setup_dist()
 rank = dist_util.get_rank()
-dist_util.barrier()
+dist_util.wait_for_all()
 if rank == 1:
     open(sys.argv[1], "w").write(str(time.time()))
 {failure}
 for _ in range(1000):
-    dist_util.barrier()
+    dist_util.wait_for_all()
     time.sleep(0.1)
 """
 BAD_FLAG = 'raise InputError("--flag 7: too many")'
@@ -52,8 +52,8 @@ def test_a_failing_rank_ends_the_job_and_says_why(launcher, failure, line, tmp_p
     [
         "if rank == 1: time.sleep(1)",
         "x = th.ones(4)\ndist.send(x, 1) if rank == 0 else dist.recv(x, 0) if rank == 1 else None",
-        "dist.destroy_process_group(); dist_util.setup_dist(); dist_util.barrier()",
-        "os.fork() or sys.exit(); os.wait(); dist_util.barrier()",
+        "dist.destroy_process_group(); dist_util.setup_dist(); dist_util.wait_for_all()",
+        "os.fork() or sys.exit(); os.wait(); dist_util.wait_for_all()",
     ],
     ids=["one rank later", "the caller's messages", "a second group", "a forked child"],
 )

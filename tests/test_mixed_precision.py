@@ -5,7 +5,7 @@ import pytest
 import torch as th
 from helpers import batch_of, copies, new_loop, new_model, quick_half_convolutions
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import logger
 from guided_diffusion.errors import InputError
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 

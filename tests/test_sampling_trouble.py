@@ -38,7 +38,7 @@ BAD_FLAGS = {
     "no samples": (dict(num_samples=0), ["--num_samples 0"]),
     "no batch": (dict(batch_size=0), ["--batch_size 0"]),
     "no steps": (dict(timestep_respacing=0), ["--timestep_respacing 0"]),
-    "other flags": (dict(num_channels=64), ["model.pt", "num_channels is 32 in the file and 64 by the flags"]),
+    "other flags": (dict(num_channels=64), ["model.pt", "in the file and (256, 64) here"]),
     "another job": (dict(seed=1), ["--seed 0, not 1", "--log_dir"]),
 }
 
