@@ -37,10 +37,18 @@ from archives import (
 from launch import ROOT, run
 from PIL import Image
 
-from guided_diffusion.image_datasets import class_labels, class_names
+from guided_diffusion.image_listing import image_classes, list_images, number_classes
 from guided_diffusion.presets import get_preset
 
 # ImageNet
+
+
+def class_names(folder):
+    return image_classes(str(folder), list_images(str(folder)))[1]
+
+
+def labels_of(paths, names):
+    return number_classes(paths, image_classes("", paths)[0], names)
 
 
 def test_training_images_are_the_archives_bytes_in_a_folder_for_each_class(unpacked):
@@ -54,7 +62,7 @@ def test_class_table_numbers_the_sorted_ids_as_training_does(unpacked):
     with open(unpacked["imagenet"] / "classes.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert rows == [{"label": str(i), "wnid": wnid, "name": NAMES[wnid]} for i, wnid in enumerate(sorted(NAMES))]
-    assert class_names(str(unpacked["imagenet"] / "train")) == [row["wnid"] for row in rows]
+    assert class_names(unpacked["imagenet"] / "train") == [row["wnid"] for row in rows]
 
 
 def test_validation_images_are_named_by_the_class_that_the_development_kit_gives_them(unpacked):
@@ -69,9 +77,9 @@ def test_both_archives_share_a_folder_and_a_class_table(archives, unpacked, tmp_
         module, args = command(name, archives, tmp_path)
         call(module, *args).check()
     assert tree(tmp_path) == tree(unpacked["imagenet"]) | tree(unpacked["imagenet_val"])
-    trained = class_names(str(tmp_path / "train"))
+    trained = class_names(tmp_path / "train")
     held_out = sorted(name for name in tree(tmp_path) if name.startswith("val"))
-    assert class_labels(held_out, trained) == [0, 0, 1, 1, 2]  # n01 twice, n02 twice, n03
+    assert labels_of(held_out, trained) == [0, 0, 1, 1, 2]  # n01 twice, n02 twice, n03
 
 
 def test_a_complete_class_is_not_opened_again(archives, tmp_path, monkeypatch):
@@ -201,7 +209,7 @@ def check_cifar(folder):
         for name, (b, i) in zip(names, origins):
             assert np.array_equal(np.asarray(Image.open(folder / split / name)), cifar_pixels(b, i))
     paths = [str(path) for path in (folder / "train").iterdir()]
-    assert class_labels(paths, CIFAR_NAMES) == [CIFAR_NAMES.index(Path(path).name.split("_")[0]) for path in paths]
+    assert labels_of(paths, CIFAR_NAMES) == [CIFAR_NAMES.index(Path(path).name.split("_")[0]) for path in paths]
 
 
 def test_cifar10_from_its_archive(unpacked):
