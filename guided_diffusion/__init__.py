@@ -1,1 +1,37 @@
-"""ADM: "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal & Nichol, NeurIPS 2021, arXiv 2105.05233)."""
+"""ADM, the system of "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal & Nichol 2021), reimplemented.
+
+Where things are; imports point down this list only.
+
+    classifier_util       training and validating the noisy-image classifier
+    upsampler_util        training the upsampler
+    training_job          training scripts: command line, ranks, run folder, data
+    train_util            TrainLoop: steps, moving averages, logging
+    training_state        what a checkpoint of a run holds: writing, finding and resuming it
+    training_metrics      losses by quartile of the timesteps, throughput
+    previews              pictures of samples during training
+    sample_job            sampling jobs over all ranks: batches, upsampling, restarts
+    sample_shards         the files of a sampling job
+    sampling_networks     sampling scripts: command line, presets, networks with weights, labels, guidance
+    likelihood_util       bits per dimension of a set of images
+    class_labels          --classes: labels from numbers, names and files
+    pictures              uint8 images, PNG files, grids
+    compile_util          torch.compile
+    presets               the released models: flags, sampling settings, training recipes
+    script_util           flags, and the factories of models and processes
+    unet                  UNetModel, SuperResModel, EncoderUNetModel
+    respace               the process on some of the timesteps
+    gaussian_diffusion    the diffusion process: training losses, steps, sampling loops, likelihood
+    guidance              guidance by a classifier
+    resample              distributions over the timesteps to train on
+    image_datasets        batches of images: order, workers, random crops and flips
+    image_listing         the images of a folder, and their classes
+    image_decoding        from an image file to pixels
+    fp16_util             mixed precision: loss scaling, master weights
+    checkpoint_util       a checkpoint file, and the config.json beside it
+    random_util           random numbers of a sample or training image
+    nn, losses            layers; divergences and likelihoods
+    npz_arrays            arrays in .npz files larger than memory
+    logger                metrics and messages
+    dist_util             ranks, devices and collectives
+    files, errors         local files and URLs; users' mistakes in one line
+"""
