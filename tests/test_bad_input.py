@@ -357,7 +357,7 @@ def check_refused(done, words, start=("error: ", "image_train.py: error: ")):
 
 @pytest.fixture(scope="module")
 def outcomes(stage):
-    return run_forked({name: staged(name, stage, stage / "log")[0] for name in CASES}, stage)
+    return run_forked({name: staged(name, stage, stage / "log")[0] for name in CASES})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -381,8 +381,7 @@ def test_the_stage_itself_is_sound(stage, tmp_path):
         {
             "train": [*(text.replace("{stage}", str(stage)) for text in train()), "--log_dir", str(tmp_path)],
             "sample": [*(text.replace("{stage}", str(stage)) for text in sample()), "--log_dir", str(tmp_path)],
-        },
-        tmp_path,
+        }
     )
     for outcome in done.values():
         outcome.check()
@@ -403,5 +402,5 @@ def test_one_rank_of_two_speaks_for_itself(stage, tmp_path):
 
 def test_unknown_log_format_is_refused(stage, tmp_path):
     argv = [text.replace("{stage}", str(stage)) for text in train(log_dir=tmp_path)]
-    done = run_forked({"case": argv}, tmp_path, env={"OPENAI_LOG_FORMAT": "stdout,xml"})["case"]
+    done = run_forked({"case": argv}, env={"OPENAI_LOG_FORMAT": "stdout,xml"})["case"]
     check_refused(done, ["'xml'", "stdout", "log", "json", "csv", "tensorboard"])

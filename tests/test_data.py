@@ -244,7 +244,7 @@ def test_processes_with_workers_end_soon_and_quietly(tmp_path):
     for name, end in ENDS.items():
         (tmp_path / f"{name}.py").write_text(SCRIPT + end)
     jobs = {name: [str(tmp_path / f"{name}.py"), str(tmp_path / "data")] for name in ENDS}
-    done = run_forked(jobs, tmp_path)
+    done = run_forked(jobs)
     for name in ("SIGTERM to all", "the end"):
         assert (done[name].returncode, done[name].output) == (0, ""), name
     assert done["Ctrl-C"].returncode in (130, -signal.SIGINT) and done["Ctrl-C"].output == "interrupted\n"

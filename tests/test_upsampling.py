@@ -193,6 +193,6 @@ def test_an_upsampler_that_does_not_fit_is_refused_before_sampling(pipeline, mon
     refuse("--upsampler_num_classes 3", "--num_classes 4", upsampler_num_classes=3)
     refuse("--upsampler_in_channels 1", "--in_channels 3", upsampler_in_channels=1)
     refuse("--upsampler_batch_size 0", upsampler_batch_size=0)
-    refuse(pipeline["upsampler_path"], "num_res_blocks", upsampler_num_res_blocks=2)
+    refuse(pipeline["upsampler_path"], "input_blocks.2.0", "missing in the file", upsampler_num_res_blocks=2)
     refuse("--upsampler_path", "gone.pt", upsampler_path=tmp_path / "gone.pt")
     refuse("--timestep_respacing", "2000", upsampler_timestep_respacing=2000)

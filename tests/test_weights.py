@@ -84,7 +84,7 @@ def test_refusals_say_what_the_file_is(weights, tmp_path):
         refused(lambda: load(path), "model.pt", word)
     np.savez(tmp_path / "samples.npz", np.zeros(3))
     refused(lambda: load(tmp_path / "samples.npz"), "samples.npz")
-    refused(lambda: load(tmp_path / "nothing.pt"), "nothing.pt", "no such")
+    refused(lambda: load(tmp_path / "nothing.pt"), "nothing.pt", "No such file")
 
 
 def test_weights_of_another_model_are_refused_with_both_shapes(weights, tmp_path):
