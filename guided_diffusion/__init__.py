@@ -17,7 +17,7 @@ Where things are; imports point down this list only.
     pictures              uint8 images, PNG files, grids
     compile_util          torch.compile
     presets               the released models: flags, sampling settings, training recipes
-    script_util           flags, and the factories of models and processes
+    script_util           from flags to models and processes
     unet                  UNetModel, SuperResModel, EncoderUNetModel
     respace               the process on some of the timesteps
     gaussian_diffusion    the diffusion process: training losses, steps, sampling loops, likelihood
@@ -33,5 +33,6 @@ Where things are; imports point down this list only.
     npz_arrays            arrays in .npz files larger than memory
     logger                metrics and messages
     dist_util             ranks, devices and collectives
+    flags                 what each flag means; parsers
     files, errors         local files and URLs; users' mistakes in one line
 """

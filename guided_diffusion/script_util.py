@@ -4,11 +4,18 @@ Each flag of a network or process is declared once, in a table below, with its d
 the scripts' parsers and the factories derive from them.
 """
 
-import argparse
 import math
 
 from . import gaussian_diffusion as gd
-from .errors import InputError, launcher_rank
+from .errors import InputError
+from .flags import (  # noqa: F401  others import these from here
+    ADDED_FLAGS,
+    FlagParser,
+    add_dict_to_argparser,
+    args_to_dict,
+    given_flags,
+    str2bool,
+)
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
@@ -55,7 +62,6 @@ CLASSIFIER_FLAGS = dict(
     classifier_pool="attention",
     **DATA_FLAGS,
 )
-ADDED_FLAGS = {"num_classes", "in_channels", "use_bf16", "classifier_use_bf16"}  # which the original code lacks
 # Flags that change how a network runs and not which function its weights make.
 RUNTIME_FLAGS = {
     "use_fp16", "use_bf16", "use_checkpoint", "dropout", "classifier_use_fp16", "classifier_use_bf16",
@@ -361,49 +367,3 @@ def parse_numbers(flag, text, kind):
 def identity_flags(defaults):
     """The names of those flags that decide which function a model's weights make."""
     return [name for name in defaults if name not in RUNTIME_FLAGS]
-
-
-# Flags on the command line
-
-
-class FlagParser(argparse.ArgumentParser):
-    """An argument parser for scripts that run on several ranks: a mistake is one line, printed by one of them."""
-
-    def error(self, message):
-        line = f"{self.prog}: error: {message} (--help lists the flags)"
-        raise SystemExit(line if launcher_rank() == 0 else 1)
-
-
-def add_dict_to_argparser(parser, default_dict):
-    """Add a flag for each entry of a dict, with its default and of its type. None stands for a string."""
-    for name, default in default_dict.items():
-        kind = str if default is None else str2bool if isinstance(default, bool) else type(default)
-        parser.add_argument(f"--{name}", default=default, type=kind)
-
-
-def args_to_dict(args, keys):
-    """The parsed flags of these names, as a dict. Flags that the original code lacks may be missing from `args`."""
-    return {name: getattr(args, name) for name in keys if name not in ADDED_FLAGS or hasattr(args, name)}
-
-
-def str2bool(v):
-    """Parse a boolean flag: yes, true, t, y, 1 and no, false, f, n, 0, in any case."""
-    if isinstance(v, bool):
-        return v
-    if v.lower() in ("yes", "true", "t", "y", "1"):
-        return True
-    if v.lower() in ("no", "false", "f", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"a boolean such as True or False is expected, not {v!r}")
-
-
-def given_flags(parser, argv=None):
-    """The flags that stand on the command line, as checkpoint_util.adopt_config wants them: {name: (value, source)}."""
-    defaults = {action: action.default for action in parser._actions}
-    try:
-        for action in defaults:
-            action.default = argparse.SUPPRESS
-        return {name: (value, "on the command line") for name, value in vars(parser.parse_args(argv)).items()}
-    finally:
-        for action, default in defaults.items():
-            action.default = default

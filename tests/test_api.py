@@ -150,7 +150,8 @@ def test_open_signatures_stay_open(module, name, arguments):
 
 # Flags
 
-SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py") if path.name in FLAGS)
+EVERY_SCRIPT = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
+SCRIPTS = [name for name in EVERY_SCRIPT if name in FLAGS]
 SCRIPT_FLAGS = [(script, flag, default) for script in SCRIPTS for flag, default in FLAGS[script].items()]
 
 
@@ -158,7 +159,7 @@ SCRIPT_FLAGS = [(script, flag, default) for script in SCRIPTS for flag, default 
 def parsers():
     """The parsers of the scripts, by file name."""
     found = {}
-    for script in SCRIPTS:
+    for script in EVERY_SCRIPT:
         spec = importlib.util.spec_from_file_location(f"script_{script[:-3]}", ROOT / "scripts" / script)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -187,6 +188,16 @@ def test_script_has_the_original_flag(parsers, script, flag, default):
     parsed = vars(parsers[script].parse_args([f"--{flag}", str(given)]))
     assert parsed[flag] == given
     assert type(parsed[flag]) is type(default)
+
+
+@pytest.mark.parametrize("script", EVERY_SCRIPT)
+def test_help_explains_every_flag_in_its_group(parsers, script):
+    text = parsers[script].format_help()
+    for action in parsers[script]._actions:
+        assert action.dest == "help" or "(default: " in (action.help or ""), action.dest
+    groups = [group.title for group in parsers[script]._action_groups if group._group_actions]
+    assert {"model", "process", "output"} <= set(groups) or {"classifier", "process", "output"} <= set(groups)
+    assert "None" not in text
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
