@@ -1,16 +1,19 @@
-"""From a batch of images to what the metrics need of its features, over all ranks; kept in a cache if asked for."""
+"""Extract from images what the metrics need, on all ranks; with a cache for reference batches."""
 
-import hashlib
 import os
-import sys
 
 import numpy as np
 import torch as th
+import torch.distributed as dist
 
-from .batches import DAMAGED
-from .errors import EvaluationError
-from .files import write_arrays
+from guided_diffusion.checkpoint_util import fingerprint
+from guided_diffusion.dist_util import broadcast_object, get_rank, get_world_size, wait_for_all
+from guided_diffusion.errors import InputError
+from guided_diffusion.logger import progress_bar
+from guided_diffusion.npz_arrays import DAMAGED
+
 from .metrics import InceptionScore, Moments, frechet_distance, precision_recall
+from .output import say, write_output
 
 METRICS = {"is": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall"}
 MANIFOLDS = {"precision", "recall"}
@@ -18,28 +21,34 @@ FEWEST, ADVISED = 4, 10_000
 
 
 class Features:
-    """What the metrics need of a batch's features. On rank 0 it is that of the whole batch, on others of their share.
+    """Everything that the metrics need from a batch's features. Every rank must create it.
 
-    :param network: what gives features: network(uint8 [n, H, W, C]) is (pool [n, pool_dim], spatial [n, spatial_dim]),
-        network.logits(pool) what the Inception Score takes for logits.
+    On rank 0 it covers the whole batch, on the other ranks only their share.
+
+    :param network: network(uint8 [n, H, W, C]) returns (pool [n, pool_dim], spatial [n, spatial_dim]);
+        network.logits(pool) returns the logits for the Inception Score.
     :param batch: a Batch.
-    :param wanted: the metrics, by their short names.
-    :param limit: take the first so many images; 0 takes all.
-    :ivar moments: of features by kind, "pool" and "spatial".
+    :param wanted: short names of the metrics to prepare for.
+    :param limit: use the first `limit` images; 0 uses all.
+    :ivar moments: Moments of the features: {"pool": ..., "spatial": ...}.
     :ivar score: an InceptionScore.
-    :ivar pool: all pool features [N, pool_dim] float32, where precision or recall is wanted.
-    :raises EvaluationError: for features that are not finite.
+    :ivar pool: all pool features float32 [N, pool_dim], if precision or recall is wanted.
+    :raises InputError: if features are not finite.
     """
 
-    def __init__(self, network, batch, batch_size, ranks, wanted, limit=0):
+    def __init__(self, network, batch, batch_size, wanted, limit=0):
         self.moments = {"pool": Moments(network.pool_dim), "spatial": Moments(network.spatial_dim)}
         self.score, pools = InceptionScore(), [np.zeros((0, network.pool_dim), np.float32)]
-        mine = ranks.share(min(len(batch), limit or len(batch)), batch_size)
+        mine = share(min(len(batch), limit or len(batch)), batch_size)
         position = mine.start
-        with progress(ranks, total=len(mine), desc=os.path.basename(batch.path)) as bar:
+        with progress_bar(total=len(mine), desc=os.path.basename(batch.path), unit="image") as bar:
             for images in batch.images(mine.start, mine.stop, batch_size):
                 pool, spatial = network(th.from_numpy(images).to(network.device))
-                check_finite(pool, spatial, f"{batch.path}: images {position} to {position + len(images) - 1}")
+                if not (pool.isfinite().all() and spatial.isfinite().all()):
+                    raise InputError(
+                        f"{batch.place(position, position + len(images) - 1)} have features that are not finite: the "
+                        f"network's weights or precision are at fault (try --dtype fp32)"
+                    )
                 if "is" in wanted:
                     self.score.update(network.logits(pool).cpu(), position)
                 pool = pool.cpu().numpy()
@@ -52,28 +61,25 @@ class Features:
                 position += len(images)
                 bar.update(len(images))
         self.pool = np.concatenate(pools)
-        self._merge(ranks)
-
-    def _merge(self, ranks):
-        others = ranks.gather((self.moments, self.score, self.pool))
-        if others is None:
-            return
-        for moments, score, _ in others[1:]:
+        everyone = gather_on_rank_0((self.moments, self.score, self.pool))
+        for moments, score, _ in everyone[1:]:
             for kind in self.moments:
                 self.moments[kind].merge(moments[kind])
             self.score.merge(score)
-        self.pool = np.concatenate([pool for *_, pool in others])
+        if everyone:
+            self.pool = np.concatenate([pool for *_, pool in everyone])
 
     def save(self, path):
-        """Write what a reference batch is needed for to an .npz."""
+        """Write what is needed of a reference batch to an .npz."""
         arrays = {"pool": self.pool}
         for kind, moments in self.moments.items():
             arrays.update({f"{kind}_{name}": value for name, value in moments.state().items()})
-        write_arrays(path, arrays)
+        with write_output(path) as f:
+            np.savez(f, **arrays)
 
     @classmethod
     def load(cls, path):
-        """Read what `save` wrote; None where there is no such file, or a damaged one."""
+        """Read what `save` wrote. Returns None if the file is missing or damaged."""
         features = cls.__new__(cls)
         try:
             with np.load(path) as arrays:
@@ -87,20 +93,35 @@ class Features:
         return features
 
 
-def check_finite(pool, spatial, images):
-    """Refuse features that are not finite; `images` says whose they are."""
-    if not (pool.isfinite().all() and spatial.isfinite().all()):
-        raise EvaluationError(
-            f"{images} have features that are not finite: the network's weights or precision are at fault "
-            f"(try --dtype fp32)"
-        )
+def share(count, batch_size):
+    """Return this rank's part of `count` images: a range of whole batches.
+
+    The batches are the same for any number of ranks. Rounding in convolutions depends on the batch, so the features of
+    all ranks together are identical to those of a single process.
+    """
+    batches, size = -(-count // batch_size), get_world_size()
+    first, last = (rank * batches // size * batch_size for rank in (get_rank(), get_rank() + 1))
+    return range(min(first, count), min(last, count))
 
 
-def reference_features(network, batch, batch_size, ranks, wanted, cache_dir="", identity=""):
-    """The Features of a reference batch that a comparison needs; None where its own statistics are enough.
+def gather_on_rank_0(value):
+    """Return every rank's value in the order of ranks on rank 0, and an empty list on the other ranks.
 
-    :param cache_dir: a folder to keep them in for the next run; "" keeps none.
-    :param identity: what tells the network from others, for the cache.
+    Unlike gather_objects it does not copy all features to every rank, and it waits for slow ranks.
+    """
+    if get_world_size() == 1:
+        return [value]
+    wait_for_all()
+    values = [None] * get_world_size() if get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def reference_features(network, batch, batch_size, wanted, cache_dir="", identity=""):
+    """Return the Features of a reference batch, or None if its own statistics suffice. Every rank must call it.
+
+    :param cache_dir: a folder to keep the features in for later runs; "" keeps none.
+    :param identity: a text that identifies the network, for the cache.
     """
     wanted = {"fid", "sfid", *MANIFOLDS} & set(wanted)
     if batch.statistics is not None:
@@ -108,24 +129,24 @@ def reference_features(network, batch, batch_size, ranks, wanted, cache_dir="", 
     if not wanted:
         return None
     if not cache_dir:
-        return Features(network, batch, batch_size, ranks, wanted)
+        return Features(network, batch, batch_size, wanted)
     kinds = sorted({"manifold" if name in MANIFOLDS else name for name in wanted})
-    path = os.path.join(cache_dir, f"{digest(batch.path, identity + ' '.join(kinds))}.npz")
-    kept = Features.load(path) if ranks.rank == 0 else None
-    if ranks.gather_all(kept is not None)[0]:
-        say(ranks, f"its features are those kept in {path}")
+    path = os.path.join(cache_dir, "-".join([fingerprint(batch.path), identity, *kinds]) + ".npz")
+    kept = Features.load(path) if get_rank() == 0 else None
+    if broadcast_object(kept is not None):
+        say(f"using the features kept in {path}")
         return kept
-    features = Features(network, batch, batch_size, ranks, wanted)
-    if ranks.rank == 0:
+    features = Features(network, batch, batch_size, wanted)
+    if get_rank() == 0:
         features.save(path)
     return features
 
 
 def compare(wanted, reference, of_reference, of_samples, device="cpu"):
-    """The figures by the short names of the metrics, in the original's order. Rank 0 calls it.
+    """Return {short name: figure} in the original's order. Not a collective: rank 0 calls it.
 
-    :param reference: the reference Batch, whose own statistics are taken where it has any.
-    :param of_reference, of_samples: Features, as reference_features and Features give them.
+    :param reference: the reference Batch. Its own statistics take precedence.
+    :param of_reference, of_samples: the results of reference_features and Features.
     """
     figures = {}
     if "is" in wanted:
@@ -135,8 +156,9 @@ def compare(wanted, reference, of_reference, of_samples, device="cpu"):
             known = reference.statistics[kind] if reference.statistics else of_reference.moments[kind].statistics()
             mine = of_samples.moments[kind].statistics()
             if known[0].shape != mine[0].shape:
-                raise EvaluationError(
-                    f"{reference.path}: its statistics are of {len(known[0])} features, but these have {len(mine[0])}"
+                raise InputError(
+                    f"{reference.path}: its statistics are of {len(known[0])} features, but the network has "
+                    f"{len(mine[0])}"
                 )
             figures[name] = frechet_distance(*mine, *known)
     if MANIFOLDS & set(wanted):
@@ -145,40 +167,16 @@ def compare(wanted, reference, of_reference, of_samples, device="cpu"):
     return figures
 
 
-def check_batches(reference, samples, used, ranks):
-    """Refuse batches too small; warn of what makes figures differ from others'.
+def check_batches(reference, samples, used):
+    """Refuse batches that are too small, and warn about differences that make figures incomparable.
 
-    :param used: how many of the samples are taken.
+    :param used: the number of samples that are evaluated.
     """
     for path, count in ((reference.path, len(reference)), (samples.path, used)):
         if count < FEWEST:
-            raise EvaluationError(f"{path}: {count} images; the metrics need at least {FEWEST}")
+            raise InputError(f"{path}: {count} images; the metrics need at least {FEWEST}")
     if used < ADVISED:
-        say(ranks, f"warning: {used} samples: FID is biased upwards with few, by about 1/N: published figures have "
-                   f"50,000")  # fmt: skip
+        say(f"warning: {used} samples: FID is biased upwards by about 1/N; published figures use 50,000 samples")
     if samples.shape[1:] != reference.shape[1:]:
         sizes = [f"{b.shape[1]}x{b.shape[2]}" for b in (samples, reference)]
-        say(ranks, f"warning: samples are {sizes[0]}, the reference {sizes[1]}: both are resized, which hides a "
-                   f"mistake")  # fmt: skip
-
-
-def digest(path, identity=""):
-    """What tells a file's content, and `identity`, from others: 32 hexadecimal digits."""
-    found = hashlib.sha256(identity.encode())
-    with open(path, "rb") as f:
-        while block := f.read(2**20):
-            found.update(block)
-    return found.hexdigest()[:32]
-
-
-def say(ranks, text):
-    """Tell the user, on rank 0."""
-    if ranks.rank == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
-def progress(ranks, **kwargs):
-    """A bar on rank 0."""
-    from tqdm import tqdm
-
-    return tqdm(unit="image", disable=ranks.rank != 0, dynamic_ncols=True, **kwargs)
+        say(f"warning: samples are {sizes[0]}, the reference {sizes[1]}: both are resized, which hides a mistake")

@@ -1,7 +1,6 @@
-"""The Inception network of 2015 that FID is defined by, from its frozen TensorFlow graph, in PyTorch.
+"""The Inception network of 2015 that defines FID, in PyTorch, with the weights of the frozen TensorFlow graph.
 
-The graph is read by the names of its nodes. Nothing of TensorFlow is needed but the definitions of its file format,
-which the tensorboard package carries.
+The tensorboard package provides the definitions of the graph's file format, so TensorFlow itself is not needed.
 """
 
 import http.client
@@ -12,8 +11,10 @@ import numpy as np
 import torch as th
 import torch.nn.functional as F
 
-from .errors import EvaluationError
-from .files import write_whole
+from guided_diffusion.errors import InputError
+from guided_diffusion.logger import progress_bar
+
+from .output import write_output
 
 FILE_NAME = "classify_image_graph_def.pb"
 ADDRESS = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{FILE_NAME}"
@@ -23,12 +24,12 @@ BATCH_NORM_EPSILON = 1e-3
 
 
 def _mixed(name, channels, branches):
-    """Prefix a block's layers: (name, in, out, (height, width), stride)."""
+    """Prefix the names of a block's layers: (name, in, out, (height, width), stride). Inputs None mean `channels`."""
     return [(f"{name}/{layer}", channels if cin is None else cin, *rest) for layer, cin, *rest in branches]
 
 
 def _layers():
-    """All convolutions: (name, channels in, channels out, kernel, stride). A stride of 2 has no padding."""
+    """List all convolutions: (name, channels in, channels out, kernel, stride). Stride 2 implies no padding."""
     layers = [
         ("conv", 3, 32, (3, 3), 2), ("conv_1", 32, 32, (3, 3), 1), ("conv_2", 32, 64, (3, 3), 1),
         ("conv_3", 64, 80, (1, 1), 1), ("conv_4", 80, 192, (3, 3), 1),
@@ -72,14 +73,14 @@ def _layers():
 
 
 LAYERS = _layers()
-UNPADDED = {"conv", "conv_1", "conv_3", "conv_4"}  # beside those of stride 2
+UNPADDED = {"conv", "conv_1", "conv_3", "conv_4"}  # in addition to the layers of stride 2
 
 
 class InceptionV3(th.nn.Module):
-    """Features of images.
+    """Computes the features of images.
 
-    :param constants: the graph's constants by the name of their node: a dict of float32 arrays.
-    :param dtype: of the convolutions.
+    :param constants: {name of the node: float32 array}, the constants of the graph.
+    :param dtype: the dtype of the convolutions.
     """
 
     pool_dim, spatial_dim = POOL_DIM, SPATIAL_DIM
@@ -103,11 +104,8 @@ class InceptionV3(th.nn.Module):
 
     @th.inference_mode()
     def forward(self, images):
-        """Features of uint8 images [N, H, W, 3].
-
-        :return: pool features [N, 2048] and spatial features [N, 2023], float32.
-        """
-        with th.backends.cudnn.flags(None, None, None, None, allow_tf32=False):  # float32 is what was asked for
+        """Return the pool features [N, 2048] and spatial features [N, 2023], float32, of uint8 images [N, H, W, 3]."""
+        with th.backends.cudnn.flags(None, None, None, None, allow_tf32=False):  # TF32 rounds float32
             return self._features(images)
 
     def _features(self, images):
@@ -142,7 +140,7 @@ class InceptionV3(th.nn.Module):
 
     @th.inference_mode()
     def logits(self, pool):
-        """What the Inception Score takes for the logits of classes [N, 1008], float64: without the layer's bias."""
+        """Return the class logits of the Inception Score: float64 [N, 1008]. The original leaves out the bias, too."""
         return pool.double() @ self.softmax_weights
 
     def _conv(self, name, x):
@@ -151,13 +149,13 @@ class InceptionV3(th.nn.Module):
         return F.relu_(_convolve(x, weight, bias, stride, padding))
 
     def _chain(self, scope, x, count):
-        """The convolutions conv, conv_1, ... of a scope, one after the other."""
+        """Apply the convolutions conv, conv_1, ... of a scope in sequence."""
         for i in range(count):
             x = self._conv(f"{scope}/conv_{i}" if i else f"{scope}/conv", x)
         return x
 
     def _widest(self, name, x, pooled):
-        """The last two blocks, whose towers fork."""
+        """Apply one of the last two blocks, whose towers fork."""
         tower, tower_1 = self._conv(f"{name}/tower/conv", x), self._chain(f"{name}/tower_1", x, 2)
         forks = [
             self._conv(f"{name}/{scope}/mixed/{conv}", y)
@@ -168,9 +166,10 @@ class InceptionV3(th.nn.Module):
 
 
 def _convolve(x, weight, bias, stride, padding):
-    """F.conv2d; on a CPU always by oneDNN, so that features depend neither on threads nor on what else is in a batch.
+    """Apply F.conv2d, on CPUs always by oneDNN.
 
-    With one thread and fewer than 16 images torch takes another way for 1x1 kernels, which rounds otherwise.
+    With one thread and fewer than 16 images torch has another implementation for 1x1 kernels, which rounds differently.
+    Features would depend on the number of threads and on the size of the batch.
     """
     if x.device.type == "cpu" and x.dtype == th.float32 and th.backends.mkldnn.is_available():
         return th.mkldnn_convolution(x, weight, bias, padding, (stride, stride), (1, 1), 1)
@@ -182,7 +181,7 @@ def _average(x):
 
 
 def _folded(constants, name):
-    """A convolution's weight [out, in, h, w] and bias with the batch norm after it, whose scale is 1, in float64."""
+    """Fold the batch norm (with scale 1) into the convolution: weight [out, in, h, w] and bias, computed in float64."""
     weight = constants[f"{name}/conv2d_params"].astype(np.float64).transpose(3, 2, 0, 1)
     beta, mean, variance = (
         constants[f"{name}/batchnorm/{part}"].astype(np.float64) for part in ("beta", "moving_mean", "moving_variance")
@@ -192,7 +191,7 @@ def _folded(constants, name):
 
 
 def legacy_resize(x, size):
-    """TensorFlow's bilinear resize of 2015, which aligns top left corners: [N, C, H, W] to [N, C, size, size]."""
+    """Resize [N, C, H, W] to [N, C, size, size] as TensorFlow did in 2015: bilinear, with aligned top left corners."""
 
     def neighbours(length):
         position = np.arange(size, dtype=np.float32) * np.float32(length / size)
@@ -212,7 +211,7 @@ def legacy_resize(x, size):
 
 
 def expected_shapes():
-    """The constants that the network needs, by name, with their shapes."""
+    """Return {name: shape} of the constants that the network needs."""
     shapes = {}
     for name, cin, cout, kernel, _ in LAYERS:
         shapes[f"{name}/conv2d_params"] = (*kernel, cin, cout)
@@ -221,46 +220,42 @@ def expected_shapes():
 
 
 def read_graph(path):
-    """The constants of a frozen graph: a dict of float32 arrays.
+    """Read the constants of a frozen graph: {name: float32 array}.
 
-    :raises EvaluationError: for a file that is not the graph: it names the first node that is missing.
+    :raises InputError: if the file is not the Inception graph. The message names the first missing node.
     """
-    graph = _graph_format()()  # before what tensorboard brings along
+    graph = _graph_format()()  # before protobuf, which comes with tensorboard
     from google.protobuf.message import DecodeError
 
     try:
         with open(path, "rb") as f:
             graph.ParseFromString(f.read())
     except DecodeError:
-        raise EvaluationError(
-            f"{path}: not a TensorFlow graph, or cut short: remove it and get {FILE_NAME} again"
-        ) from None
+        raise InputError(f"{path}: not a TensorFlow graph, or truncated: replace it by {FILE_NAME}") from None
     except OSError as e:
-        raise EvaluationError(f"{path}: cannot be read ({e.strerror})") from None
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
     nodes, constants = {node.name: node for node in graph.node}, {}
     for name, shape in expected_shapes().items():
         if name not in nodes:
-            raise EvaluationError(f"{path}: not the Inception graph of 2015 ({FILE_NAME}): it has no node {name}")
+            raise InputError(f"{path}: not the Inception graph of 2015 ({FILE_NAME}): it has no node {name}")
         constants[name] = _tensor(nodes[name].attr["value"].tensor)
         if constants[name] is None or constants[name].shape != shape:
             found = "no array of float32" if constants[name] is None else constants[name].shape
-            raise EvaluationError(f"{path}: not the Inception graph of 2015: {name} is {found}, not {shape}")
+            raise InputError(f"{path}: not the Inception graph of 2015: {name} is {found}, not {shape}")
     return constants
 
 
 def _graph_format():
-    """The protobuf class of TensorFlow's graphs."""
+    """Return the protobuf class of TensorFlow graphs."""
     try:
         from tensorboard.compat.proto.graph_pb2 import GraphDef
     except ImportError:
-        raise EvaluationError(
-            "reading the Inception graph needs the tensorboard package: pip install tensorboard"
-        ) from None
+        raise InputError("reading the Inception graph needs a package: pip install tensorboard") from None
     return GraphDef
 
 
 def _tensor(proto):
-    """A float32 constant, stored as raw content, as its values, or as one value that repeats; None for others."""
+    """Decode a float32 constant: raw content, a list of values, or one value that repeats. Returns None otherwise."""
     shape = [d.size for d in proto.tensor_shape.dim]
     try:
         if proto.tensor_content:
@@ -276,10 +271,10 @@ def cache_folder():
 
 
 def find_graph(path=""):
-    """The path of the Inception graph: `path`, or what lies here or in the cache folder, else a download."""
+    """Return the path of the Inception graph: `path`, or a local copy, or else a download in the cache folder."""
     if path:
         if not os.path.exists(path):
-            raise EvaluationError(f"--inception_path {path}: no such file: it is {FILE_NAME}, from {ADDRESS}")
+            raise InputError(f"--inception_path {path}: no such file: it is {FILE_NAME}, from {ADDRESS}")
         return path
     places = [FILE_NAME, os.path.join(os.path.dirname(os.path.abspath(__file__)), FILE_NAME)]
     places.append(os.path.join(cache_folder(), FILE_NAME))
@@ -288,30 +283,28 @@ def find_graph(path=""):
 
 
 def download(address, path):
-    """Download the graph to `path`, which it gets only once it is complete."""
+    """Download the graph to `path`, which appears once the file is complete."""
     _graph_format()
-    remedy = f"get it from {ADDRESS} and put it at {path}, or say where it is with --inception_path"
-    with write_whole(path) as f:
+    remedy = f"get it from {ADDRESS} and put it at {path}, or give its path with --inception_path"
+    with write_output(path) as f:
         for block in _fetch(address, remedy):
             f.write(block)
         f.flush()
         try:
             read_graph(f.name)
-        except EvaluationError:
-            raise EvaluationError(
-                f"what {address} gives is not {FILE_NAME}, or only a part of it: try again, or {remedy}"
+        except InputError:
+            raise InputError(
+                f"{address} did not return {FILE_NAME}, or only a part of it: try again, or {remedy}"
             ) from None
     return path
 
 
 def _fetch(address, remedy):
-    """What lies at an address, a block at a time."""
-    from tqdm import tqdm
-
+    """Download from an address in blocks."""
     try:
         with urllib.request.urlopen(address, timeout=30) as response:
-            total, received = response.length, 0  # None where the server does not say
-            with tqdm(total=total, desc=f"downloading {FILE_NAME}", unit="B", unit_scale=True) as bar:
+            total, received = response.length, 0  # total is None if the server does not send it
+            with progress_bar(total=total, desc=f"downloading {FILE_NAME}", unit="B", unit_scale=True) as bar:
                 while block := response.read(2**18):
                     received += len(block)
                     bar.update(len(block))
@@ -320,4 +313,4 @@ def _fetch(address, remedy):
                 raise EOFError(f"it ended after {received} of {total} bytes")
     except (OSError, EOFError, http.client.HTTPException) as e:
         reason = " ".join(str(getattr(e, "reason", "") or e or type(e).__name__).split())
-        raise EvaluationError(f"{FILE_NAME} is neither here nor can it be downloaded ({reason}): {remedy}") from None
+        raise InputError(f"{FILE_NAME} is neither here nor can it be downloaded ({reason}): {remedy}") from None

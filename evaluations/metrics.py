@@ -1,7 +1,7 @@
-"""The metrics as functions of arrays. Nothing here knows of networks, files or ranks.
+"""The metrics as functions of arrays, without networks, files or ranks.
 
-Everything is computed in float64. The original evaluator took means in float32 and distances in float16: what that
-makes of its figures each docstring says.
+Everything is computed in float64. The original evaluator computed means in float32 and distances in float16; each
+docstring states the effect on its figures.
 """
 
 import math
@@ -9,21 +9,21 @@ import math
 import numpy as np
 import torch as th
 
-EIGENVALUES_CUT = 1e-12  # relative to the largest: what a covariance's rank is counted by
+RANK_TOLERANCE = 1e-12  # of a covariance, relative to its largest variance: the rest is rounding
 NEIGHBOURS = 3
 SPLIT = 5000
 BLOCK = 2048
-ROUNDING = 1e-13  # of a point's squared norm: squared distances below it are nothing but rounding
+ROUNDING = 1e-13  # relative to a point's squared norm: smaller squared distances are rounding errors
 
 
 class Moments:
-    """Mean and covariance of rows that come in chunks, also on several ranks.
+    """Accumulates mean and covariance of rows that arrive in chunks, also on several ranks.
 
     Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
-    n, mean and scatter lag behind the rows that still wait: state() and statistics() know all.
+    The attributes n, mean and scatter do not include waiting rows; state() and statistics() do.
     """
 
-    ROWS = 1024  # to be taken in at once: with few, the passes over [dim, dim] take longer than the product
+    ROWS = 1024  # rows to wait for: with fewer, updating [dim, dim] takes longer than the matrix product
 
     def __init__(self, dim):
         self.n = 0
@@ -32,8 +32,8 @@ class Moments:
         self._waiting = []
 
     def update(self, rows):
-        """Take in rows [n, dim]."""
-        rows = np.array(rows)  # a copy, as they wait
+        """Add rows [n, dim]."""
+        rows = np.array(rows)  # a copy: the caller may reuse the array
         if not np.isfinite(rows).all():
             raise ValueError("moments of values that are not finite")
         self._waiting.append(rows)
@@ -48,7 +48,7 @@ class Moments:
             self._add(len(rows), rows.mean(axis=0), deviations.T @ deviations)
 
     def merge(self, other):
-        """Take in all that another one has."""
+        """Add all rows of another instance."""
         self._take_in()
         other._take_in()
         if other.n:
@@ -62,19 +62,19 @@ class Moments:
         self.n = total
 
     def state(self):
-        """All it knows, as arrays by name."""
+        """Return everything as {name: array}."""
         self._take_in()
         return {"n": self.n, "mean": self.mean, "scatter": self.scatter}
 
     @classmethod
     def of(cls, state):
-        """One that knows what another one's state() was."""
+        """Create an instance from the state() of another."""
         moments = cls(len(state["mean"]))
         moments.n, moments.mean, moments.scatter = int(state["n"]), state["mean"], state["scatter"]
         return moments
 
     def statistics(self):
-        """The mean [dim] and the unbiased covariance [dim, dim], of at least two rows."""
+        """Return the mean [dim] and the unbiased covariance [dim, dim] of at least two rows."""
         self._take_in()
         if self.n < 2:
             raise ValueError(f"a covariance needs at least two samples, not {self.n}")
@@ -82,11 +82,11 @@ class Moments:
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """The squared Frechet distance of two Gaussians (Dowson and Landau, 1982; as FID: Heusel et al., 2017).
+    """Return the squared Frechet distance of two Gaussians (Dowson and Landau, 1982; as FID: Heusel et al., 2017).
 
     |mu1 - mu2|^2 + tr(sigma1 + sigma2) - 2 tr((sigma1 sigma2)^(1/2)). With sigma_i = A_i A_i^T the last trace is the
-    sum of the singular values of A_1^T A_2, which holds for covariances without full rank, too, and has no square roots
-    of rounding errors. The original took scipy's matrix square root and float32 means: about 1e-6 of the value away.
+    sum of the singular values of A_1^T A_2. That also holds for singular covariances, and avoids square roots of
+    rounding errors. The original used scipy's matrix square root and float32 means, which changes the value by 1e-6.
 
     :param mu1, mu2: means [dim].
     :param sigma1, sigma2: covariances [dim, dim].
@@ -95,37 +95,46 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("statistics that are not finite have no distance")
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != (len(mu1), len(mu1)):
-        raise ValueError(f"statistics of unlike shapes: {[tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]}")
+        raise ValueError(f"statistics of different shapes: {[tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]}")
     cross = th.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
 
 
 def _factor(sigma):
-    """A [dim, rank] with A A^T = sigma, without what is nothing but rounding."""
+    """Return A [dim, rank] with A A^T = sigma. Directions with only rounding errors are left out."""
     factor, failed = th.linalg.cholesky_ex(sigma)
     diagonal = factor.diagonal().square()
-    if not failed and diagonal.min() > EIGENVALUES_CUT * diagonal.max():
+    if not failed and diagonal.min() > RANK_TOLERANCE * diagonal.max():
         return factor
-    values, vectors = th.linalg.eigh(sigma)
-    kept = values > EIGENVALUES_CUT * values[-1]
-    return vectors[:, kept] * values[kept].sqrt()
+    # Singular, as with fewer images than features: Cholesky with pivoting, which stops at the rank
+    remaining = sigma.diagonal().clone()
+    factor, smallest = th.zeros_like(sigma), RANK_TOLERANCE * remaining.max()
+    for rank in range(len(sigma)):
+        pivot = remaining.argmax()
+        if remaining[pivot] <= smallest:
+            return factor[:, :rank]
+        column = (sigma[pivot] - factor[:, :rank] @ factor[pivot, :rank]) / remaining[pivot].sqrt()
+        factor[:, rank] = column
+        remaining -= column.square()
+    return factor
 
 
 class InceptionScore:
-    """The Inception Score (Salimans et al., 2016) of class probabilities that come in chunks, also on several ranks.
+    """Accumulates the Inception Score (Salimans et al., 2016) of logits that arrive in chunks, also on several ranks.
 
-    exp of the mean KL divergence between an image's class distribution and that of its split; the unweighted mean over
-    splits. In log space: where the original's float32 probabilities underflow, 0 log 0 made it nan.
+    The score of a split is exp of the mean KL divergence between an image's class distribution and the split's. The
+    result is the unweighted mean over splits. It is computed in log space: the original's float32 probabilities can
+    underflow, and 0 log 0 is nan.
 
-    :param split: images in each split, by their index; the last may have fewer.
+    :param split: images per split, by their index; the last split may have fewer.
     """
 
     def __init__(self, split=SPLIT):
         self.split = split
-        self.sums = {}  # by split: images, sum of p log p, log of the sum of p [classes]
+        self.sums = {}  # {split: (number of images, sum of p log p, log of the sum of p [classes])}
 
     def update(self, logits, start):
-        """Take in logits [n, classes] of images start, start + 1, ..."""
+        """Add the logits [n, classes] of images start, start + 1, ..."""
         log_p = th.as_tensor(logits, dtype=th.float64).log_softmax(dim=1)
         if not log_p.isfinite().all():
             raise ValueError("logits that are not finite")
@@ -138,7 +147,7 @@ class InceptionScore:
             position += len(part)
 
     def merge(self, other):
-        """Take in all that another one has."""
+        """Add all images of another instance."""
         for number, sums in other.sums.items():
             self._add(number, *sums)
 
@@ -149,7 +158,7 @@ class InceptionScore:
         self.sums[number] = (count, negentropy, log_sum)
 
     def value(self):
-        """The score: from 1 to the number of classes."""
+        """Return the score, between 1 and the number of classes."""
         scores = []
         for _, (count, negentropy, log_sum) in sorted(self.sums.items()):
             log_mean = log_sum - math.log(count)
@@ -159,17 +168,17 @@ class InceptionScore:
 
 
 def precision_recall(reference, samples, neighbours=NEIGHBOURS, device="cpu", block=BLOCK):
-    """Improved precision and recall (Kynkäänniemi et al., 2019).
+    """Return improved precision and recall (Kynkäänniemi et al., 2019).
 
-    Precision is the share of samples that lie within the ball of some reference point, whose radius is the distance to
-    its `neighbours`-th neighbour; recall the share of reference points within the balls of the samples. The original
-    computed distances in float16, which moves radii by up to 1.7 % and either figure by some thousandths.
+    The ball of a point has the distance to its `neighbours`-th neighbour as its radius. Precision is the share of
+    samples inside the ball of any reference point; recall is the share of reference points inside the ball of any
+    sample. The original computed distances in float16, which changes radii by up to 1.7 % and figures by thousandths.
 
-    :param reference, samples: features [N, dim] and [M, dim], of more than `neighbours` rows each.
-    :param block: rows at a time: beyond the features, memory does not grow with N or M.
-    :raises ValueError: for values that are not finite.
+    :param reference, samples: features [N, dim] and [M, dim], each with more than `neighbours` rows.
+    :param block: rows per tile. Memory beyond the features does not grow with N or M.
+    :raises ValueError: if values are not finite.
     """
-    # Distances do not change with the origin; near the data they lose fewer digits to large norms.
+    # Moving the origin into the data does not change distances, and makes norms, and so rounding errors, small.
     reference, samples = (_finite(x) for x in (reference, samples))
     centre = np.mean(reference, axis=0, dtype=np.float64)
     reference_radii = manifold_radii(reference, neighbours, block, device, centre)
@@ -182,9 +191,9 @@ def precision_recall(reference, samples, neighbours=NEIGHBOURS, device="cpu", bl
 
 
 def manifold_radii(features, neighbours=NEIGHBOURS, block=BLOCK, device="cpu", centre=0.0):
-    """The squared distance of each row [N, dim] to its `neighbours`-th neighbour among the others: float64 [N].
+    """Return the squared distance of each row [N, dim] to its `neighbours`-th neighbour: float64 [N].
 
-    :param centre: what to subtract from all rows first: it changes nothing but rounding.
+    :param centre: subtracted from all rows first, to reduce rounding errors.
     """
     features = _finite(features)
     if len(features) <= neighbours:
@@ -197,7 +206,7 @@ def manifold_radii(features, neighbours=NEIGHBOURS, block=BLOCK, device="cpu", c
 
     for rows, columns, distances in _tiles(features, None, block, device, centre):
         if rows == columns:
-            distances.fill_diagonal_(th.inf)  # a point is no neighbour of its own
+            distances.fill_diagonal_(th.inf)  # a point is not its own neighbour
         else:
             take_in(columns, distances.T)
         take_in(rows, distances)
@@ -205,9 +214,9 @@ def manifold_radii(features, neighbours=NEIGHBOURS, block=BLOCK, device="cpu", c
 
 
 def _tiles(a, b, block, device, centre):
-    """Squared distances |a_i - b_j|^2, a tile at a time: yields slices of rows and columns, and float64 of their shape.
+    """Yield squared distances |a_i - b_j|^2 in tiles: (slice of rows, slice of columns, float64 [rows, columns]).
 
-    :param b: None stands for `a`; of two tiles that are each other's mirror image it then yields one.
+    :param b: None means `a`. Of two mirrored tiles only one is then yielded.
     """
 
     def parts(x, first):
@@ -218,7 +227,7 @@ def _tiles(a, b, block, device, centre):
     for rows, of_rows, row_norms in parts(a, 0):
         for columns, of_columns, norms in parts(a if b is None else b, rows.start if b is None else 0):
             distances = (of_rows @ of_columns.T).mul_(-2).add_(row_norms[:, None]).add_(norms)
-            # Copies of a point are in each other's balls, also where these have no radius
+            # Copies of a point are inside each other's balls, even if the radius is 0
             distances.masked_fill_(distances <= ROUNDING * row_norms[:, None], 0)
             yield rows, columns, distances
 

@@ -1,10 +1,10 @@
-"""What becomes of the metrics as guidance grows: a table and a picture (the paper's figures 4 and 5)."""
+"""The metrics as a function of the scale of guidance: a table and a picture (the paper's figures 4 and 5)."""
 
 import csv
 import io
 
 from .features import METRICS
-from .files import write_whole
+from .output import write_output
 
 SWEPT = ("fid", "is", "precision", "recall")
 
@@ -12,28 +12,26 @@ SWEPT = ("fid", "is", "precision", "recall")
 def write_table(path, rows, features=""):
     """Write a .csv with a row for each scale.
 
-    :param rows: dicts with "scale" and the figures of SWEPT.
-    :param features: what the figures were found with, where that is not Inception: each column says so.
+    :param rows: dicts with "scale" and the metrics of SWEPT.
+    :param features: the name of the feature network, if it is not Inception. Each column's name contains it.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["classifier_scale", *(f"{METRICS[name]}{_note(features)}" for name in SWEPT)])
     table.writerows([row["scale"], *(row[name] for name in SWEPT)] for row in rows)
-    with write_whole(path) as f:
+    with write_output(path) as f:
         f.write(text.getvalue().encode())
 
 
 def format_table(rows, features=""):
-    """The table as text to read."""
+    """Format the table as text."""
     lines = ["scale" + "".join(f"{METRICS[name]:>17}" for name in SWEPT)]
     lines += [f"{row['scale']:>5g}" + "".join(f"{row[name]:>17.4g}" for name in SWEPT) for row in rows]
-    return "\n".join(
-        lines + ([f"All are figures{_note(features)}: compare them only with each other."] * bool(features))
-    )
+    return "\n".join(lines + ([f"Figures{_note(features)}: compare them only with each other."] * bool(features)))
 
 
 def draw(path, rows, features=""):
-    """Write the picture as a .png: each figure over the scale, and precision against recall. Needs matplotlib."""
+    """Write the picture as a .png: each metric over the scale, and precision over recall. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 3.6), layout="constrained")
@@ -50,7 +48,7 @@ def draw(path, rows, features=""):
         trade_off.annotate(f"{row['scale']:g}", (row["recall"], row["precision"]), (4, 4), textcoords="offset points")
     trade_off.margins(0.12)
     trade_off.set(xlabel="Recall", ylabel="Precision", title="Precision against recall, by scale")
-    with write_whole(path) as f:
+    with write_output(path) as f:
         figure.savefig(f, format="png", dpi=100)
 
 

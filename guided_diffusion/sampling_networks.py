@@ -12,6 +12,7 @@ from . import checkpoint_util, dist_util, files, logger
 from .class_labels import choose_labels, read_class_table
 from .compile_util import CompiledNetwork
 from .errors import InputError
+from .flags import FlagParser, add_dict_to_argparser
 from .guidance import classifier_cond_fn, limit_guidance
 from .presets import presets_for
 from .script_util import (
@@ -84,6 +85,14 @@ NOT_OF_THE_JOB = {
     "num_samples", "batch_size", "compile", "log_dir", "save_images", "progress_grid", "preset", "models_dir",
     "class_table", "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
 }  # fmt: skip
+
+
+def sampling_parser(description, flags, *networks):
+    """Create a script's parser: `flags` with their defaults, and the flags of its networks."""
+    parser = FlagParser(description=description)
+    of_networks = {network.prefix + name: v for network in networks for name, v in network.flags.items()}
+    add_dict_to_argparser(parser, {**flags, **of_networks})
+    return parser
 
 
 def set_up_sampling(parser, *networks):
@@ -225,6 +234,12 @@ def load_upsampler(flags, path, compile_for=0):
     logger.log("creating upsampler...")
     model, diffusion = sr_create_model_and_diffusion(**args_to_dict(flags, sr_model_and_diffusion_defaults()))
     return prepare_network(model, path, flags.use_fp16, flags.use_bf16, compile_for), diffusion
+
+
+def sampler_options(args):
+    """The arguments of a BatchSampler that follow from flags alone."""
+    size = args.large_size if "large_size" in args else args.image_size
+    return dict(shape=(args.in_channels, size, size), **args_to_dict(args, ["seed", "use_ddim", "clip_denoised"]))
 
 
 def labels_for(args, num_classes, *path_flags):

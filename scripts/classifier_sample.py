@@ -17,16 +17,12 @@ from guided_diffusion.sampling_networks import (
     load_diffusion,
     load_guide,
     output_flags,
+    sampler_options,
     sampling_flags,
+    sampling_parser,
     set_up_sampling,
 )
-from guided_diffusion.script_util import (
-    FlagParser,
-    add_dict_to_argparser,
-    args_to_dict,
-    classifier_defaults,
-    model_and_diffusion_defaults,
-)
+from guided_diffusion.script_util import args_to_dict
 
 
 def main():
@@ -35,16 +31,8 @@ def main():
     classifier = load_guide(args)
     cond_fn = guide(classifier, diffusion, args.classifier_scale, args.guidance_interval)
     labels = labels_for(args, args.num_classes, "classifier_path", "model_path")
-    sampler = BatchSampler(
-        diffusion,
-        route_labels(model, args.class_cond),  # the labels are the classifier's, and perhaps also the model's
-        (args.in_channels, args.image_size, args.image_size),
-        args.seed,
-        labels,
-        cond_fn,
-        args.use_ddim,
-        args.clip_denoised,
-    )
+    model = route_labels(model, args.class_cond)  # the classifier takes labels, the model perhaps not
+    sampler = BatchSampler(diffusion, model, conditions=labels, cond_fn=cond_fn, **sampler_options(args))
 
     logger.log("sampling...")
     sample_job(
@@ -58,10 +46,7 @@ def main():
 
 
 def create_argparser():
-    flags = {**sampling_flags(), **class_flags(), **guidance_flags()}
-    parser = FlagParser(description=__doc__)
-    add_dict_to_argparser(parser, {**flags, **model_and_diffusion_defaults(), **classifier_defaults()})
-    return parser
+    return sampling_parser(__doc__, {**sampling_flags(), **class_flags(), **guidance_flags()}, DIFFUSION, CLASSIFIER)
 
 
 if __name__ == "__main__":

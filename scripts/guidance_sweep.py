@@ -1,8 +1,8 @@
 """Sample at several scales of guidance and evaluate each against a reference batch: sweep.csv and sweep.png.
 
-The samples of each scale stay in a folder of --log_dir, made as classifier_sample.py makes them. Run it again after a
-kill, or with more scales, and it goes on. Without the Inception graph, `--features classifier` takes the features of a
-classifier of clean images (classifier_train.py --noised False), whose flags have `feature_` before their names.
+The samples of each scale are those of classifier_sample.py, in a folder of --log_dir. Run the same command again after
+a kill, or with more scales: it makes the missing samples. `--features classifier` replaces Inception by a classifier of
+clean images (classifier_train.py --noised False), whose flags have the prefix `feature_`.
 """
 
 import os
@@ -13,10 +13,8 @@ from dataclasses import replace
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from evaluations.batches import Batch  # noqa: E402
-from evaluations.errors import EvaluationError  # noqa: E402
 from evaluations.evaluator import DTYPES, load_inception  # noqa: E402
 from evaluations.features import FEWEST, Features, check_batches, compare, reference_features  # noqa: E402
-from evaluations.ranks import Ranks  # noqa: E402
 from evaluations.sweep import SWEPT, draw, format_table, write_table  # noqa: E402
 from guided_diffusion import dist_util, files, logger  # noqa: E402
 from guided_diffusion.classifier_util import ClassifierFeatures  # noqa: E402
@@ -34,61 +32,52 @@ from guided_diffusion.sampling_networks import (  # noqa: E402
     load_classifier,
     load_diffusion,
     load_guide,
+    sampler_options,
     sampling_flags,
+    sampling_parser,
     set_up_sampling,
     without_prefix,
 )
-from guided_diffusion.script_util import (  # noqa: E402
-    FlagParser,
-    add_dict_to_argparser,
-    classifier_defaults,
-    model_and_diffusion_defaults,
-    parse_numbers,
-)
+from guided_diffusion.script_util import parse_numbers  # noqa: E402
 
 FEATURES = replace(CLASSIFIER, kind="features", path_flag="feature_path", prefix="feature_", optional=True)
+SWEEP_FLAGS = dict(
+    scales="0,1,2,4,8", ref_batch="", features="inception", inception_path="", eval_batch_size=32, eval_dtype="fp32"
+)
 
 
 def main():
     args = set_up_sampling(create_argparser(), DIFFUSION, CLASSIFIER, FEATURES)
     scales = parse_scales(args.scales)
     model, diffusion = load_diffusion(args)
+    model = route_labels(model, args.class_cond)
     classifier = load_guide(args)
     labels = labels_for(args, args.num_classes, "classifier_path", "model_path")
-    evaluation = run_or_explain(lambda: Evaluation(args))  # a mistake shows before hours go into samples
+    evaluation = Evaluation(args)  # before the samples, so that mistakes show at once
+    shared = {k: v for k, v in vars(args).items() if k not in SWEEP_FLAGS and not k.startswith(FEATURES.prefix)}
 
     rows = []
     for scale in scales:
         logger.log(f"classifier scale {scale:g}")
-        flags = Namespace(**{name: getattr(args, name) for name in sample_flags()}, classifier_scale=scale)
-        sampler = BatchSampler(
-            diffusion,
-            route_labels(model, args.class_cond),
-            (args.in_channels, args.image_size, args.image_size),
-            args.seed,
-            labels,
-            guide(classifier, diffusion, scale, args.guidance_interval),
-            args.use_ddim,
-            args.clip_denoised,
-        )
+        cond_fn = guide(classifier, diffusion, scale, args.guidance_interval)
         samples = sample_job(
-            sampler,
-            job_of(flags, DIFFUSION, CLASSIFIER),
+            BatchSampler(diffusion, model, conditions=labels, cond_fn=cond_fn, **sampler_options(args)),
+            job_of(Namespace(**shared, classifier_scale=scale), DIFFUSION, CLASSIFIER),
             args.num_samples,
             args.batch_size,
             labels,
             rows_by_class=bool(args.classes),
             folder=files.join(logger.get_dir(), f"scale-{scale:g}"),
         )
-        rows.append({"scale": scale, **run_or_explain(lambda path=samples: evaluation.figures(path))})
-        dist_util.from_rank_0(lambda: run_or_explain(lambda: write(rows, evaluation.name)))
+        rows.append({"scale": scale, **evaluation.figures(samples)})
+        dist_util.from_rank_0(lambda: write(rows, evaluation.name))
     logger.log(format_table(rows, evaluation.name))
 
 
 class Evaluation:
-    """A reference batch, and the network by whose features samples are compared with it.
+    """A reference batch, and the network whose features compare samples with it.
 
-    :ivar name: of the network, where it is not Inception.
+    :ivar name: the name of the network, if it is not Inception.
     """
 
     def __init__(self, args):
@@ -100,26 +89,25 @@ class Evaluation:
         check_at_least(FEWEST, num_samples=args.num_samples)
         if not args.ref_batch:
             raise InputError("--ref_batch is missing: give an .npz of images to compare samples with")
-        self.ranks, self.batch_size = JobRanks(), args.eval_batch_size
-        self.name, channels = "", args.in_channels
-        if channels != 3 and not args.feature_path:
-            raise InputError(f"--in_channels {channels}: Inception takes colours; take --features classifier")
-        self.reference = Batch(args.ref_batch, channels)
+        self.batch_size, self.name = args.eval_batch_size, "/".join(args.feature_path.split("/")[-2:])
+        self.channels = args.in_channels if args.feature_path else 3
+        if args.in_channels not in {1, self.channels}:
+            raise InputError(f"--in_channels {args.in_channels}: Inception takes colours; use --features classifier")
+        self.reference = Batch(args.ref_batch, self.channels)
         if len(self.reference) < FEWEST:
             raise InputError(f"{args.ref_batch}: {len(self.reference)} images; the metrics need at least {FEWEST}")
         if args.feature_path:
             self.network = self._load_classifier(args)
-            self.name = "/".join(args.feature_path.split("/")[-2:])
         else:
-            self.network, _ = load_inception(args.inception_path, args.eval_dtype, dist_util.dev(), self.ranks)
-        self.known = reference_features(self.network, self.reference, self.batch_size, self.ranks, SWEPT)
+            self.network, _ = load_inception(args.inception_path, args.eval_dtype, dist_util.dev())
+        self.known = reference_features(self.network, self.reference, self.batch_size, SWEPT)
 
     def _load_classifier(self, args):
         flags = without_prefix(args, FEATURES)
         for name in ("image_size", "in_channels"):
-            if getattr(flags, name) != getattr(args, name):
-                raise InputError(f"--feature_{name} {getattr(flags, name)} does not fit the samples' --{name} "
-                                 f"{getattr(args, name)}")  # fmt: skip
+            mine, theirs = getattr(flags, name), getattr(args, name)
+            if mine != theirs:
+                raise InputError(f"--feature_{name} {mine} does not fit the samples' --{name} {theirs}")
         height, width = self.reference.shape[1:3]
         if {height, width} != {args.image_size}:
             raise InputError(f"{args.ref_batch}: images of {height}x{width}, but the classifier of --feature_path "
@@ -128,39 +116,15 @@ class Evaluation:
         return ClassifierFeatures(load_classifier(flags, flags.path))
 
     def figures(self, path):
-        """The figures of an .npz of samples, by the metrics' short names. All ranks call it."""
-        samples = Batch(path, self.reference.channels)
-        check_batches(self.reference, samples, len(samples), self.ranks)
-        found = Features(self.network, samples, self.batch_size, self.ranks, SWEPT)
-        return dist_util.from_rank_0(
-            lambda: run_or_explain(lambda: compare(SWEPT, self.reference, self.known, found, dist_util.dev()))
-        )
-
-
-class JobRanks(Ranks):
-    """The ranks of this job, for an evaluation."""
-
-    def __init__(self):
-        self.rank, self.size = dist_util.get_rank(), dist_util.get_world_size()
-
-    def gather_all(self, value):
-        return dist_util.gather_objects(value)
-
-    def gather(self, value):
-        values = self.gather_all(value)
-        return values if self.rank == 0 else None
-
-
-def run_or_explain(work):
-    """What is wrong with an evaluation's input is the user's mistake here, too."""
-    try:
-        return work()
-    except EvaluationError as e:
-        raise InputError(str(e)) from None
+        """Return {short name: figure} for an .npz of samples. Every rank must call it."""
+        samples = Batch(path, self.channels)
+        check_batches(self.reference, samples, len(samples))
+        found = Features(self.network, samples, self.batch_size, SWEPT)
+        return dist_util.from_rank_0(lambda: compare(SWEPT, self.reference, self.known, found, self.network.device))
 
 
 def write(rows, features):
-    """Rank 0: the table and the picture of the scales that are done."""
+    """Write the table and the picture of the scales that are done. Not a collective: rank 0 calls it."""
     write_table(files.join(logger.get_dir(), "sweep.csv"), rows, features)
     try:
         draw(files.join(logger.get_dir(), "sweep.png"), rows, features)
@@ -175,21 +139,11 @@ def parse_scales(text):
     return scales
 
 
-def sample_flags():
-    """The flags that decide the samples, beside the scale, with their defaults: classifier_sample.py's."""
-    flags = {**sampling_flags(), **class_flags(), **guidance_flags()}
+def create_argparser():
+    flags = {**SWEEP_FLAGS, "feature_path": "", **sampling_flags(), **class_flags(), **guidance_flags()}
     for name in ("classifier_scale", "save_images", "progress_grid"):
         del flags[name]
-    return {**flags, **model_and_diffusion_defaults(), **classifier_defaults()}
-
-
-def create_argparser():
-    flags = dict(scales="0,1,2,4,8", ref_batch="", features="inception", inception_path="", feature_path="")
-    flags.update(eval_batch_size=32, eval_dtype="fp32")
-    flags.update({FEATURES.prefix + name: default for name, default in FEATURES.flags.items()})
-    parser = FlagParser(description=__doc__)
-    add_dict_to_argparser(parser, {**flags, **sample_flags()})
-    return parser
+    return sampling_parser(__doc__, flags, DIFFUSION, CLASSIFIER, FEATURES)
 
 
 if __name__ == "__main__":

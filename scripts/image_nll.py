@@ -4,13 +4,14 @@ from guided_diffusion import dist_util, logger
 from guided_diffusion.guidance import route_labels
 from guided_diffusion.image_datasets import image_dataset
 from guided_diffusion.likelihood_util import bits_per_dim, mean_and_error, save_likelihood
-from guided_diffusion.sampling_networks import DIFFUSION, class_names_of, load_diffusion, set_up_sampling
-from guided_diffusion.script_util import (
-    FlagParser,
-    add_dict_to_argparser,
-    args_to_dict,
-    model_and_diffusion_defaults,
+from guided_diffusion.sampling_networks import (
+    DIFFUSION,
+    class_names_of,
+    load_diffusion,
+    sampling_parser,
+    set_up_sampling,
 )
+from guided_diffusion.script_util import args_to_dict
 
 
 def main():
@@ -44,9 +45,7 @@ def main():
 def create_argparser():
     flags = dict(data_dir="", clip_denoised=True, num_samples=1000, batch_size=1, model_path="", log_dir="")
     flags.update(labels="name", num_workers=1, seed=0, preset="", models_dir="models", class_table="", compile=False)
-    parser = FlagParser(description=__doc__)
-    add_dict_to_argparser(parser, {**flags, **model_and_diffusion_defaults()})
-    return parser
+    return sampling_parser(__doc__, flags, DIFFUSION)
 
 
 if __name__ == "__main__":

@@ -13,30 +13,20 @@ from guided_diffusion.sampling_networks import (
     labels_for,
     load_diffusion,
     output_flags,
+    sampler_options,
     sampling_flags,
+    sampling_parser,
     set_up_sampling,
 )
-from guided_diffusion.script_util import (
-    FlagParser,
-    add_dict_to_argparser,
-    args_to_dict,
-    model_and_diffusion_defaults,
-)
+from guided_diffusion.script_util import args_to_dict
 
 
 def main():
     args = set_up_sampling(create_argparser(), DIFFUSION)
     model, diffusion = load_diffusion(args)
     labels = labels_for(args, args.num_classes if args.class_cond else None, "model_path")
-    sampler = BatchSampler(
-        diffusion,
-        route_labels(model, args.class_cond),
-        (args.in_channels, args.image_size, args.image_size),
-        args.seed,
-        labels,
-        use_ddim=args.use_ddim,
-        clip_denoised=args.clip_denoised,
-    )
+    model = route_labels(model, args.class_cond)
+    sampler = BatchSampler(diffusion, model, conditions=labels, **sampler_options(args))
 
     logger.log("sampling...")
     sample_job(
@@ -50,9 +40,7 @@ def main():
 
 
 def create_argparser():
-    parser = FlagParser(description=__doc__)
-    add_dict_to_argparser(parser, {**sampling_flags(), **class_flags(), **model_and_diffusion_defaults()})
-    return parser
+    return sampling_parser(__doc__, {**sampling_flags(), **class_flags()}, DIFFUSION)
 
 
 if __name__ == "__main__":

@@ -20,18 +20,13 @@ from guided_diffusion.sampling_networks import (
     load_diffusion,
     load_guide,
     load_upsampler,
+    sampler_options,
     sampling_flags,
+    sampling_parser,
     set_up_sampling,
     without_prefix,
 )
-from guided_diffusion.script_util import (
-    FlagParser,
-    add_dict_to_argparser,
-    args_to_dict,
-    classifier_defaults,
-    model_and_diffusion_defaults,
-    sr_model_and_diffusion_defaults,
-)
+from guided_diffusion.script_util import args_to_dict
 
 # The flags of the small images that the upsampler's flags must agree with
 BASE = {"small_size": "image_size", "in_channels": "in_channels", "num_classes": "num_classes"}
@@ -40,6 +35,7 @@ BASE = {"small_size": "image_size", "in_channels": "in_channels", "num_classes":
 def main():
     args = set_up_sampling(create_argparser(), DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER)
     flags = without_prefix(args, PIPELINE_UPSAMPLER)
+    flags.seed, flags.clip_denoised = args.seed, args.clip_denoised  # both stages share these
     check_fit(args, flags)
     job = job_of(args, DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER)
     # Before hours go into small images: a mistake in the upsampler's flags shows here.
@@ -65,16 +61,8 @@ def sample_base(args, job):
     model, diffusion = load_diffusion(args)
     cond_fn = guide(load_guide(args), diffusion, args.classifier_scale, args.guidance_interval)
     labels = labels_for(args, args.num_classes, "classifier_path", "model_path")
-    sampler = BatchSampler(
-        diffusion,
-        route_labels(model, args.class_cond),
-        (args.in_channels, args.image_size, args.image_size),
-        args.seed,
-        labels,
-        cond_fn,
-        args.use_ddim,
-        args.clip_denoised,
-    )
+    model = route_labels(model, args.class_cond)
+    sampler = BatchSampler(diffusion, model, conditions=labels, cond_fn=cond_fn, **sampler_options(args))
     logger.log("sampling small images...")
     return sample_job(
         sampler,
@@ -89,16 +77,8 @@ def sample_base(args, job):
 def upsample(args, flags, job, base_samples, model, diffusion):
     """The second stage, as in super_res_sample.py."""
     base = BaseSamples(base_samples, flags.small_size, flags.in_channels, flags.num_classes, flags.class_cond)
-    sampler = BatchSampler(
-        diffusion,
-        route_labels(model, flags.class_cond),
-        (flags.in_channels, flags.large_size, flags.large_size),
-        args.seed,
-        base.conditions,
-        use_ddim=flags.use_ddim,
-        clip_denoised=args.clip_denoised,
-        stream=UPSAMPLING,
-    )
+    model = route_labels(model, flags.class_cond)
+    sampler = BatchSampler(diffusion, model, conditions=base.conditions, stream=UPSAMPLING, **sampler_options(flags))
     logger.log("upsampling...")
     sample_job(
         sampler,
@@ -112,11 +92,8 @@ def upsample(args, flags, job, base_samples, model, diffusion):
 
 def create_argparser():
     flags = {**sampling_flags(), **class_flags(), **guidance_flags()}
-    upsampler = dict(path="", batch_size=4, use_ddim=False, **sr_model_and_diffusion_defaults())
-    flags.update({PIPELINE_UPSAMPLER.prefix + name: default for name, default in upsampler.items()})
-    parser = FlagParser(description=__doc__)
-    add_dict_to_argparser(parser, {**flags, **model_and_diffusion_defaults(), **classifier_defaults()})
-    return parser
+    flags.update(upsampler_path="", upsampler_batch_size=4, upsampler_use_ddim=False)
+    return sampling_parser(__doc__, flags, DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER)
 
 
 if __name__ == "__main__":

@@ -12,31 +12,20 @@ from guided_diffusion.sampling_networks import (
     job_of,
     load_upsampler,
     output_flags,
+    sampler_options,
     sampling_flags,
+    sampling_parser,
     set_up_sampling,
 )
-from guided_diffusion.script_util import (
-    FlagParser,
-    add_dict_to_argparser,
-    args_to_dict,
-    sr_model_and_diffusion_defaults,
-)
+from guided_diffusion.script_util import args_to_dict
 
 
 def main():
     args = set_up_sampling(create_argparser(), UPSAMPLER)
     base = BaseSamples(args.base_samples, args.small_size, args.in_channels, args.num_classes, args.class_cond)
     model, diffusion = load_upsampler(args, args.model_path, batch_to_compile(args))
-    sampler = BatchSampler(
-        diffusion,
-        route_labels(model, args.class_cond),
-        (args.in_channels, args.large_size, args.large_size),
-        args.seed,
-        base.conditions,
-        use_ddim=args.use_ddim,
-        clip_denoised=args.clip_denoised,
-        stream=UPSAMPLING,
-    )
+    model = route_labels(model, args.class_cond)
+    sampler = BatchSampler(diffusion, model, conditions=base.conditions, stream=UPSAMPLING, **sampler_options(args))
 
     logger.log("sampling...")
     sample_job(
@@ -49,9 +38,7 @@ def main():
 
 
 def create_argparser():
-    parser = FlagParser(description=__doc__)
-    add_dict_to_argparser(parser, {**sampling_flags(), "base_samples": "", **sr_model_and_diffusion_defaults()})
-    return parser
+    return sampling_parser(__doc__, {**sampling_flags(), "base_samples": ""}, UPSAMPLER)
 
 
 if __name__ == "__main__":
