@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: errors in one line, files that are whole or not there, and tar archives."""
+"""Shared by the scripts of this folder: errors, complete files, and tar archives."""
 
 import gzip
 import io
@@ -10,54 +10,30 @@ import tarfile
 import zlib
 from contextlib import contextmanager
 
-from guided_diffusion.errors import InputError, end_quietly
+from guided_diffusion.errors import InputError, describe_failure
+from guided_diffusion.files import disk_errors, write_atomically
 
 DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
 def run(main):
-    """Call a script's main. What a user can put right ends in one line and a status that is not zero."""
+    """Call a script's main. Errors that users can fix end in one line and a non-zero status."""
     try:
         main()
-    except InputError as e:
-        sys.exit(f"error: {e}")
-    except OSError as e:
-        if e.filename is None:
-            raise
-        sys.exit(f"error: {e.filename}: {e.strerror}")
-    except KeyboardInterrupt:
-        end_quietly()
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-
-
-def make_folder(path):
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be made a folder ({e.strerror}): choose another one") from None
+    except (Exception, KeyboardInterrupt) as e:
+        message, status = describe_failure(e)
+        print(message, file=sys.stderr)
+        sys.exit(status)
 
 
 def write_file(path, data):
-    """Write bytes under a temporary name, and give them theirs when they are whole.
+    """Write bytes to a file that is complete or absent.
 
-    files.write_atomically also waits until the disk has them, which a power cut makes necessary, and neither a kill nor
-    a full disk. For millions of small files that is hours. What a power cut leaves is, on the usual file systems, empty
-    files: a restart tells them from whole ones by `size_of`.
+    It does not wait for the disk, which for millions of small files would take hours. After a power cut files may be
+    empty. A restart recognises them by `size_of`.
     """
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-        os.replace(temporary, path)
-    except BaseException as e:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        if not isinstance(e, OSError):
-            raise
-        raise InputError(
-            f"{path}: cannot be written ({e.strerror}): make room, or choose another folder, and run this again"
-        ) from None
+    with disk_errors(path, "then run this again"), write_atomically(path, sync=False) as f:
+        f.write(data)
 
 
 def write_png(path, image):
@@ -68,7 +44,7 @@ def write_png(path, image):
 
 
 def size_of(path):
-    """A file's size in bytes; 0 where there is none."""
+    """Return a file's size in bytes, or 0 if there is no such file."""
     try:
         return os.stat(path).st_size
     except FileNotFoundError:
@@ -76,9 +52,9 @@ def size_of(path):
 
 
 def count_files(folder, pattern):
-    """How many files whose names match a regular expression have anything in them.
+    """Count the non-empty files whose names match a regular expression.
 
-    Removes what killed runs left of such files under temporary names.
+    Removes the temporary files of killed runs.
     """
     count = 0
     leftover = re.compile(rf"(?:{pattern})\.\d+\.tmp")
@@ -92,51 +68,47 @@ def count_files(folder, pattern):
 
 
 def check_count(folder, pattern, expected, source):
-    """Refuse a folder that holds more or fewer images than were taken from `source`."""
+    """Refuse a folder that holds more or fewer images than `source`."""
     count = count_files(folder, pattern)
     if count != expected:
         raise InputError(
-            f"{folder}: holds {count:,} images, but {source} {expected:,}: give an empty folder, or remove what is "
-            f"not of {source} and run this again"
+            f"{folder}: holds {count:,} images, but {source} {expected:,}: give an empty folder, or remove the files "
+            f"that are not from {source} and run this again"
         )
 
 
 @contextmanager
 def open_tar(path, expected):
-    """Open a tar archive, and name it in what goes wrong with it.
+    """Open a tar archive. Errors in reading it become InputErrors that name it.
 
-    :param expected: the name of the archive that the script is for.
+    :param expected: the name of the archive that the script needs.
     """
     tar = None
     try:
         with tarfile.open(path) as tar:
             yield tar
-    except DAMAGE as e:
+    except (*DAMAGE, OSError) as e:
         if tar is None:
-            raise InputError(f"{path}: not a tar archive, or damaged: give {expected}") from None
-        raise InputError(f"{path}: cut short or damaged ({reason(e)}): get it again, and run this again") from None
-    except OSError as e:
-        if tar is None:
-            raise InputError(f"{path}: cannot be opened ({reason(e)}): give {expected}") from None
-        if e.filename is not None:  # of another file
+            raise InputError(f"{path}: not a readable tar archive ({reason(e)}): give {expected}") from None
+        if getattr(e, "filename", None) is not None:  # the error of another file
             raise
-        raise InputError(f"{path}: cannot be read ({reason(e)})") from None
+        raise InputError(f"{path}: truncated or damaged ({reason(e)}): get it again, and run this again") from None
 
 
 def reason(error):
-    """What an exception says, in one line."""
+    """Return an exception's message in one line."""
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def files_in(tar):
-    """The regular files of an open tar archive, as pairs of their name without folders and their TarInfo.
+    """Yield the regular files of an open tar archive: (name without folders, TarInfo).
 
-    Without folders, no name can lead out of the folder that a file is written to.
+    Without folders, no name can lead out of the destination folder.
     """
     for member in tar:
         if member.isreg():
             yield os.path.basename(member.name), member
-    # tarfile takes a header that it cannot read for the archive's end, which is a block of zeros.
+    # tarfile treats an unreadable header as the end of the archive, which should be a block of zeros.
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
         raise tarfile.ReadError(f"bad header at byte {tar.offset:,}")

@@ -1,14 +1,15 @@
 """Write CIFAR-10 as images to train on: PNGs named airplane_00000.png and so on, in OUT_DIR/train and OUT_DIR/test.
 
 The number is the image's place in the training or test set. Sorted, the ten names have CIFAR-10's own labels, 0 to 9.
-After a kill the same command goes on, and writes only what is missing.
+Run the same command again after a kill: it writes the missing images.
 """
 
 import argparse
 import os
+from pathlib import Path
 
 import numpy as np
-from _common import check_count, files_in, make_folder, open_tar, run, size_of, write_png
+from _common import check_count, files_in, open_tar, run, size_of, write_png
 from PIL import Image
 from tqdm import tqdm
 
@@ -37,13 +38,13 @@ def main():
 
 
 def read_files(path):
-    """The files of the binary version by their name, from its archive or the folder in it: 180 MB."""
+    """Read the files of the binary version, 180 MB, from its archive or the folder in it: {name: bytes}."""
     wanted = {NAMES, *(name for batch in SPLITS.values() for name in batch)}
     if os.path.isdir(path):
         inner = os.path.join(path, FOLDER)
         folder = inner if os.path.isdir(inner) else path
         present = set(os.listdir(folder))
-        data = {name: read_file(os.path.join(folder, name)) for name in wanted & present}
+        data = {name: Path(folder, name).read_bytes() for name in wanted & present}
     else:
         present, data = set(), {}
         with open_tar(path, expected=ARCHIVE) as tar:
@@ -59,13 +60,8 @@ def read_files(path):
     return data
 
 
-def read_file(path):
-    with open(path, "rb") as f:
-        return f.read()
-
-
 def read_class_names(path, text):
-    """The ten names, in the order of the labels, which is that of the alphabet."""
+    """Return the ten names in the order of the labels, which is alphabetical."""
     names = text.decode("ascii", errors="replace").split()
     if len(names) != 10 or names != sorted(set(names)) or not all(name.isalpha() for name in names):
         raise InputError(f"{path}: {NAMES} does not list CIFAR-10's ten classes: get {ARCHIVE} again")
@@ -73,19 +69,21 @@ def read_class_names(path, text):
 
 
 def read_batch(path, name, data):
-    """The images uint8 [N, 32, 32, 3] and labels uint8 [N] of one file."""
+    """Return the images uint8 [N, 32, 32, 3] and labels uint8 [N] of one file."""
     if not data or len(data) % RECORD:
-        raise InputError(f"{path}: {name} has {len(data):,} bytes, not some times {RECORD:,}: cut short: get it again")
+        raise InputError(
+            f"{path}: {name} has {len(data):,} bytes, not a multiple of {RECORD:,}: truncated: get it again"
+        )
     records = np.frombuffer(data, np.uint8).reshape(-1, RECORD)
     return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]
 
 
 def check_batches(path, batches, names):
-    """Refuse files of which one has fewer images than another, or labels without a name."""
+    """Refuse files with different numbers of images, or with labels that have no name."""
     counts = {name: len(labels) for name, (_, labels) in batches.items()}
     short, most = min(counts, key=counts.get), max(counts.values())
     if counts[short] < most:
-        raise InputError(f"{path}: {short} has {counts[short]:,} images, others {most:,}: cut short: get it again")
+        raise InputError(f"{path}: {short} has {counts[short]:,} images, others {most:,}: truncated: get it again")
     for name, (_, labels) in batches.items():
         if labels.max() >= len(names):
             raise InputError(
@@ -94,8 +92,8 @@ def check_batches(path, batches, names):
 
 
 def write_images(images, labels, folder):
-    """Write the images that are missing, named by their labels. Return how many those were."""
-    make_folder(folder)
+    """Write the missing images, named by their labels. Returns their number."""
+    os.makedirs(folder, exist_ok=True)
     new = 0
     for i, (image, name) in enumerate(zip(tqdm(images, unit=" images"), labels)):
         path = os.path.join(folder, f"{name}_{i:05d}.png")

@@ -2,7 +2,7 @@
 
 ILSVRC2012_img_train.tar, a tar of 1,000 tars, goes to OUT_DIR/train, ILSVRC2012_img_val.tar to OUT_DIR/val: the
 original JPEG files, named WNID_*.JPEG, in a folder for each class. OUT_DIR/classes.csv lists each class's label,
-WordNet id and name; labels number the sorted ids. After a kill the same command goes on and writes what is missing.
+WordNet id and name; labels number the sorted ids. Run the same command again after a kill: it writes missing images.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import re
 import tarfile
 from collections import Counter
 
-from _common import DAMAGE, check_count, count_files, files_in, make_folder, open_tar, reason, run, size_of, write_file
+from _common import DAMAGE, check_count, count_files, files_in, open_tar, reason, run, size_of, write_file
 from tqdm import tqdm
 
 from guided_diffusion.errors import InputError
@@ -52,12 +52,10 @@ def main():
 
 
 def read_names(path):
-    """The classes' names by WordNet id, from lines such as "n01440764 tench, Tinca tinca"."""
+    """Read lines such as "n01440764 tench, Tinca tinca". Returns {WordNet id: name}."""
     try:
         with open(path, encoding="utf-8") as f:
             lines = [line.strip() for line in f]
-    except OSError as e:
-        raise InputError(f"--names {path}: cannot be read ({e.strerror}): give {NAMES}") from None
     except UnicodeDecodeError:
         raise InputError(f"--names {path}: not a text file: give {NAMES}") from None
     names = {}
@@ -73,7 +71,7 @@ def read_names(path):
 
 
 def read_devkit(path):
-    """From the development kit: the classes' names by WordNet id, and the ids of the validation images in order."""
+    """Read the development kit. Returns {WordNet id: name}, and the list of the validation images' ids."""
     with open_tar(path, expected=DEVKIT) as tar:
         data = {name: tar.extractfile(member).read() for name, member in files_in(tar) if name in (META, VAL_LABELS)}
     if len(data) < 2:
@@ -87,17 +85,17 @@ def read_devkit(path):
 
 
 def read_meta(path, data):
-    """The classes in the development kit's meta.mat: {the kit's own number: (WordNet id, name)}.
+    """Read the development kit's meta.mat. Returns {the kit's own number: (WordNet id, name)}.
 
-    The kit's numbers are not in the order of the ids, and nothing but its ground truth uses them. The file also has the
-    more general synsets above the classes; those have children.
+    The kit's numbers are not in the order of the ids; only its ground truth uses them. The file also lists the more
+    general synsets above the classes, which have children.
     """
     try:
         from scipy.io import loadmat
     except ImportError:
         raise InputError(
             f"--devkit {path}: reading its {META} needs scipy: pip install scipy (for the training images, "
-            f"--names with {NAMES} does as well)"
+            f"--names with {NAMES} is enough)"
         ) from None
     try:
         return {
@@ -105,14 +103,14 @@ def read_meta(path, data):
             for synset in loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
             if synset["num_children"] == 0
         }
-    except Exception:  # scipy raises all sorts of exceptions for a file that is damaged
+    except Exception:  # scipy raises many types for damaged files
         raise InputError(f"--devkit {path}: its {META} is damaged: get {DEVKIT} again") from None
 
 
 def write_class_table(out_dir, classes):
-    """Write classes.csv. A folder that was numbered by other classes is refused."""
+    """Write classes.csv. Refuses a folder whose classes.csv lists other classes."""
     path = os.path.join(out_dir, "classes.csv")
-    make_folder(out_dir)
+    os.makedirs(out_dir, exist_ok=True)
     if size_of(path):
         with open(path, newline="", encoding="utf-8", errors="replace") as f:
             before = {row.get("wnid") for row in csv.DictReader(f)}
@@ -129,7 +127,7 @@ def write_class_table(out_dir, classes):
 
 
 def which_split(tar):
-    """Whether an archive holds the training or the validation images."""
+    """Return "train" or "val": the images that the archive holds."""
     for name, _ in files_in(tar):
         if CLASS_TAR.fullmatch(name):
             return "train"
@@ -141,13 +139,13 @@ def which_split(tar):
 
 
 def find_class_tars(tar, classes):
-    """The tar of each listed class, in the archive's order: {WordNet id: TarInfo}. There must be no other."""
+    """Find the tar of each listed class: {WordNet id: TarInfo} in the archive's order. Other classes are refused."""
     tars = {match[1]: member for name, member in files_in(tar) if (match := CLASS_TAR.fullmatch(name))}
     missing, unlisted = sorted(set(classes) - set(tars)), sorted(set(tars) - set(classes))
     if missing:
         raise InputError(
             f"{tar.name}: lacks {len(missing):,} of the {len(classes):,} classes that --devkit or --names lists, such "
-            f"as {missing[0]}: cut short, or of another task: give ILSVRC2012_img_train.tar"
+            f"as {missing[0]}: truncated, or of another task: give ILSVRC2012_img_train.tar"
         )
     if unlisted:
         raise InputError(
@@ -158,11 +156,11 @@ def find_class_tars(tar, classes):
 
 
 def unpack_train(tar, tars, folder):
-    """Unpack every class that is not complete. Return how many images there are, and how many were written.
+    """Unpack every class that is not complete. Returns the number of images, and how many were written now.
 
-    counts.csv records how many images each complete class has, so that a restart need not look into its tar.
+    counts.csv records the number of images of each complete class, so that a restart need not read its tar.
     """
-    make_folder(folder)
+    os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "counts.csv")
     counts, new = read_counts(path), 0
     with tqdm(total=sum(member.size for member in tars.values()), unit="B", unit_scale=True) as bar:
@@ -185,8 +183,8 @@ def read_counts(path):
 
 
 def unpack_class(tar, member, folder):
-    """Write the images of one class's tar that are missing. Return how many it has, and how many were written."""
-    make_folder(folder)
+    """Write the missing images of one class. Returns the number of its images, and how many were written now."""
+    os.makedirs(folder, exist_ok=True)
     wnid = os.path.basename(folder)
     names, new = set(), 0
     try:
@@ -204,13 +202,13 @@ def unpack_class(tar, member, folder):
 
 
 def unpack_val(tar, labels, folder):
-    """Write the images that are missing, named by their class. Return how many there are, and how many were written.
+    """Write the missing images, named by their class. Returns their number, and how many were written now.
 
     :param labels: the WordNet ids of all validation images, in order.
     """
     per_class = Counter(labels)
     for wnid in per_class:
-        make_folder(os.path.join(folder, wnid))
+        os.makedirs(os.path.join(folder, wnid), exist_ok=True)
     found, new = set(), 0
     with tqdm(total=len(labels), unit=" images") as bar:
         for name, image in files_in(tar):
@@ -225,14 +223,14 @@ def unpack_val(tar, labels, folder):
             bar.update(number not in found)
             found.add(number)
     if len(found) < len(labels):
-        raise InputError(f"{tar.name}: has {len(found):,} of {len(labels):,} images: cut short: get it again")
+        raise InputError(f"{tar.name}: has {len(found):,} of {len(labels):,} images: truncated: get it again")
     for wnid, count in per_class.items():
         check_count(os.path.join(folder, wnid), ANY_IMAGE, count, tar.name)
     return len(labels), new
 
 
 def write_missing(tar, member, path):
-    """Write a member's bytes to `path` unless it has as many. Return whether it was written."""
+    """Write a member to `path` unless a file of that size exists. Returns whether it was written."""
     if size_of(path) == member.size:
         return False
     write_file(path, tar.extractfile(member).read())

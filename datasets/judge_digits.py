@@ -1,18 +1,17 @@
-"""Say how many samples are the digit that was asked for, by a judge that knows only the real digits.
+"""Count the samples that are the requested digit, according to a classifier of the real digits.
 
-The judge is scikit-learn's support vector classifier, trained on the 1,797 real digits at 8x8 pixels. It has never seen
-a diffusion model, nor the classifier that guides one.
+The judge is scikit-learn's support vector classifier, trained on the 1,797 real digits at 8x8 pixels. It is independent
+of the diffusion model and of the classifier that guides it.
 """
 
 import argparse
-import zipfile
-import zlib
 
 import numpy as np
 from _common import run
 from digits import load_digit_images
 
 from guided_diffusion.errors import InputError
+from guided_diffusion.npz_arrays import DAMAGED, NpzArray
 
 
 def main():
@@ -24,14 +23,13 @@ def main():
 
 
 def read_samples(path):
-    """The images uint8 [N, H, W, C] and labels [N], whole numbers, of an .npz of samples."""
+    """Read the images uint8 [N, H, W, C] and labels [N], integers, from an .npz of samples."""
     try:
-        with np.load(path) as samples:
-            images, labels = samples["arr_0"], samples["arr_1"]
-    except KeyError as e:
-        raise InputError(f"{path}: has no {e}: give samples of digits with their labels, arr_0 and arr_1") from None
-    except (ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error):  # TypeError: an .npy
-        raise InputError(f"{path}: not an .npz, or damaged: give samples of digits with their labels") from None
+        images, labels = (NpzArray(path, name)[:] for name in ("arr_0", "arr_1"))
+    except FileNotFoundError:
+        raise
+    except DAMAGED as e:
+        raise InputError(f"{path}: not an .npz with arr_0 and arr_1, samples of digits and labels ({e})") from None
     if not images.size or images.dtype != np.uint8 or not np.issubdtype(labels.dtype, np.integer):
         raise InputError(
             f"{path}: has images {images.dtype} {images.shape} and labels {labels.dtype} {labels.shape}: give at least "
@@ -47,24 +45,24 @@ def read_samples(path):
 
 
 def train_judge(size):
-    """A classifier of 8x8 digits, trained on the real ones after they went through images of `size` pixels."""
+    """Train a classifier of 8x8 digits on the real digits, enlarged to `size` pixels and reduced as samples are."""
     try:
         from sklearn.svm import SVC
     except ImportError:
-        raise InputError("the judge is scikit-learn's: pip install scikit-learn") from None
+        raise InputError("the judge needs scikit-learn: pip install scikit-learn") from None
     images, labels = load_digit_images(size)
     return SVC(gamma=0.001).fit(features(images[..., None]), labels)
 
 
 def features(images):
-    """Images uint8 [N, S, S, C], S a multiple of 8, as grey 8x8 pixels from 0 to 16: [N, 64]."""
+    """Reduce images uint8 [N, S, S, C], S a multiple of 8, to grey 8x8 pixels between 0 and 16: [N, 64]."""
     n, size = images.shape[:2]
     grey = images.mean(axis=3).reshape(n, 8, size // 8, 8, size // 8).mean(axis=(2, 4))
     return grey.reshape(n, 64) * (16 / 255)
 
 
 def agreement(judge, images, labels):
-    """The share of samples that the judge takes for what their labels say."""
+    """Return the fraction of samples that the judge classifies as their labels."""
     return float(np.mean(judge.predict(features(images)) == labels))
 
 

@@ -1,7 +1,7 @@
 """Write the images of an LSUN lmdb as square PNGs to train on: OUT_DIR/bedroom_0000000.png and so on.
 
 Each is shrunk with a box filter until its shorter side is the image size, and cropped at the centre. The number is the
-entry's place in the database. After a kill the same command goes on, and makes only what is missing.
+entry's place in the database. Run the same command again after a kill: it makes the missing images.
 """
 
 import argparse
@@ -13,11 +13,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
-from _common import count_files, make_folder, run, size_of, write_png
+from _common import count_files, run, size_of, write_png
 from PIL import Image
 from tqdm import tqdm
 
-from guided_diffusion.errors import InputError
+from guided_diffusion.errors import InputError, check_at_least
+from guided_diffusion.flags import str2bool
 
 CHUNK = 32  # entries for each worker that are in memory at a time
 
@@ -26,7 +27,7 @@ def main():
     args = create_argparser().parse_args()
     check_flags(args)
     with open_lmdb(args.lmdb_path) as env:
-        make_folder(args.out_dir)
+        os.makedirs(args.out_dir, exist_ok=True)
         check_image_size(args)
         total = env.stat()["entries"]
         new, bad = convert(env, args)
@@ -39,15 +40,13 @@ def main():
 
 
 def check_flags(args):
-    for flag in ("image_size", "num_workers"):
-        if getattr(args, flag) < 1:
-            raise InputError(f"--{flag} {getattr(args, flag)}: at least 1 is needed")
+    check_at_least(1, image_size=args.image_size, num_workers=args.num_workers)
     if not re.fullmatch(r"[A-Za-z0-9.-]+", args.prefix):
-        raise InputError(f"--prefix {args.prefix!r}: it is the class in file names: letters, digits, dots and hyphens")
+        raise InputError(f"--prefix {args.prefix!r}: the class in file names: use letters, digits, dots and hyphens")
 
 
 def open_lmdb(path):
-    """Open a database for reading, of which every page is there."""
+    """Open a database for reading. Refuses a truncated one."""
     try:
         import lmdb
     except ImportError:
@@ -60,16 +59,16 @@ def open_lmdb(path):
     except lmdb.Error as e:
         raise InputError(f"{data}: not an lmdb ({e}): give the folder that LSUN's zip holds") from None
     pages = env.info()["last_pgno"] + 1
-    # A whole file may lack pages at its end that were never used. That is rare enough to read it all and see.
+    # A complete file may lack unused pages at its end. That is rare enough to read it all to find out.
     if os.path.getsize(data) < pages * env.stat()["psize"] and not is_readable(data):
-        raise InputError(f"{data}: cut short, or damaged: unpack it again, or get it again")
+        raise InputError(f"{data}: truncated or damaged: unpack it again, or get it again")
     if not env.stat()["entries"]:
         raise InputError(f"{data}: an lmdb without entries: give the folder that LSUN's zip holds")
     return env
 
 
 def is_readable(path):
-    """Whether all entries can be read. Another process tries: reading beyond the file's end kills it."""
+    """Return whether all entries can be read. A child process tries, because reading past the file's end kills it."""
     import lmdb
 
     child = os.fork()
@@ -87,7 +86,7 @@ def is_readable(path):
 
 
 def check_image_size(args):
-    """Refuse a folder that holds this prefix's images in another size."""
+    """Refuse a folder with images of this prefix in another size."""
     with os.scandir(args.out_dir) as entries:
         made = next((e.path for e in entries if re.fullmatch(name_pattern(args), e.name) and e.stat().st_size), None)
     if made is None:
@@ -100,16 +99,16 @@ def check_image_size(args):
     if size != (args.image_size, args.image_size):
         raise InputError(
             f"{made}: has {size[0]}x{size[1]} pixels, which is not --image-size {args.image_size}: choose another "
-            f"folder, or the size that was begun with"
+            f"folder, or this size"
         )
 
 
 def convert(env, args):
-    """Make the images that are missing. Return how many were written, and the keys of those that cannot be decoded."""
+    """Make the missing images. Returns how many were written, and the keys of entries that cannot be decoded."""
     new, bad = 0, []
     with (
         tqdm(total=env.stat()["entries"], unit=" images") as bar,
-        ThreadPoolExecutor(args.num_workers) as pool,  # Pillow decodes and encodes without holding Python's lock
+        ThreadPoolExecutor(args.num_workers) as pool,  # Pillow releases the GIL
     ):
         missing = missing_entries(env, args, bar)
         while chunk := list(islice(missing, CHUNK * args.num_workers)):
@@ -125,9 +124,9 @@ def convert(env, args):
 
 
 def missing_entries(env, args, bar):
-    """The key, the value and the path of each entry whose image is not there; the bar advances by the others."""
+    """Yield (key, value, path) of each entry whose image is missing; the bar advances by the other entries."""
     with env.begin() as transaction, transaction.cursor() as cursor:
-        for index, key in enumerate(cursor.iternext(values=False)):  # values that are not needed are not read
+        for index, key in enumerate(cursor.iternext(values=False)):  # reads values only where needed
             path = os.path.join(args.out_dir, f"{args.prefix}_{index:07d}.png")
             if size_of(path):
                 bar.update()
@@ -136,18 +135,18 @@ def missing_entries(env, args, bar):
 
 
 def make_image(data, path, image_size):
-    """Decode an image, make it a square and write it. Return whether it could be decoded."""
+    """Decode an image, make it a square and write it. Returns whether it could be decoded."""
     try:
         with Image.open(io.BytesIO(data)) as encoded:
             image = encoded.convert("RGB")
-    except Exception:  # which ones a damaged image raises depends on its format
+    except Exception:  # the type depends on the damaged image's format
         return False
     write_png(path, shrink_and_crop(image, image_size))
     return True
 
 
 def shrink_and_crop(image, image_size):
-    """Resize an image until its shorter side is image_size, each pixel the mean of those it covers; take the middle."""
+    """Shrink an image with a box filter until its shorter side is image_size, and crop its centre."""
     scale = image_size / min(image.size)
     image = image.resize([round(side * scale) for side in image.size], resample=Image.BOX)
     left, top = ((side - image_size) // 2 for side in image.size)
@@ -158,13 +157,13 @@ def check_complete(args, total, bad):
     if bad and not args.skip_bad_images:
         raise InputError(
             f"{args.lmdb_path}: {len(bad):,} of {total:,} entries cannot be decoded, first {readable(bad[0])}; all "
-            f"others are written: get it again, or leave those out with --skip_bad_images True"
+            f"others are written: get it again, or leave these out with --skip_bad_images True"
         )
     count = count_files(args.out_dir, name_pattern(args))
     if count != total - len(bad):
         raise InputError(
             f"{args.out_dir}: holds {count:,} images {args.prefix}_*.png, but {args.lmdb_path} {total - len(bad):,}: "
-            f"those of another database, perhaps: choose another folder or --prefix"
+            f"some may be from another database: choose another folder or --prefix"
         )
 
 
@@ -185,18 +184,12 @@ def create_argparser():
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="threads (default: one a CPU core)")
     parser.add_argument(
         "--skip_bad_images",
-        type=boolean,
+        type=str2bool,
         default=False,
         metavar="BOOL",
         help="True leaves out what cannot be decoded; otherwise that ends in an error when all others are written",
     )
     return parser
-
-
-def boolean(text):
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"True or False is expected, not {text!r}")
-    return text.lower() == "true"
 
 
 if __name__ == "__main__":
