@@ -89,7 +89,8 @@ def open_tar(path, expected):
             yield tar
     except (*DAMAGE, OSError) as e:
         if tar is None:
-            raise InputError(f"{path}: not a readable tar archive ({reason(e)}): give {expected}") from None
+            what = reason(e) if isinstance(e, OSError) else "not a tar archive, or damaged"
+            raise InputError(f"{path}: cannot be opened ({what}): give {expected}") from None
         if getattr(e, "filename", None) is not None:  # the error of another file
             raise
         raise InputError(f"{path}: truncated or damaged ({reason(e)}): get it again, and run this again") from None

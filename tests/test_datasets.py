@@ -136,14 +136,6 @@ def test_squares_are_means_of_blocks_from_the_middle(tmp_path):
     assert np.array_equal(squares[2], np.kron(small, np.ones((2, 2, 1), int))[:, 1:5])
 
 
-def test_sides_are_rounded_to_the_nearest(tmp_path):
-    # 10x7 pixels, the shorter side to 4: 5.71 columns make 6, of which the middle 4 are taken.
-    pixels = np.zeros((7, 10, 3), np.uint8)
-    pixels[:, 5:] = 200
-    (square,) = make_squares(tmp_path, [lossless(pixels)], 4)
-    assert np.array_equal(square[0, :, 0], [0, 0, 200, 200])
-
-
 def test_every_image_becomes_rgb(tmp_path):
     grey, colour = noise(0, 4, 4), noise(1, 4, 4, 3)
     opaque = np.concatenate([colour, np.full((4, 4, 1), 255)], axis=2)
@@ -160,12 +152,6 @@ def test_files_are_numbered_in_the_order_of_the_keys(tmp_path):
     call(lsun_bedroom, "--prefix", "church", "--image_size", 8, data, tmp_path / "out").check()
     found = {path.name: int(np.asarray(Image.open(path)).mean()) for path in (tmp_path / "out").iterdir()}
     assert found == {f"church_{i:07d}.png": 10 * i for i in range(4)}
-
-
-def test_more_entries_than_are_in_memory_at_a_time(tmp_path):
-    images = [encode(np.full((2, 2), i), "png") for i in range(2 * lsun_bedroom.CHUNK + 1)]
-    squares = make_squares(tmp_path, images, 2, "--num_workers", 1)
-    assert [int(square[0, 0, 0]) for square in squares] == list(range(len(images)))
 
 
 def test_a_database_may_lack_pages_that_it_does_not_use(tmp_path):
