@@ -56,3 +56,16 @@ def unpacked(archives, tmp_path_factory):
         module, args = command(name, archives, folder)
         call(module, *args).check()
     return folders
+
+
+@pytest.fixture(scope="session")
+def inception_graph(tmp_path_factory):
+    """The path of a graph with the Inception graph's structure and seeded weights, as the original was run with."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    script = Path(__file__).resolve().parent / "data" / "evaluator" / "make_graph.py"
+    path = tmp_path_factory.mktemp("inception") / "graph.pb"
+    subprocess.run([sys.executable, script, "-o", path], check=True, capture_output=True)
+    return path
