@@ -159,7 +159,7 @@ def test_what_is_not_the_whole_graph_is_refused(kind, server, graph, cache, monk
 
 def test_another_graph_is_refused(server, cache, tmp_path):
     server.content = write_graph(tmp_path / "other.pb", leave_out=["mixed_6/conv/conv2d_params"]).read_bytes()
-    with pytest.raises(InputError, match="is not graph_of_a_test.pb"):
+    with pytest.raises(InputError, match="did not return graph_of_a_test.pb"):
         download(server.address("whole"), str(cache / "graph.pb"))
     assert left_in(cache) == []
 
