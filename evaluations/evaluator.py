@@ -20,8 +20,8 @@ from evaluations.batches import Batch  # noqa: E402
 from evaluations.features import METRICS, Features, check_batches, compare, reference_features  # noqa: E402
 from evaluations.inception import InceptionV3, find_graph, read_graph  # noqa: E402
 from evaluations.output import say, write_output  # noqa: E402
+from guided_diffusion import dist_util  # noqa: E402
 from guided_diffusion.checkpoint_util import fingerprint  # noqa: E402
-from guided_diffusion.dist_util import dev, from_rank_0, get_rank, setup_dist  # noqa: E402
 from guided_diffusion.errors import InputError, check_at_least  # noqa: E402
 
 DTYPES = {"fp32": th.float32, "bf16": th.bfloat16}
@@ -29,7 +29,7 @@ DTYPES = {"fp32": th.float32, "bf16": th.bfloat16}
 
 def main():
     args = create_argparser().parse_args()
-    setup_dist()
+    dist_util.setup_dist()
     wanted = parse_metrics(args.metrics)
     check_at_least(1, batch_size=args.batch_size)
     check_at_least(0, num_samples=args.num_samples)
@@ -41,7 +41,7 @@ def main():
     of_reference = reference_features(network, reference, args.batch_size, wanted, args.cache_dir, identity)
     say("sample batch...")
     of_samples = Features(network, samples, args.batch_size, wanted, args.num_samples)
-    if get_rank() != 0:
+    if dist_util.get_rank() != 0:
         return
     say("metrics...")
     figures = compare(wanted, reference, of_reference, of_samples, network.device)
@@ -69,10 +69,10 @@ def load_inception(path, dtype, device=""):
     :param device: such as "cpu"; "" is this rank's device.
     """
     try:
-        device = th.empty(0, device=device or dev()).device
+        device = th.empty(0, device=device or dist_util.dev()).device
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {device}: not available ({str(e).splitlines()[0]})") from None
-    graph = from_rank_0(lambda: find_graph(path))
+    graph = dist_util.from_rank_0(lambda: find_graph(path))
     return InceptionV3(read_graph(graph), DTYPES[dtype]).to(device), f"{fingerprint(graph)}-{dtype}"
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch as th
 import torch.distributed as dist
 
+from guided_diffusion import dist_util
 from guided_diffusion.checkpoint_util import fingerprint
-from guided_diffusion.dist_util import broadcast_object, get_rank, get_world_size, wait_for_all
 from guided_diffusion.errors import InputError
 from guided_diffusion.logger import progress_bar
 from guided_diffusion.npz_arrays import DAMAGED
@@ -99,8 +99,8 @@ def share(count, batch_size):
     The batches are the same for any number of ranks. Rounding in convolutions depends on the batch, so the features of
     all ranks together are identical to those of a single process.
     """
-    batches, size = -(-count // batch_size), get_world_size()
-    first, last = (rank * batches // size * batch_size for rank in (get_rank(), get_rank() + 1))
+    batches, size = -(-count // batch_size), dist_util.get_world_size()
+    first, last = (rank * batches // size * batch_size for rank in (dist_util.get_rank(), dist_util.get_rank() + 1))
     return range(min(first, count), min(last, count))
 
 
@@ -109,10 +109,10 @@ def gather_on_rank_0(value):
 
     Unlike gather_objects it does not copy all features to every rank, and it waits for slow ranks.
     """
-    if get_world_size() == 1:
+    if dist_util.get_world_size() == 1:
         return [value]
-    wait_for_all()
-    values = [None] * get_world_size() if get_rank() == 0 else None
+    dist_util.wait_for_all()
+    values = [None] * dist_util.get_world_size() if dist_util.get_rank() == 0 else None
     dist.gather_object(value, values)
     return values or []
 
@@ -132,12 +132,12 @@ def reference_features(network, batch, batch_size, wanted, cache_dir="", identit
         return Features(network, batch, batch_size, wanted)
     kinds = sorted({"manifold" if name in MANIFOLDS else name for name in wanted})
     path = os.path.join(cache_dir, "-".join([fingerprint(batch.path), identity, *kinds]) + ".npz")
-    kept = Features.load(path) if get_rank() == 0 else None
-    if broadcast_object(kept is not None):
+    kept = Features.load(path) if dist_util.get_rank() == 0 else None
+    if dist_util.broadcast_object(kept is not None):
         say(f"using the features kept in {path}")
         return kept
     features = Features(network, batch, batch_size, wanted)
-    if get_rank() == 0:
+    if dist_util.get_rank() == 0:
         features.save(path)
     return features
 

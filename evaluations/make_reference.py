@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from evaluations.evaluator import add_network_flags, load_inception  # noqa: E402
 from evaluations.features import FEWEST, Features, gather_on_rank_0, share  # noqa: E402
 from evaluations.output import say, write_output  # noqa: E402
-from guided_diffusion.dist_util import setup_dist  # noqa: E402
+from guided_diffusion import dist_util  # noqa: E402
 from guided_diffusion.errors import InputError, check_at_least  # noqa: E402
 from guided_diffusion.image_decoding import MODES, center_crop_arr, read_image  # noqa: E402
 from guided_diffusion.image_listing import image_classes, list_images, number_classes  # noqa: E402
@@ -58,7 +58,7 @@ class ImageFiles:
 
 def main():
     args = create_argparser().parse_args()
-    setup_dist()
+    dist_util.setup_dist()
     check_at_least(1, image_size=args.image_size, batch_size=args.batch_size)
     check_at_least(FEWEST, num_images=args.num_images)
     check_at_least(0, seed=args.seed)

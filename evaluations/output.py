@@ -3,13 +3,12 @@
 import sys
 from contextlib import contextmanager
 
-from guided_diffusion import files
-from guided_diffusion.dist_util import get_rank
+from guided_diffusion import dist_util, files
 
 
 def say(text):
     """Print a message to stderr, on rank 0 only: stdout is for the figures."""
-    if get_rank() == 0:
+    if dist_util.get_rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
 

@@ -163,7 +163,7 @@ class Command:
         with self.monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [self.module.__name__, *map(str, args)])
             patch.setattr(self.module, "load_inception", lambda *args: (self.network, "known"))
-            patch.setattr(self.module, "setup_dist", lambda: None)
+            patch.setattr(dist_util, "setup_dist", lambda: None)
             self.capsys.readouterr()
             self.module.main()
         return self.capsys.readouterr()

@@ -82,13 +82,6 @@ def test_both_archives_share_a_folder_and_a_class_table(archives, unpacked, tmp_
     assert labels_of(held_out, trained) == [0, 0, 1, 1, 2]  # n01 twice, n02 twice, n03
 
 
-def test_a_complete_class_is_not_opened_again(archives, tmp_path, monkeypatch):
-    module, args = command("imagenet", archives, tmp_path)
-    assert "12 images in 3 classes, complete; 12 written now" in call(module, *args).check().output
-    monkeypatch.setattr(imagenet, "unpack_class", None)
-    assert "12 images in 3 classes, complete; 0 written now" in call(module, *args).check().output
-
-
 def test_names_lead_nowhere_else(archives, tmp_path):
     """Folders in an archive's names, links and strangers' files are of no consequence."""
     images = train_images()

@@ -4,7 +4,6 @@ import gzip
 import os
 import re
 import sys
-import tarfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -165,11 +164,9 @@ def test_lost_and_emptied_files_come_back(name, archives, unpacked, tmp_path):
 def bad(archives, tmp_path_factory):
     """Archives, flags and folders that are not what a script needs."""
     bad = tmp_path_factory.mktemp("bad")
-    train, val = archives / "train.tar", archives / "val.tar"
+    train = archives / "train.tar"
     (bad / "text").write_text("a page that says 404, perhaps\n" * 100)
-    (bad / "nothing").write_bytes(b"")
     (bad / "cut_train.tar").write_bytes(train.read_bytes()[:30_000])
-    (bad / "cut_val.tar").write_bytes(val.read_bytes()[:10_000])
     long = cifar_tar({**cifar_files(), "readme.html": noise(0, 200_000).tobytes()})
     (bad / "cut_cifar.tar.gz").write_bytes(long[:100_000])
     images = train_images()
@@ -178,7 +175,6 @@ def bad(archives, tmp_path_factory):
     name = damaged.index(b"n01000000_14.JPEG")
     damaged[name + 3] = ord("x")  # its header's checksum is wrong now
     (bad / "damaged_train.tar").write_bytes(damaged)
-    (bad / "no_tars.tar").write_bytes(tar_bytes({f"{wnid}.tar": b"no tar " * 100 for wnid in NAMES}))
     (bad / "mislabelled.tar").write_bytes(
         tar_bytes({f"{wnid}.tar": tar_bytes({"n04000000_1.JPEG": b"x"}) for wnid in NAMES})
     )
@@ -189,12 +185,7 @@ def bad(archives, tmp_path_factory):
     (bad / "no_meta.tar.gz").write_bytes(gzip.compress(tar_bytes({"data/readme.txt": b"x"})))
     truth = "ILSVRC2012_validation_ground_truth.txt"
     (bad / "damaged_meta.tar.gz").write_bytes(gzip.compress(tar_bytes({"meta.mat": b"x" * 500, truth: b"1\n"})))
-    with tarfile.open(archives / "devkit.tar.gz") as tar:
-        meta = tar.extractfile("ILSVRC2012_devkit_t12/data/meta.mat").read()
-    (bad / "strange_truth.tar.gz").write_bytes(gzip.compress(tar_bytes({"meta.mat": meta, truth: b"1\n5\n"})))
     (bad / "ids.txt").write_text("n01000000 tench\nn02000000\n")
-    (bad / "binary.txt").write_bytes(b"\xff\xfe" * 100)
-    (bad / "fewer_names.txt").write_text("n01000000 tench\nn02000000 other\n")
 
     python = {f"cifar-10-batches-py/data_batch_{i}": b"pickle" for i in range(1, 6)}
     (bad / "cifar_python.tar.gz").write_bytes(gzip.compress(tar_bytes(python)))
@@ -203,7 +194,6 @@ def bad(archives, tmp_path_factory):
         "lacking": {"data_batch_2.bin": None, "test_batch.bin": None},
         "uneven": {"data_batch_3.bin": files["data_batch_3.bin"][:3073]},
         "ragged": {"data_batch_3.bin": files["data_batch_3.bin"][:-1]},
-        "empty": {"test_batch.bin": b""},
         "mislabelled": {"data_batch_5.bin": b"\x0a" + files["data_batch_5.bin"][1:]},
         "misnamed": {"batches.meta.txt": b"../airplane\n" + files["batches.meta.txt"][9:]},
     }
@@ -249,26 +239,16 @@ CASES = {
     "validation without labels": (unpack("{archives}/val.tar"), ["{archives}/val.tar", "labels", "--devkit"]),
     "a training archive cut short": (unpack("{bad}/cut_train.tar"), ["{bad}/cut_train.tar", "truncated"]),
     "a training archive of fewer classes": (unpack("{bad}/two.tar"), ["{bad}/two.tar", "1 of the 3", "n02000000"]),
-    "a training archive of more classes": (
-        unpack(names="{bad}/fewer_names.txt"),
-        ["{archives}/train.tar", "--names", "n03000000"],
-    ),
     "a damaged class": (unpack("{bad}/damaged_train.tar"), ["{bad}/damaged_train.tar", "n01000000.tar", "bad header"]),
-    "classes that are no tars": (unpack("{bad}/no_tars.tar"), ["{bad}/no_tars.tar", "n03000000.tar"]),
     "classes that hold others": (unpack("{bad}/mislabelled.tar"), ["n03000000.tar has no n03000000_*.JPEG"]),
-    "a validation archive cut short": (unpack_val("{bad}/cut_val.tar"), ["{bad}/cut_val.tar", "truncated"]),
     "too few validation images": (unpack_val("{bad}/few_val.tar"), ["{bad}/few_val.tar", "4 of 5"]),
     "too many validation images": (unpack_val("{bad}/many_val.tar"), ["ILSVRC2012_val_00000006.JPEG", "5 labels"]),
     "names that are not there": (unpack(names="{bad}/gone.txt"), ["{bad}/gone.txt", "No such file"]),
     "names without names": (unpack(names="{bad}/ids.txt"), ["--names {bad}/ids.txt", "line 2", "n02000000"]),
-    "names in binary": (unpack(names="{bad}/binary.txt"), ["--names {bad}/binary.txt", "not a text file"]),
-    "an empty list of names": (unpack(names="{bad}/nothing"), ["--names {bad}/nothing", "no class"]),
     "no development kit": (unpack_val(devkit="{bad}/gone"), ["{bad}/gone", "No such file", "ILSVRC2012_devkit_t12"]),
     "another kit": (unpack_val(devkit="{bad}/no_meta.tar.gz"), ["--devkit {bad}/no_meta.tar.gz", "meta.mat"]),
     "a damaged kit": (unpack_val(devkit="{bad}/damaged_meta.tar.gz"), ["{bad}/damaged_meta.tar.gz", "meta.mat"]),
-    "a kit whose files do not fit": (unpack_val(devkit="{bad}/strange_truth.tar.gz"), ["{bad}/strange_truth.tar.gz"]),
     "a folder of other classes": (unpack(out="{bad}/other_classes"), ["{bad}/other_classes/classes.csv", "OUT_DIR"]),
-    "unpacking below a file": (unpack(out="{bad}/text/out"), ["{bad}/text/out", "Not a directory"]),
     "no lmdb": (squares("{bad}/gone"), ["{bad}/gone", "no such file", "bedroom_train_lmdb"]),
     "a text as lmdb": (squares("{bad}/text"), ["{bad}/text", "not an lmdb"]),
     "an lmdb cut short": (squares("{bad}/cut_lmdb"), ["{bad}/cut_lmdb/data.mdb", "truncated"]),
@@ -283,14 +263,12 @@ CASES = {
     ),
     "image size 0": (squares("{archives}/lmdb", "{out}", "--image-size", "0"), ["image_size 0"]),
     "a prefix that is two classes": (squares("{archives}/lmdb", "{out}", "--prefix", "a_b"), ["--prefix 'a_b'"]),
-    "no boolean": (squares("{archives}/lmdb", "{out}", "--skip_bad_images", "maybe"), ["--skip_bad_images", "'maybe'"]),
     "no CIFAR-10": (cifar("{bad}/gone"), ["{bad}/gone", "No such file", "cifar-10-binary.tar.gz"]),
     "CIFAR-10 for Python": (cifar("{bad}/cifar_python.tar.gz"), ["Python", "cifar-10-binary.tar.gz"]),
     "CIFAR-10 without two files": (cifar("{bad}/cifar_lacking.tar.gz"), ["lacks data_batch_2.bin, test_batch.bin"]),
     "CIFAR-10 cut short": (cifar("{bad}/cut_cifar.tar.gz"), ["{bad}/cut_cifar.tar.gz", "truncated"]),
     "CIFAR-10 files of two lengths": (cifar("{bad}/cifar_uneven.tar.gz"), ["data_batch_3.bin has 1 images, others 2"]),
     "a CIFAR-10 file cut short": (cifar("{bad}/cifar_ragged.tar.gz"), ["data_batch_3.bin", "6,145 bytes", "3,073"]),
-    "an empty CIFAR-10 file": (cifar("{bad}/cifar_empty.tar.gz"), ["test_batch.bin", "0 bytes"]),
     "CIFAR-10 with a label 10": (cifar("{bad}/cifar_mislabelled.tar.gz"), ["data_batch_5.bin", "label 10"]),
     "CIFAR-10 with other names": (cifar("{bad}/cifar_misnamed.tar.gz"), ["batches.meta.txt"]),
 }

@@ -1,5 +1,6 @@
 """From stored images to figures, on any number of ranks, with a network of known features; the cache; bad input."""
 
+import itertools
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from helpers import as_rank
 from known_features import (
     BAD,
     BATCH_SIZES,
@@ -75,18 +77,14 @@ def test_arrays_of_images_are_writable(stored, tmp_path):
 
 
 def test_ranks_share_evenly(monkeypatch):
-    import evaluations.features as module
-
-    for size in range(1, 8):
-        monkeypatch.setattr(module, "get_world_size", lambda: size)
-        for count in (1, 4, 31, 32, 33, 1000):
-            shares = []
-            for rank in range(size):
-                monkeypatch.setattr(module, "get_rank", lambda: rank)
-                shares.append(share(count, 8))
-            assert [i for part in shares for i in part] == list(range(count))
-            batches = [-(-len(part) // 8) for part in shares]
-            assert max(batches) - min(batches) <= 1
+    for size, count in itertools.product(range(1, 8), (1, 4, 31, 32, 33, 1000)):
+        shares = []
+        for rank in range(size):
+            as_rank(monkeypatch, rank, size)
+            shares.append(share(count, 8))
+        assert [i for part in shares for i in part] == list(range(count))
+        batches = [-(-len(part) // 8) for part in shares]
+        assert max(batches) - min(batches) <= 1
 
 
 def test_only_what_is_wanted_is_computed(pair):

@@ -4,13 +4,11 @@ import os
 
 import numpy as np
 import pytest
-import torch as th
 from known_features import BAD, Command, KnownNetwork, features, save, truth
-from launch import ROOT, run_ranks
+from launch import RUN_SCRIPT, run_ranks
 from PIL import Image
 
 from evaluations import make_reference
-from evaluations.inception import InceptionV3, read_graph
 from guided_diffusion.image_datasets import ImageDataset
 from guided_diffusion.image_listing import image_classes, list_images, number_classes
 
@@ -110,11 +108,10 @@ def test_images_without_labels(command, folder, tmp_path):
     assert "arr_1" not in make(command, tmp_path / "images", tmp_path / "ref.npz")
 
 
-AS_RANK = """
+KNOWN_NETWORK = """
 import known_features
-from evaluations import make_reference
-make_reference.load_inception = lambda *args: (known_features.KnownNetwork(), "known")
-make_reference.main()
+from evaluations import evaluator
+evaluator.load_inception = lambda *args: (known_features.KnownNetwork(), "known")
 """
 
 
@@ -122,7 +119,9 @@ make_reference.main()
 def test_ranks_write_the_same(flags, command, folder, tmp_path):
     flags = ["--num_images", 7, "--batch_size", 3, *flags]
     want = make(command, folder, tmp_path / "1.npz", *flags)
-    run_ranks(3, [folder, tmp_path / "3.npz", "--image_size", SIZE, *flags], code=AS_RANK)[0].check()
+    argv = [make_reference.__file__, folder, tmp_path / "3.npz", "--image_size", SIZE, *flags]
+    code = RUN_SCRIPT if "--no_statistics" in flags else KNOWN_NETWORK + RUN_SCRIPT
+    run_ranks(3, argv, code=code)[0].check()
     with np.load(tmp_path / "3.npz") as arrays:
         assert set(arrays) == set(want)
         for name, array in want.items():
@@ -138,18 +137,6 @@ def test_the_evaluator_accepts_it(command, folder, tmp_path, monkeypatch, capsys
     of_all, of_kept = truth(all_images(folder), samples), truth(kept, samples)
     want = [of_all["is"], of_all["fid"], of_all["sfid"], of_kept["precision"], of_kept["recall"]]
     assert [float(line.split(": ")[1]) for line in out.splitlines()] == pytest.approx(want, rel=1e-9)
-
-
-def test_with_inception_on_two_ranks(folder, inception_graph, tmp_path):
-    script = os.path.join(ROOT, "evaluations", "make_reference.py")
-    argv = [script, folder / "more", tmp_path / "ref.npz", "--inception_path", inception_graph]
-    run_ranks(2, [*argv, "--image_size", "8", "--batch_size", "4"])[0].check()
-    with np.load(tmp_path / "ref.npz") as arrays:
-        pool, _ = InceptionV3(read_graph(inception_graph))(th.from_numpy(arrays["arr_0"]))
-        pool = pool.double().numpy()
-        np.testing.assert_allclose(arrays["mu"], pool.mean(axis=0), rtol=1e-6, atol=1e-7)
-        want = np.cov(pool, rowvar=False)
-        assert np.linalg.norm(arrays["sigma"] - want) < 1e-6 * np.linalg.norm(want)
 
 
 # Bad input
