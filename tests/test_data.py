@@ -231,6 +231,7 @@ import multiprocessing, os, signal, sys
 from guided_diffusion import dist_util
 from guided_diffusion.image_datasets import load_data
 os.setpgid(0, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 dist_util.setup_dist()
 data = load_data(data_dir=sys.argv[1], batch_size=4, image_size=8, num_workers=2)
 take = lambda count: [next(data) for _ in range(count)]
