@@ -112,7 +112,7 @@ HELP = {
         "inception_path": "the Inception graph; empty: found or downloaded",
         "path": "checkpoint of this network",
         "eval_batch_size": "images per batch of the evaluation",
-        "eval_dtype": "precision of the Inception network: fp32, fp16 or bf16",
+        "eval_dtype": "precision of the Inception network: fp32 or bf16",
     },
     "run": {
         "seed": "seed of all random numbers; -1 in training: unseeded",
