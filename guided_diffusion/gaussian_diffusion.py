@@ -4,13 +4,14 @@ Names follow the papers: x_start is the data, x_t the data noised to timestep t 
 "DDPM" is Ho et al. 2020 (arXiv 2006.11239), "Improved DDPM" Nichol & Dhariwal 2021 (2102.09672), "DDIM" Song et al.
 2020 (2010.02502), "ADM" Dhariwal & Nichol 2021 (2105.05233).
 
-From top to bottom: schedules, the choices that parameterise a process, sampling loops, GaussianDiffusion: its tables,
-the forward process, the model's view of the reverse process, steps, loops, training and likelihood.
+"PLMS" is Liu et al. 2022 (2202.09778).
+
+From top to bottom: schedules, the choices that parameterise a process, GaussianDiffusion: its tables, the forward
+process, the model's view of the reverse process, steps, loops, training and likelihood.
 """
 
 import enum
 import functools
-import inspect
 import math
 import warnings
 
@@ -20,6 +21,7 @@ import torch as th
 from .errors import InputError, choose
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
+from .sampling_loops import last_of, progress_bar, progressive_loop
 
 
 def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
@@ -84,96 +86,13 @@ class LossType(enum.Enum):
 
 LEARNED_VARIANCES = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
-
-# Sampling loops: their signature is written once, in _sample
-
-
-def _sample(
-    self,
-    step,
-    model,
-    shape,
-    noise=None,
-    clip_denoised=True,
-    denoised_fn=None,
-    cond_fn=None,
-    model_kwargs=None,
-    device=None,
-    progress=False,
-    **step_options,
-):
-    """Sample from noise to data, yielding the dict of "sample" and "pred_xstart" that each step returns.
-
-    :param shape: (N, C, ...) of the samples.
-    :param noise: x_T, of that shape; by default drawn from torch's generator.
-    :param clip_denoised, denoised_fn, model_kwargs: see p_mean_variance.
-    :param cond_fn: returns the gradient of log p(y | x_t), for guidance.
-    :param device: where to sample; by default the noise's device, else that of the model's parameters.
-    :param progress: show a progress bar.
-    :param step_options: more keyword arguments of the step, such as randn_like.
-    """
-    if device is None:
-        device = noise.device if noise is not None else next(model.parameters()).device
-    x = th.randn(*shape, device=device) if noise is None else noise
-    options = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn, **step_options}
-    for i in _countdown(self.num_timesteps, "sampling", progress):
-        t = th.full((shape[0],), i, device=device)
-        with th.no_grad():
-            out = step(model, x, t, model_kwargs=model_kwargs, **options)
-        yield out
-        x = out["sample"]
-
-
-def _countdown(num_timesteps, what, progress):
-    """All timesteps from the last to the first, with a progress bar if asked for."""
-    timesteps = range(num_timesteps)[::-1]
-    if not progress:
-        return timesteps
-    from tqdm.auto import tqdm
-
-    return tqdm(timesteps, desc=what)
-
-
-def _progressive_loop(step, **options):
-    """Make the method STEP_loop_progressive: _sample with the method named `step`.
-
-    :param options: the step's own options and their defaults, which follow _sample's parameters.
-    """
-    name = f"{step}_loop_progressive"
-    self, _, *shared, more = inspect.signature(_sample).parameters.values()
-    own = [inspect.Parameter(o, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=options[o]) for o in options]
-    signature = inspect.Signature([self, *shared, *own, more])
-
-    def loop(self, *args, **kwargs):
-        step_method = getattr(self, step)
-        try:
-            arguments = signature.bind(self, *args, **kwargs).arguments
-            step_options = arguments.pop("step_options", {})
-            inspect.signature(step_method).bind_partial(**step_options)
-        except TypeError as e:
-            raise TypeError(f"{name}: {e}") from None
-        if step == "ddim_sample" and arguments.get("cond_fn") is not None:
-            self._warn_of_guidance_in_pure_noise()
-        return _sample(step=step_method, **arguments, **step_options)
-
-    loop.__name__, loop.__qualname__ = name, f"GaussianDiffusion.{name}"
-    loop.__doc__, loop.__signature__ = _sample.__doc__, signature
-    return loop
-
-
-def _last_of(progressive):
-    """Make the method that returns the last sample, [N, C, ...], of a progressive loop. Its arguments are the same."""
-
-    @functools.wraps(progressive)
-    def loop(self, *args, **kwargs):
-        for out in getattr(self, progressive.__name__)(*args, **kwargs):
-            pass
-        return out["sample"]
-
-    loop.__name__ = progressive.__name__.removesuffix("_progressive")
-    loop.__qualname__ = f"GaussianDiffusion.{loop.__name__}"
-    loop.__doc__ = f"The last sample, [N, C, ...], of {progressive.__name__}, whose arguments it takes."
-    return loop
+# The weights of the newest eps, the one before it, ... in PLMS, by how many there are (Adams-Bashforth).
+PLMS_WEIGHTS = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
 
 
 class GaussianDiffusion:
@@ -358,70 +277,100 @@ class GaussianDiffusion:
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         return p_mean_var["mean"] + p_mean_var["variance"] * gradient
 
+    def condition_mean_with_grad(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+        """condition_mean for a cond_fn(x, t, p_mean_var, **model_kwargs), which sees this process's own timestep t."""
+        gradient = cond_fn(x, t, p_mean_var, **(model_kwargs or {}))
+        return p_mean_var["mean"] + p_mean_var["variance"] * gradient
+
     def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
         """Guide a DDIM step: eps becomes eps - sqrt(1 - alpha_bar) * gradient (ADM, algorithm 2).
 
         :return: p_mean_var with a new "pred_xstart" and "mean".
         """
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        return self._shift_score(gradient, p_mean_var, x, t)
+
+    def condition_score_with_grad(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
+        """condition_score for a cond_fn(x, t, p_mean_var, **model_kwargs), which sees this process's own timestep t."""
+        return self._shift_score(cond_fn(x, t, p_mean_var, **(model_kwargs or {})), p_mean_var, x, t)
+
+    def _shift_score(self, gradient, p_mean_var, x, t):
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
         eps = eps - self._at("sqrt_one_minus_alphas_cumprod", t, x) * gradient
         pred_xstart = self._predict_xstart_from_eps(x, t, eps)
         mean, _, _ = self.q_posterior_mean_variance(x_start=pred_xstart, x_t=x, t=t)
         return {**p_mean_var, "pred_xstart": pred_xstart, "mean": mean}
 
+    def guided_mean_variance(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+        cond_fn_with_grad=False, threshold_fn=None,
+    ):  # fmt: skip
+        """p_mean_variance, guided by condition_score: what samplers that follow the probability flow need of a model.
+
+        :param cond_fn_with_grad: call cond_fn(x, t, out, **model_kwargs), where `out` is the dict of p_mean_variance,
+            in which gradients with respect to x are recorded, and t is this process's own timestep.
+        :param threshold_fn: a function applied to the guided prediction of x_start, such as `solvers.thresholding`.
+        :return: the dicts before and after guidance.
+        """
+        condition = self.condition_score
+        if cond_fn_with_grad:
+            x, condition = x.detach().requires_grad_(), self.condition_score_with_grad
+        with th.set_grad_enabled(cond_fn_with_grad or th.is_grad_enabled()):
+            out = guided = self.p_mean_variance(
+                model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+            )
+            if cond_fn is not None:
+                guided = condition(cond_fn, out, x, t, model_kwargs=model_kwargs)
+        if cond_fn_with_grad:
+            out, guided = _detached(out), _detached(guided)
+        if threshold_fn is not None:
+            guided = {**guided, "pred_xstart": threshold_fn(guided["pred_xstart"])}
+        return out, guided
+
     # Steps
 
     def p_sample(
-        self,
-        model,
-        x,
-        t,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        randn_like=th.randn_like,
-    ):
+        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+        randn_like=th.randn_like, cond_fn_with_grad=False,
+    ):  # fmt: skip
         """A DDPM step: draw x_{t-1} (DDPM, algorithm 2; guided: ADM, algorithm 1).
 
         :param cond_fn: returns the gradient of log p(y | x_t), for guidance.
         :param randn_like: returns standard normal noise of a tensor's shape.
+        :param cond_fn_with_grad: see guided_mean_variance.
         :return: a dict of "sample" and "pred_xstart".
         """
-        out = self.p_mean_variance(
-            model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
-        )
-        noise = randn_like(x)
-        mean = out["mean"]
-        if cond_fn is not None:
-            mean = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
+        condition = self.condition_mean
+        if cond_fn_with_grad:
+            x, condition = x.detach().requires_grad_(), self.condition_mean_with_grad
+        with th.set_grad_enabled(cond_fn_with_grad or th.is_grad_enabled()):
+            out = self.p_mean_variance(
+                model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+            )
+            noise = randn_like(x)
+            mean = out["mean"]
+            if cond_fn is not None:
+                mean = condition(cond_fn, out, x, t, model_kwargs=model_kwargs)
         nonzero = (t != 0).reshape(-1, *[1] * (x.ndim - 1))  # no noise in the last step
         sample = mean + nonzero * th.exp(0.5 * out["log_variance"]) * noise
-        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+        result = {"sample": sample, "pred_xstart": out["pred_xstart"]}
+        return _detached(result) if cond_fn_with_grad else result
+
+    p_sample_with_grad = functools.partialmethod(p_sample, cond_fn_with_grad=True)
 
     def ddim_sample(
-        self,
-        model,
-        x,
-        t,
-        clip_denoised=True,
-        denoised_fn=None,
-        cond_fn=None,
-        model_kwargs=None,
-        eta=0.0,
-        randn_like=th.randn_like,
-    ):
+        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0,
+        randn_like=th.randn_like, cond_fn_with_grad=False, threshold_fn=None,
+    ):  # fmt: skip
         """A DDIM step: x_{t-1} with noise scaled by eta (DDIM, eq. 12 and 16; guided: ADM, algorithm 2).
 
         :param eta: 0 is deterministic; 1 has the posterior's variance, as DDPM.
+        :param cond_fn_with_grad, threshold_fn: see guided_mean_variance.
         :return: a dict of "sample" and "pred_xstart".
         """
-        out = self.p_mean_variance(
-            model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+        _, out = self.guided_mean_variance(
+            model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, cond_fn_with_grad, threshold_fn
         )
-        if cond_fn is not None:
-            out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
         # Computed from pred_xstart, which clipping and denoised_fn may have changed.
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
         alpha_bar_prev = self._at("alphas_cumprod_prev", t, x)
@@ -433,6 +382,48 @@ class GaussianDiffusion:
             + sigma * noise
         )
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+
+    ddim_sample_with_grad = functools.partialmethod(ddim_sample, cond_fn_with_grad=True)
+
+    def plms_sample(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+        cond_fn_with_grad=False, order=2, old_out=None, threshold_fn=None,
+    ):  # fmt: skip
+        """A PLMS step: DDIM with an eps extrapolated from those of the steps before (PLMS, eq. 12; guided as DDIM).
+
+        The first step has none before it: it averages eps over its two ends, which takes two evaluations of the model.
+
+        :param order: how many eps to use, 1 to 4; 1 is DDIM.
+        :param old_out: the dict that the step before returned.
+        :param cond_fn_with_grad, threshold_fn: see guided_mean_variance.
+        :return: a dict of "sample", "pred_xstart" (without guidance) and "old_eps", a list.
+        :raises InputError: for another order, or if the process has a single timestep and order is not 1.
+        """
+        choose("order", order, PLMS_WEIGHTS)
+        if order > 1 and self.num_timesteps < 2:
+            raise InputError(f"PLMS of order {order} needs at least 2 timesteps: visit more, or use order 1")
+        alpha_bar_prev = self._at("alphas_cumprod_prev", t, x)
+
+        def predict_eps(x, t):
+            out, guided = self.guided_mean_variance(
+                model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, cond_fn_with_grad, threshold_fn
+            )
+            return out, guided, self._predict_eps_from_xstart(x, t, guided["pred_xstart"])
+
+        def ddim_step(pred_xstart, eps):
+            return alpha_bar_prev.sqrt() * pred_xstart + (1 - alpha_bar_prev).sqrt() * eps
+
+        out, guided, eps = predict_eps(x, t)
+        all_eps = [eps, *(old_out["old_eps"] if old_out is not None else [])][:order]
+        if order > 1 and old_out is None:
+            _, _, next_eps = predict_eps(ddim_step(guided["pred_xstart"], eps), t - 1)
+            mean_eps = (eps + next_eps) / 2
+        else:
+            mean_eps = sum(weight * e for weight, e in zip(PLMS_WEIGHTS[len(all_eps)], all_eps))
+        sample = ddim_step(self._predict_xstart_from_eps(x, t, mean_eps), mean_eps)
+        last = (t == 0).reshape(-1, *[1] * (x.ndim - 1))
+        sample = th.where(last, guided["pred_xstart"], sample)
+        return {"sample": sample, "pred_xstart": out["pred_xstart"], "old_eps": all_eps}
 
     def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
         """A DDIM step backwards, from x_t to x_{t+1}: encodes data as noise (DDIM, eq. 14). Only for eta=0."""
@@ -448,10 +439,33 @@ class GaussianDiffusion:
 
     # Loops
 
-    p_sample_loop_progressive = _progressive_loop("p_sample")
-    p_sample_loop = _last_of(p_sample_loop_progressive)
-    ddim_sample_loop_progressive = _progressive_loop("ddim_sample", eta=0.0)
-    ddim_sample_loop = _last_of(ddim_sample_loop_progressive)
+    p_sample_loop_progressive = progressive_loop("p_sample")
+    p_sample_loop = last_of(p_sample_loop_progressive)
+    ddim_sample_loop_progressive = progressive_loop("ddim_sample", eta=0.0)
+    ddim_sample_loop = last_of(ddim_sample_loop_progressive)
+    plms_sample_loop_progressive = progressive_loop("plms_sample", after="cond_fn_with_grad", order=2)
+    plms_sample_loop = last_of(plms_sample_loop_progressive)
+
+    def ddim_reverse_sample_loop_progressive(
+        self, model, x_start, clip_denoised=True, denoised_fn=None, model_kwargs=None, progress=False, eta=0.0
+    ):
+        """Encode data as noise, yielding the dict of each ddim_reverse_sample, whose arguments these are.
+
+        The last "sample" is x_T: the noise from which ddim_sample_loop makes x_start again, but for its finite steps.
+
+        :raises InputError: if the process has a single timestep.
+        """
+        if self.num_timesteps < 2:
+            raise InputError("reverse DDIM needs a process with at least 2 timesteps")
+        x = x_start
+        for i in progress_bar(range(self.num_timesteps - 1), "encoding", progress):
+            t = th.full((len(x),), i, device=x.device)
+            with th.no_grad():
+                out = self.ddim_reverse_sample(model, x, t, clip_denoised, denoised_fn, model_kwargs, eta)
+            yield out
+            x = out["sample"]
+
+    ddim_reverse_sample_loop = last_of(ddim_reverse_sample_loop_progressive)
 
     def _warn_of_guidance_in_pure_noise(self):
         # The guided prediction of x_start is off by guidance / sqrt(alpha_bar); the step takes sqrt(alpha_bar_prev) of
@@ -461,7 +475,8 @@ class GaussianDiffusion:
             warnings.warn(
                 f"guided DDIM starts at a timestep whose alphas_cumprod is {alpha_bar:.1e}: the guided prediction of "
                 f"x_start explodes there and the samples will be noise. Use --timestep_respacing ddimN (such as "
-                f"ddim25), which leaves out the last timestep, or sample by DDPM (--use_ddim False)"
+                f"ddim25), which leaves out the last timestep, or a sampler that clips the guided prediction, such as "
+                f"--sampler unipc"
             )
 
     # Training and likelihood
@@ -529,7 +544,7 @@ class GaussianDiffusion:
             "xstart_mse" and "mse" (of eps) [N, num_timesteps].
         """
         terms = {"vb": [], "xstart_mse": [], "mse": []}
-        for i in _countdown(self.num_timesteps, "likelihood", progress):
+        for i in progress_bar(range(self.num_timesteps)[::-1], "likelihood", progress):
             t = th.full((x_start.shape[0],), i, device=x_start.device)
             noise = randn_like(x_start)
             x_t = self.q_sample(x_start, t, noise=noise)
@@ -541,6 +556,10 @@ class GaussianDiffusion:
         terms = {name: th.stack(values, dim=1) for name, values in terms.items()}
         prior = self._prior_bpd(x_start)
         return {"total_bpd": terms["vb"].sum(dim=1) + prior, "prior_bpd": prior, **terms}
+
+
+def _detached(tensors):
+    return {name: v.detach() for name, v in tensors.items()}
 
 
 def _extract_into_tensor(arr, timesteps, broadcast_shape):

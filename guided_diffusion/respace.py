@@ -15,19 +15,22 @@ def space_timesteps(num_timesteps, section_counts):
     :param num_timesteps: T of the original process.
     :param section_counts: how many to take from each of several equal sections of the process: a list of numbers, or
         a string of numbers with commas between them. "10,10,15,20" takes 10 of the first quarter and 20 of the last.
-        "ddimN" takes N with a fixed integer stride, as the DDIM paper does.
+        "ddimN" takes N with a fixed integer stride, as the DDIM paper does. "quadN" takes N that are spaced
+        quadratically (DDIM, appendix D.2), from 0 to the last, denser at the clean end.
     :return: a set of timesteps.
     :raises InputError: when a section has fewer steps than are asked of it, or no integer stride gives N.
     """
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
             return _strided_timesteps(num_timesteps, section_counts)
+        if section_counts.startswith("quad"):
+            return _quadratic_timesteps(num_timesteps, section_counts)
         try:
             section_counts = [int(x) for x in section_counts.split(",")]
         except ValueError:
             raise InputError(
-                f"unknown spacing --timestep_respacing {section_counts!r}: give a count such as 250, one count a "
-                f"section such as 10,10,15,20, or ddimN such as ddim25"
+                f"unknown spacing --timestep_respacing {section_counts!r}: give a count such as 250, one count per "
+                f"section such as 10,10,15,20, ddimN such as ddim25, or quadN such as quad15"
             ) from None
     section_size, surplus = divmod(num_timesteps, len(section_counts))
     start, steps = 0, set()
@@ -52,10 +55,7 @@ def space_timesteps(num_timesteps, section_counts):
 
 def _strided_timesteps(num_timesteps, spacing):
     """Every k-th timestep, for the smallest k that leaves exactly the N of "ddimN"."""
-    count = spacing[len("ddim") :]
-    if not count.isdecimal() or int(count) < 1:
-        raise InputError(f"unknown spacing --timestep_respacing {spacing!r}: ddimN needs a number, such as ddim25")
-    count = int(count)
+    count = _parse_count(spacing)
     by_count = {}
     for stride in range(1, num_timesteps + 1):
         by_count.setdefault(len(range(0, num_timesteps, stride)), stride)
@@ -66,6 +66,24 @@ def _strided_timesteps(num_timesteps, spacing):
             f"the nearest that works is ddim{nearest}"
         )
     return set(range(0, num_timesteps, by_count[count]))
+
+
+def _quadratic_timesteps(num_timesteps, spacing):
+    """The N timesteps of "quadN". Where rounding makes neighbours equal, the later ones move up."""
+    count = _parse_count(spacing)
+    if count > num_timesteps:
+        raise InputError(f"--timestep_respacing {spacing}: the process has only {num_timesteps} timesteps")
+    steps = np.round(np.linspace(0, np.sqrt(num_timesteps - 1), count) ** 2).astype(int)
+    ranks = np.arange(count)
+    return set((np.maximum.accumulate(steps - ranks) + ranks).tolist())
+
+
+def _parse_count(spacing):
+    """The number N in "ddimN" or "quadN"."""
+    kind, count = spacing[:4], spacing[4:]
+    if not count.isdecimal() or int(count) < 1:
+        raise InputError(f"unknown spacing --timestep_respacing {spacing!r}: {kind}N needs a number, such as {kind}25")
+    return int(count)
 
 
 class SpacedDiffusion(GaussianDiffusion):
