@@ -12,13 +12,13 @@ SWEPT = ("fid", "is", "precision", "recall")
 def write_table(path, rows, features=""):
     """Write a .csv with a row for each scale.
 
-    :param rows: dicts with "scale" and the metrics of SWEPT.
+    :param rows: dicts whose first entry is the scale, and the metrics of SWEPT.
     :param features: the name of the feature network, if it is not Inception. Each column's name contains it.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["classifier_scale", *(f"{METRICS[name]}{_note(features)}" for name in SWEPT)])
-    table.writerows([row["scale"], *(row[name] for name in SWEPT)] for row in rows)
+    table.writerow([_swept(rows), *(f"{METRICS[name]}{_note(features)}" for name in SWEPT)])
+    table.writerows([row[_swept(rows)], *(row[name] for name in SWEPT)] for row in rows)
     with write_output(path) as f:
         f.write(text.getvalue().encode())
 
@@ -26,7 +26,7 @@ def write_table(path, rows, features=""):
 def format_table(rows, features=""):
     """Format the table as text."""
     lines = ["scale" + "".join(f"{METRICS[name]:>17}" for name in SWEPT)]
-    lines += [f"{row['scale']:>5g}" + "".join(f"{row[name]:>17.4g}" for name in SWEPT) for row in rows]
+    lines += [f"{row[_swept(rows)]:>5g}" + "".join(f"{row[name]:>17.4g}" for name in SWEPT) for row in rows]
     return "\n".join(lines + ([f"Figures{_note(features)}: compare them only with each other."] * bool(features)))
 
 
@@ -35,21 +35,27 @@ def draw(path, rows, features=""):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 3.6), layout="constrained")
-    figure.suptitle(f"Classifier guidance{_note(features)}{': compare only within this picture' if features else ''}")
+    swept = _swept(rows).replace("_", " ")
+    figure.suptitle(f"Guidance{_note(features)}{': compare only within this picture' if features else ''}")
     fid, score, both, trade_off = figure.subplots(1, 4)
-    scales = [row["scale"] for row in rows]
+    scales = [row[_swept(rows)] for row in rows]
     for axes, names in ((fid, ["fid"]), (score, ["is"]), (both, ["precision", "recall"])):
         for name in names:
             axes.plot(scales, [row[name] for row in rows], marker="o", label=METRICS[name])
-        axes.set(xlabel="classifier scale", title=" and ".join(METRICS[name] for name in names))
+        axes.set(xlabel=swept, title=" and ".join(METRICS[name] for name in names))
     both.legend()
     trade_off.plot([row["recall"] for row in rows], [row["precision"] for row in rows], marker="o")
-    for row in rows:
-        trade_off.annotate(f"{row['scale']:g}", (row["recall"], row["precision"]), (4, 4), textcoords="offset points")
+    for scale, row in zip(scales, rows):
+        trade_off.annotate(f"{scale:g}", (row["recall"], row["precision"]), (4, 4), textcoords="offset points")
     trade_off.margins(0.12)
     trade_off.set(xlabel="Recall", ylabel="Precision", title="Precision against recall, by scale")
     with write_output(path) as f:
         figure.savefig(f, format="png", dpi=100)
+
+
+def _swept(rows):
+    """The name of the flag that was swept: classifier_scale or guide_scale."""
+    return next(iter(rows[0]))
 
 
 def _note(features):

@@ -1,4 +1,4 @@
-"""Steering a diffusion model with a classifier's gradient (ADM, section 4)."""
+"""Steering a diffusion model with a classifier's gradient (ADM, section 4), or with a second diffusion model."""
 
 import torch as th
 import torch.nn.functional as F
@@ -43,6 +43,32 @@ def limit_guidance(cond_fn, first, last, num_timesteps):
         return th.zeros_like(x)
 
     return limited
+
+
+def guide_by_model(model, guide, scale, interval=None):
+    """Guide a model by a second one: g + scale * (eps - g), where eps and g are their predictions.
+
+    With an unconditional model as guide this is classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), with
+    a worse version of the model itself autoguidance (Karras et al. 2024, arXiv 2406.02507).
+
+    :param model: a function of (x [N, C, ...], t, **kwargs) that returns [N, C or 2C, ...]: eps or x_start, and the
+        values of a learned variance, which are not changed.
+    :param guide: the same, of a network that predicts the same thing on the same schedule.
+    :param scale: 1 is the model alone: then `model` itself is returned, and the guide never called.
+    :param interval: guide only in this part of the process: (first, last, num_timesteps), see limit_guidance.
+    """
+    if scale == 1:
+        return model
+
+    def guided(x, t, **kwargs):
+        output = model(x, t, **kwargs)
+        if interval is not None and not interval[0] <= float(t[0]) / interval[2] <= interval[1]:
+            return output
+        channels = x.shape[1]
+        eps, g = output[:, :channels], guide(x, t, **kwargs)[:, :channels]
+        return th.cat([g + scale * (eps - g), output[:, channels:]], dim=1)
+
+    return guided
 
 
 def route_labels(model, class_cond):

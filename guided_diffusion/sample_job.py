@@ -13,6 +13,7 @@ from .npz_arrays import DAMAGED, NpzArray
 from .pictures import Strip, grid_indices, save_grid, save_pngs, to_uint8
 from .random_util import SampleNoise
 from .sample_shards import SampleStore
+from .solvers import SAMPLERS
 
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 UPSAMPLING = 1  # the noise stream of upsamplers: other noise than that of the small images
@@ -26,29 +27,28 @@ class BatchSampler:
     :param shape: (C, H, W) of a sample.
     :param conditions: a function from a range of samples to the keyword arguments of model and cond_fn: tensors
         [n, ...]. Or labels [N] of all samples, which are passed as y. Or None.
-    :param cond_fn, use_ddim, clip_denoised: see GaussianDiffusion's sampling loops.
+    :param cond_fn: see GaussianDiffusion's sampling loops.
+    :param sampler: one of solvers.SAMPLERS, or a partial of it with its options.
     :param stream: see SampleNoise.
     """
 
-    def __init__(self, diffusion, model, shape, seed, conditions=None, cond_fn=None, use_ddim=False,
-                 clip_denoised=True, stream=0):  # fmt: skip
+    def __init__(self, diffusion, model, shape, seed, conditions=None, cond_fn=None, sampler=SAMPLERS["ddpm"],
+                 stream=0):  # fmt: skip
         self.diffusion, self.model, self.shape, self.seed, self.stream = diffusion, model, tuple(shape), seed, stream
-        self.conditions, self.use_ddim = conditions, use_ddim
-        self.options = dict(cond_fn=cond_fn, clip_denoised=clip_denoised)
+        self.conditions, self.cond_fn, self.sampler = conditions, cond_fn, sampler
         self.num_steps = diffusion.num_timesteps
 
     def steps(self, indices):
         """Sample a range of indices: yields the dict of each step, the last with the finished "sample"."""
         noise = SampleNoise(self.seed, indices, dist_util.dev(), self.stream)
-        diffusion = self.diffusion
-        loop = diffusion.ddim_sample_loop_progressive if self.use_ddim else diffusion.p_sample_loop_progressive
-        return loop(
+        return self.sampler(
+            self.diffusion,
             self.model,
             (len(indices), *self.shape),
             noise=noise.randn(*self.shape),
+            cond_fn=self.cond_fn,
             model_kwargs={name: v.to(dist_util.dev()) for name, v in self._conditions(indices).items()},
             randn_like=noise.randn_like,
-            **self.options,
         )
 
     def _conditions(self, indices):
@@ -62,20 +62,21 @@ class BatchSampler:
 class BaseSamples:
     """The small images for an upsampler, from an .npz with M images: sample i is made of image i mod M.
 
-    :param path: the .npz: arr_0 uint8 [M, size, size, in_channels], and labels [M] as arr_1, if there are any.
+    :param path: the .npz: arr_0 uint8 [M, H, W, in_channels], and labels [M] as arr_1, if there are any.
+    :param size: (H, W).
     :param class_cond: whether the upsampler needs the labels.
     :raises InputError: if the file does not have such images and labels.
     """
 
     def __init__(self, path, size, in_channels, num_classes, class_cond):
         self.images, self.labels = _open_samples(path)
-        wanted = (size, size, in_channels)
+        wanted = (*size, in_channels)
         if self.images.dtype != np.uint8:
             raise InputError(f"--base_samples {path}: images of {self.images.dtype}; uint8 from 0 to 255 is expected")
         if self.images.shape[1:] != wanted or not len(self.images):
             raise InputError(
                 f"--base_samples {path}: its images are {'x'.join(map(str, self.images.shape))}, but the upsampler "
-                f"takes Nx{'x'.join(map(str, wanted))} (--small_size {size})"
+                f"takes Nx{'x'.join(map(str, wanted))} (--small_size and --sample_size)"
             )
         if self.labels is None and class_cond:
             raise InputError(f"--base_samples {path}: no labels (arr_1) in it, but the upsampler is class-conditional")

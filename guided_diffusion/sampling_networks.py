@@ -1,11 +1,11 @@
-"""From a sampling script's command line to its networks with their weights, its labels and its guidance."""
+"""From a sampling script's command line to its networks with their weights, and its labels."""
 
+import math
 import os
 import warnings
 from argparse import Namespace
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch as th
 
 from . import checkpoint_util, dist_util, files, logger
@@ -13,8 +13,9 @@ from .class_labels import choose_labels, read_class_table
 from .compile_util import CompiledNetwork
 from .errors import InputError
 from .flags import FlagParser, add_dict_to_argparser
-from .guidance import classifier_cond_fn, limit_guidance
-from .presets import presets_for
+from .guidance import guide_by_model, route_labels
+from .presets import get_preset, presets_for
+from .sampler_flags import make_sampler, parse_interval, sample_shape, sampler_flags, sampler_name
 from .script_util import (
     DIFFUSION_FLAGS,
     args_to_dict,
@@ -24,7 +25,6 @@ from .script_util import (
     given_flags,
     identity_flags,
     model_and_diffusion_defaults,
-    parse_numbers,
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
 )
@@ -34,8 +34,8 @@ from .script_util import (
 
 def sampling_flags():
     """The flags that all sampling scripts share, with their defaults."""
-    flags = dict(clip_denoised=True, use_ddim=False, model_path="", preset="", models_dir="models", log_dir="")
-    return {**flags, "seed": 0, "compile": False, **output_flags()}
+    flags = dict(clip_denoised=True, sample_size="", model_path="", preset="", models_dir="models", log_dir="")
+    return {**flags, **sampler_flags(), "seed": 0, "compile": False, **output_flags()}
 
 
 def output_flags():
@@ -46,11 +46,6 @@ def output_flags():
 def class_flags():
     """The flags that choose labels, with their defaults."""
     return dict(classes="", class_table="")
-
-
-def guidance_flags():
-    """The flags of guidance by a classifier, with their defaults."""
-    return dict(classifier_path="", classifier_scale=1.0, guidance_interval="")
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ PIPELINE_UPSAMPLER = replace(UPSAMPLER, path_flag="upsampler_path", prefix="upsa
 # Flags that do not change the images, except for rounding.
 NOT_OF_THE_JOB = {
     "num_samples", "batch_size", "compile", "log_dir", "save_images", "progress_grid", "preset", "models_dir",
-    "class_table", "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
+    "class_table", "guide_preset", "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
 }  # fmt: skip
 
 
@@ -116,6 +111,9 @@ def set_up_sampling(parser, *networks):
             continue
         names = identity_flags(network.flags)
         checkpoint_util.adopt_config(args, settled, network.path_flag, names, network.prefix)
+    for network in networks:
+        if hasattr(args, f"{network.prefix}sampler"):
+            sampler_name(args, network.prefix)
     if dist_util.get_rank():
         warnings.simplefilter("ignore")  # rank 0 shows them
     return args
@@ -131,9 +129,9 @@ def _apply_preset(args, given, settled, networks):
         flags, names = preset.all_flags(), identity_flags(network.flags)
         for name in names:
             checkpoint_util.settle(args, settled, network.prefix + name, flags[name], f"--preset {args.preset}")
-        samples = hasattr(args, f"{network.prefix}use_ddim")  # image_nll.py does not sample
-        fast = given.get(f"{network.prefix}use_ddim", (False,))[0] and preset.ddim_sampling
-        advice = {**preset.sampling, **(preset.ddim_sampling if fast else {})} if samples else {}
+        advice = {}
+        if hasattr(args, f"{network.prefix}sampler"):  # image_nll.py does not sample
+            advice = preset.advice(sampler_name(args, network.prefix))
         if th.cuda.is_available():  # half precision is slow on most CPUs
             advice.update((name, flags[name]) for name in network.flags if name.endswith("use_fp16"))
         advice[network.path_flag] = os.path.join(args.models_dir, preset.file_name)
@@ -158,6 +156,8 @@ def job_of(args, *networks, **more):
     no_part = {*NOT_OF_THE_JOB, *paths, *more, *(net.prefix + name for net in networks for name in NOT_OF_THE_JOB)}
     job = {name: value for name, value in vars(args).items() if name not in no_part}
     for flag, path in {**paths, **more}.items():
+        if not path:
+            continue
         job[flag] = f"with content {dist_util.from_rank_0(lambda p=path: checkpoint_util.fingerprint(p))}"
     return job
 
@@ -195,10 +195,51 @@ def prepare_network(model, path, use_fp16=False, use_bf16=False, compile_for=0):
 
 
 def load_diffusion(args):
-    """The diffusion model with its weights, and its process."""
+    """The diffusion model with its weights, a function of (x, t, y) that may ignore the labels y, and its process."""
     logger.log("creating model and diffusion...")
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
-    return prepare_network(model, args.model_path, args.use_fp16, args.use_bf16, batch_to_compile(args)), diffusion
+    model = prepare_network(model, args.model_path, args.use_fp16, args.use_bf16, batch_to_compile(args))
+    return route_labels(model, args.class_cond), diffusion
+
+
+def load_guide(args):
+    """The second model that guides the diffusion model, like load_diffusion's. None if no flag names one.
+
+    Its flags come from --guide_preset or its config.json.
+
+    :raises InputError: if its predictions are not of the same thing as the diffusion model's.
+    """
+    path, preset = args.guide_model_path, args.guide_preset and get_preset(args.guide_preset)
+    if preset and not path:
+        path = args.guide_model_path = os.path.join(args.models_dir, preset.file_name)
+    if not path:
+        if args.guide_scale != 1:
+            raise InputError(f"--guide_scale {args.guide_scale}: there is no guide: give --guide_model_path")
+        return None
+    checkpoint_util.require_path("guide_model_path", path)
+    recorded = preset.all_flags() if preset else checkpoint_util.Checkpoint(path).flags
+    if not recorded:
+        raise InputError(f"--guide_model_path {path}: no config.json beside it says what it is: give --guide_preset")
+    flags = {**DIFFUSION.flags, **recorded, "use_fp16": args.use_fp16, "use_bf16": args.use_bf16}
+    flags = Namespace(**{name: flags[name] for name in DIFFUSION.flags})
+    labels = ("num_classes",) if flags.class_cond else ()
+    for name in ("image_size", "in_channels", "predict_xstart", *NOISE_FLAGS, *labels):
+        if getattr(flags, name) != getattr(args, name):
+            raise InputError(f"--guide_model_path {path}: its {name} is {getattr(flags, name)}, but the model's is "
+                             f"{getattr(args, name)}: a guide must fit the model that it guides")  # fmt: skip
+    if flags.class_cond and not args.class_cond and "classifier_path" not in args:
+        raise InputError(f"--guide_model_path {path}: it takes class labels, but the model takes none")
+    logger.log("creating guide...")
+    guide, _ = create_model_and_diffusion(**vars(flags))
+    guide = prepare_network(guide, path, flags.use_fp16, flags.use_bf16, batch_to_compile(args))
+    return route_labels(guide, flags.class_cond)
+
+
+def with_guide(args, model, guide, diffusion, scale):
+    """The model of load_diffusion, guided by that of load_guide."""
+    if not abs(scale) < math.inf:
+        raise InputError(f"--guide_scale {scale}: must be finite")
+    return guide_by_model(model, guide, scale, parse_interval(args.guidance_interval, diffusion))
 
 
 def batch_to_compile(args):
@@ -217,8 +258,12 @@ def load_classifier(flags, path, compile_for=0):
     return prepare_network(classifier, path, flags.classifier_use_fp16, flags.classifier_use_bf16, compile_for)
 
 
-def load_guide(args):
+def load_guiding_classifier(args):
     """The classifier that guides sampling."""
+    _, *size = sample_shape(args)
+    if args.classifier_scale and args.classifier_pool == "attention" and set(size) != {args.image_size}:
+        raise InputError(f"--sample_size {args.sample_size}: a classifier with --classifier_pool attention takes only "
+                         f"--image_size {args.image_size}; sample without it: --classifier_scale 0")  # fmt: skip
     config = checkpoint_util.read_config(args.classifier_path) or {}
     if config.get("flags", {}).get("noised") is False:
         logger.warn(f"{args.classifier_path} was trained on clean images (--noised False): it cannot guide well")
@@ -226,20 +271,20 @@ def load_guide(args):
 
 
 def load_upsampler(flags, path, compile_for=0):
-    """The upsampler with its weights, and its process.
+    """The upsampler with its weights, a function of (x, t, low_res, y) that may ignore y, and its process.
 
     :param flags: the upsampler's flags, without prefix.
     :param compile_for: see prepare_network.
     """
     logger.log("creating upsampler...")
     model, diffusion = sr_create_model_and_diffusion(**args_to_dict(flags, sr_model_and_diffusion_defaults()))
-    return prepare_network(model, path, flags.use_fp16, flags.use_bf16, compile_for), diffusion
+    model = prepare_network(model, path, flags.use_fp16, flags.use_bf16, compile_for)
+    return route_labels(model, flags.class_cond), diffusion
 
 
 def sampler_options(args):
     """The arguments of a BatchSampler that follow from flags alone."""
-    size = args.large_size if "large_size" in args else args.image_size
-    return dict(shape=(args.in_channels, size, size), **args_to_dict(args, ["seed", "use_ddim", "clip_denoised"]))
+    return dict(shape=sample_shape(args), seed=args.seed, sampler=make_sampler(args))
 
 
 def labels_for(args, num_classes, *path_flags):
@@ -248,20 +293,3 @@ def labels_for(args, num_classes, *path_flags):
     :param path_flags: the flags of the checkpoints that may record the class names.
     """
     return choose_labels(args.classes, args.num_samples, num_classes, args.seed, class_names_of(args, *path_flags))
-
-
-def guide(classifier, diffusion, classifier_scale, guidance_interval=""):
-    """The cond_fn of the flags of guidance. None at scale 0, which does not need the classifier.
-
-    :param guidance_interval: "a,b" limits guidance to the fraction a to b of the process, from its clean end, 0, to its
-        noisy one, 1.
-    """
-    if not abs(classifier_scale) < float(np.finfo(np.float32).max):
-        raise InputError(f"--classifier_scale {classifier_scale}: must be finite")
-    ends = parse_numbers("guidance_interval", guidance_interval, float)
-    if ends and (len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1):
-        raise InputError(f"--guidance_interval {guidance_interval}: give two numbers from 0 to 1, such as 0.2,0.8")
-    cond_fn = classifier_cond_fn(classifier, classifier_scale) if classifier_scale else None
-    if not ends or cond_fn is None:
-        return cond_fn
-    return limit_guidance(cond_fn, *ends, 1000 if diffusion.rescale_timesteps else diffusion.original_num_steps)

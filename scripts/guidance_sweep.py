@@ -1,8 +1,9 @@
 """Sample at several scales of guidance and evaluate each against a reference batch: sweep.csv and sweep.png.
 
-The samples of each scale are those of classifier_sample.py, in a folder of --log_dir. Run the same command again after
-a kill, or with more scales: it makes the missing samples. `--features classifier` replaces Inception by a classifier of
-clean images (classifier_train.py --noised False), whose flags have the prefix `feature_`.
+It sweeps the classifier's scale (--scales), or with --guide_scales that of a second model. The samples of each scale
+are those of classifier_sample.py, in a folder of --log_dir. Run the same command again after a kill, or with more
+scales: it makes the missing samples. `--features classifier` replaces Inception by a classifier of clean images
+(classifier_train.py --noised False), whose flags have the prefix `feature_`.
 """
 
 import os
@@ -19,59 +20,75 @@ from evaluations.sweep import SWEPT, draw, format_table, write_table  # noqa: E4
 from guided_diffusion import dist_util, files, logger  # noqa: E402
 from guided_diffusion.classifier_util import ClassifierFeatures  # noqa: E402
 from guided_diffusion.errors import InputError, check_at_least, choose  # noqa: E402
-from guided_diffusion.guidance import route_labels  # noqa: E402
 from guided_diffusion.sample_job import BatchSampler, sample_job  # noqa: E402
+from guided_diffusion.sampler_flags import classifier_guidance_flags, guide, guide_flags  # noqa: E402
 from guided_diffusion.sampling_networks import (  # noqa: E402
     CLASSIFIER,
     DIFFUSION,
     class_flags,
-    guidance_flags,
-    guide,
     job_of,
     labels_for,
     load_classifier,
     load_diffusion,
     load_guide,
+    load_guiding_classifier,
     sampler_options,
     sampling_flags,
     sampling_parser,
     set_up_sampling,
+    with_guide,
     without_prefix,
 )
 from guided_diffusion.script_util import parse_numbers  # noqa: E402
 
 FEATURES = replace(CLASSIFIER, kind="features", path_flag="feature_path", prefix="feature_", optional=True)
 SWEEP_FLAGS = dict(
-    scales="0,1,2,4,8", ref_batch="", features="inception", inception_path="", eval_batch_size=32, eval_dtype="fp32"
-)
+    scales="0,1,2,4,8", guide_scales="", ref_batch="", features="inception", inception_path="", eval_batch_size=32,
+    eval_dtype="fp32",
+)  # fmt: skip
+OPTIONAL_CLASSIFIER = replace(CLASSIFIER, optional=True)
 
 
 def main():
-    args = set_up_sampling(create_argparser(), DIFFUSION, CLASSIFIER, FEATURES)
-    scales = parse_scales(args.scales)
+    args = set_up_sampling(create_argparser(), DIFFUSION, OPTIONAL_CLASSIFIER, FEATURES)
+    swept, scales = parse_scales(args)
     model, diffusion = load_diffusion(args)
-    model = route_labels(model, args.class_cond)
-    classifier = load_guide(args)
-    labels = labels_for(args, args.num_classes, "classifier_path", "model_path")
+    guiding_model = load_guide(args)
+    classifier = load_guiding_classifier(args) if args.classifier_path else None
+    labels = labels_of(args)
     evaluation = Evaluation(args)  # before the samples, so that mistakes show at once
-    shared = {k: v for k, v in vars(args).items() if k not in SWEEP_FLAGS and not k.startswith(FEATURES.prefix)}
 
     rows = []
     for scale in scales:
-        logger.log(f"classifier scale {scale:g}")
-        cond_fn = guide(classifier, diffusion, scale, args.guidance_interval)
+        logger.log(f"{swept} {scale:g}")
+        setattr(args, swept, scale)
+        job = {k: v for k, v in vars(args).items() if k not in SWEEP_FLAGS and not k.startswith(FEATURES.prefix)}
+        sampler = BatchSampler(
+            diffusion,
+            with_guide(args, model, guiding_model, diffusion, args.guide_scale),
+            conditions=labels,
+            cond_fn=guide(classifier, diffusion, args.classifier_scale, args.guidance_interval),
+            **sampler_options(args),
+        )
         samples = sample_job(
-            BatchSampler(diffusion, model, conditions=labels, cond_fn=cond_fn, **sampler_options(args)),
-            job_of(Namespace(**shared, classifier_scale=scale), DIFFUSION, CLASSIFIER),
+            sampler,
+            job_of(Namespace(**job), DIFFUSION, CLASSIFIER, guide_model_path=args.guide_model_path),
             args.num_samples,
             args.batch_size,
             labels,
             rows_by_class=bool(args.classes),
-            folder=files.join(logger.get_dir(), f"scale-{scale:g}"),
+            folder=files.join(logger.get_dir(), f"{'guide-' if swept == 'guide_scale' else ''}scale-{scale:g}"),
         )
-        rows.append({"scale": scale, **evaluation.figures(samples)})
+        rows.append({swept: scale, **evaluation.figures(samples)})
         dist_util.from_rank_0(lambda: write(rows, evaluation.name))
     logger.log(format_table(rows, evaluation.name))
+
+
+def labels_of(args):
+    """The label of every sample. Without a classifier, only a class-conditional model has labels."""
+    if args.classifier_path:
+        return labels_for(args, args.num_classes, "classifier_path", "model_path")
+    return labels_for(args, args.num_classes if args.class_cond else None, "model_path")
 
 
 class Evaluation:
@@ -132,16 +149,28 @@ def write(rows, features):
         logger.warn("no picture of the sweep: pip install matplotlib")
 
 
-def parse_scales(text):
-    scales = sorted(set(parse_numbers("scales", text, float)))
+def parse_scales(args):
+    """The name of the flag to sweep, and its values in order."""
+    swept, flag = ("guide_scale", "guide_scales") if args.guide_scales else ("classifier_scale", "scales")
+    text = getattr(args, flag)
+    scales = sorted(set(parse_numbers(flag, text, float)))
     if not scales or scales[0] < 0:
-        raise InputError(f"--scales {text}: give numbers from 0 up, such as 0,1,2,4")
-    return scales
+        raise InputError(f"--{flag} {text}: give numbers from 0 up, such as 0,1,2,4")
+    if swept == "guide_scale":
+        if not (args.guide_model_path or args.guide_preset):
+            raise InputError(f"--guide_scales {text}: there is no guide: give --guide_model_path")
+        args.guide_scale = 1.0
+    elif not args.classifier_path:
+        raise InputError("--classifier_path is missing: give the path of a checkpoint (.pt)")
+    if not args.classifier_path:
+        args.classifier_scale = 0.0
+    return swept, scales
 
 
 def create_argparser():
-    flags = {**SWEEP_FLAGS, "feature_path": "", **sampling_flags(), **class_flags(), **guidance_flags()}
-    for name in ("classifier_scale", "save_images", "progress_grid"):
+    flags = {**SWEEP_FLAGS, "feature_path": "", **sampling_flags(), **class_flags(), **classifier_guidance_flags()}
+    flags.update(guide_flags())
+    for name in ("save_images", "progress_grid"):
         del flags[name]
     return sampling_parser(__doc__, flags, DIFFUSION, CLASSIFIER, FEATURES)
 

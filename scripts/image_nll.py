@@ -1,7 +1,6 @@
 """Bound a diffusion model's likelihood of images: bits a dimension, with its terms by timestep."""
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.guidance import route_labels
 from guided_diffusion.image_datasets import image_dataset
 from guided_diffusion.likelihood_util import bits_per_dim, mean_and_error, save_likelihood
 from guided_diffusion.sampling_networks import (
@@ -32,7 +31,7 @@ def main():
     logger.log("evaluating...")
     result = bits_per_dim(
         diffusion,
-        route_labels(model, args.class_cond),
+        model,
         dataset,
         count=args.num_samples,
         **args_to_dict(args, ["batch_size", "seed", "clip_denoised", "num_workers"]),

@@ -6,24 +6,31 @@ The upsampler's flags are those of super_res_sample.py with the prefix `upsample
 
 from guided_diffusion import files, logger
 from guided_diffusion.errors import InputError, check_at_least
-from guided_diffusion.guidance import route_labels
 from guided_diffusion.sample_job import UPSAMPLING, BaseSamples, BatchSampler, sample_job
+from guided_diffusion.sampler_flags import (
+    classifier_guidance_flags,
+    guide,
+    guide_flags,
+    sample_shape,
+    sampler_flags,
+    small_shape,
+)
 from guided_diffusion.sampling_networks import (
     CLASSIFIER,
     DIFFUSION,
     PIPELINE_UPSAMPLER,
     class_flags,
-    guidance_flags,
-    guide,
     job_of,
     labels_for,
     load_diffusion,
     load_guide,
+    load_guiding_classifier,
     load_upsampler,
     sampler_options,
     sampling_flags,
     sampling_parser,
     set_up_sampling,
+    with_guide,
     without_prefix,
 )
 from guided_diffusion.script_util import args_to_dict
@@ -37,7 +44,9 @@ def main():
     flags = without_prefix(args, PIPELINE_UPSAMPLER)
     flags.seed, flags.clip_denoised = args.seed, args.clip_denoised  # both stages share these
     check_fit(args, flags)
-    job = job_of(args, DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER)
+    _, *size = sample_shape(args)
+    flags.sample_size = ",".join(str(n * flags.large_size // flags.small_size) for n in size)
+    job = job_of(args, DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER, guide_model_path=args.guide_model_path)
     # Before hours go into small images: a mistake in the upsampler's flags shows here.
     upsampler = load_upsampler(flags, flags.path, flags.batch_size if args.compile else 0)
     base_samples = sample_base(args, {k: v for k, v in job.items() if not k.startswith(PIPELINE_UPSAMPLER.prefix)})
@@ -59,9 +68,10 @@ def check_fit(args, flags):
 def sample_base(args, job):
     """The first stage, as in classifier_sample.py. Returns the path of its .npz."""
     model, diffusion = load_diffusion(args)
-    cond_fn = guide(load_guide(args), diffusion, args.classifier_scale, args.guidance_interval)
+    model = with_guide(args, model, load_guide(args), diffusion, args.guide_scale)
+    classifier = load_guiding_classifier(args)
+    cond_fn = guide(classifier, diffusion, args.classifier_scale, args.guidance_interval)
     labels = labels_for(args, args.num_classes, "classifier_path", "model_path")
-    model = route_labels(model, args.class_cond)
     sampler = BatchSampler(diffusion, model, conditions=labels, cond_fn=cond_fn, **sampler_options(args))
     logger.log("sampling small images...")
     return sample_job(
@@ -76,8 +86,7 @@ def sample_base(args, job):
 
 def upsample(args, flags, job, base_samples, model, diffusion):
     """The second stage, as in super_res_sample.py."""
-    base = BaseSamples(base_samples, flags.small_size, flags.in_channels, flags.num_classes, flags.class_cond)
-    model = route_labels(model, flags.class_cond)
+    base = BaseSamples(base_samples, small_shape(flags), flags.in_channels, flags.num_classes, flags.class_cond)
     sampler = BatchSampler(diffusion, model, conditions=base.conditions, stream=UPSAMPLING, **sampler_options(flags))
     logger.log("upsampling...")
     sample_job(
@@ -91,8 +100,8 @@ def upsample(args, flags, job, base_samples, model, diffusion):
 
 
 def create_argparser():
-    flags = {**sampling_flags(), **class_flags(), **guidance_flags()}
-    flags.update(upsampler_path="", upsampler_batch_size=4, upsampler_use_ddim=False)
+    flags = {**sampling_flags(), **class_flags(), **classifier_guidance_flags(), **guide_flags()}
+    flags.update(upsampler_path="", upsampler_batch_size=4, **sampler_flags(PIPELINE_UPSAMPLER.prefix))
     return sampling_parser(__doc__, flags, DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER)
 
 

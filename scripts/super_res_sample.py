@@ -4,8 +4,8 @@ Run the same command again after a kill: it makes the missing samples.
 """
 
 from guided_diffusion import logger
-from guided_diffusion.guidance import route_labels
 from guided_diffusion.sample_job import UPSAMPLING, BaseSamples, BatchSampler, sample_job
+from guided_diffusion.sampler_flags import small_shape
 from guided_diffusion.sampling_networks import (
     UPSAMPLER,
     batch_to_compile,
@@ -22,9 +22,9 @@ from guided_diffusion.script_util import args_to_dict
 
 def main():
     args = set_up_sampling(create_argparser(), UPSAMPLER)
-    base = BaseSamples(args.base_samples, args.small_size, args.in_channels, args.num_classes, args.class_cond)
+    size = small_shape(args)
+    base = BaseSamples(args.base_samples, size, args.in_channels, args.num_classes, args.class_cond)
     model, diffusion = load_upsampler(args, args.model_path, batch_to_compile(args))
-    model = route_labels(model, args.class_cond)
     sampler = BatchSampler(diffusion, model, conditions=base.conditions, stream=UPSAMPLING, **sampler_options(args))
 
     logger.log("sampling...")

@@ -1,6 +1,7 @@
 """Guidance by the scripts: when the classifier runs, its precision, and the distribution of the samples."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from helpers import (
 from sampling import read_npz, run_here, save_network
 from test_analytic_truth import MIXTURE
 
+from guided_diffusion.guidance import classifier_cond_fn
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.sample_job import BatchSampler
-from guided_diffusion.sampling_networks import guide
+from guided_diffusion.sampler_flags import guide
 from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.solvers import SAMPLERS
 from guided_diffusion.unet import EncoderUNetModel
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
@@ -147,15 +150,14 @@ def test_either_network_in_half_precision(use_ddim, class_cond, networks, monkey
 # The distribution of samples
 
 
-@pytest.mark.parametrize("use_ddim", [False, True])
-def test_each_sample_is_guided_to_its_own_label(use_ddim):
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_each_sample_is_guided_to_its_own_label(name):
     """At scale 1, with an exact model and classifier of a mixture, samples have the moments of their component."""
     labels, diffusion = (th.arange(600) % 3 == 0).long(), process(100, var=FIXED_LARGE)
     exact = exact_model(MIXTURE, diffusion)
-    cond_fn = guide(lambda x, t: MIXTURE.log_joint(x, Tables(diffusion.betas, t, x)), diffusion, 1.0)
-    sampler = BatchSampler(
-        diffusion, lambda x, t, y: exact(x, t), (1, 1, 1), 0, labels, cond_fn, use_ddim, clip_denoised=False
-    )
+    cond_fn = classifier_cond_fn(lambda x, t: MIXTURE.log_joint(x, Tables(diffusion.betas, t, x)))
+    sample = partial(SAMPLERS[name], clip_denoised=False)
+    sampler = BatchSampler(diffusion, lambda x, t, y: exact(x, t), (1, 1, 1), 0, labels, cond_fn, sample)
     batches = [list(sampler.steps(range(i, i + 200)))[-1]["sample"] for i in range(0, 600, 200)]
     samples = th.cat(batches).flatten()
     assert ((samples > 0) == (labels == 1)).all()

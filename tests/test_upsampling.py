@@ -92,7 +92,7 @@ def test_other_base_samples_are_refused(upsampler, monkeypatch, tmp_path):
 
 
 BAD_BASES = {
-    "another size": (dict(arr_0=np.zeros((3, 4, 4, 3), np.uint8)), ["3x4x4x3", "Nx8x8x3", "--small_size 8"]),
+    "another size": (dict(arr_0=np.zeros((3, 4, 4, 3), np.uint8)), ["3x4x4x3", "Nx8x8x3", "--small_size"]),
     "grey": (dict(arr_0=np.zeros((3, 8, 8, 1), np.uint8)), ["3x8x8x1", "Nx8x8x3"]),
     "floats": (dict(arr_0=np.zeros((3, 8, 8, 3), np.float32)), ["float32", "uint8"]),
     "one image": (dict(arr_0=np.zeros((8, 8, 3), np.uint8)), ["[N, H, W, C]"]),
@@ -110,7 +110,7 @@ BAD_BASES = {
 def test_base_samples_that_do_not_fit_are_refused(name, tmp_path):
     arrays, words = BAD_BASES[name]
     path = write_base(tmp_path / "base.npz", **arrays)
-    refused(lambda: BaseSamples(path, 8, 3, 4, True), f"--base_samples {path}", *words)
+    refused(lambda: BaseSamples(path, (8, 8), 3, 4, True), f"--base_samples {path}", *words)
 
 
 def test_base_samples_that_cannot_be_read_are_refused(upsampler, monkeypatch, tmp_path):
@@ -118,15 +118,15 @@ def test_base_samples_that_cannot_be_read_are_refused(upsampler, monkeypatch, tm
     whole = open(write_base(path), "rb").read()
     for content in (whole[:300], whole[:-1], b"404\n" * 100, b""):
         path.write_bytes(content)
-        refused(lambda: BaseSamples(str(path), 8, 3, 4, True), f"--base_samples {path}", "[N, H, W, C]")
+        refused(lambda: BaseSamples(str(path), (8, 8), 3, 4, True), f"--base_samples {path}", "[N, H, W, C]")
     refused(lambda: upsample(monkeypatch, tmp_path / "out", path, **upsampler), f"--base_samples {path}")
     path.unlink()
-    refused(lambda: BaseSamples(str(path), 8, 3, 4, True), f"--base_samples {path}", "no such file")
-    refused(lambda: BaseSamples("", 8, 3, 4, True), "--base_samples is missing")
+    refused(lambda: BaseSamples(str(path), (8, 8), 3, 4, True), f"--base_samples {path}", "no such file")
+    refused(lambda: BaseSamples("", (8, 8), 3, 4, True), "--base_samples is missing")
 
 
 def test_the_conditions_of_a_range_of_samples(tmp_path):
-    base = BaseSamples(write_base(tmp_path / "base.npz"), 8, 3, 4, True)
+    base = BaseSamples(write_base(tmp_path / "base.npz"), (8, 8), 3, 4, True)
     found = base.conditions(range(2, 6))
     assert found["y"].tolist() == [3, 2, 0, 3] and found["low_res"].dtype == th.float32
     back = (found["low_res"].permute(0, 2, 3, 1) + 1) * 127.5
