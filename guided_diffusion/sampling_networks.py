@@ -11,10 +11,10 @@ import torch as th
 from . import checkpoint_util, dist_util, files, logger
 from .class_labels import choose_labels, read_class_table
 from .compile_util import CompiledNetwork
-from .errors import InputError
+from .errors import InputError, choose
 from .flags import FlagParser, add_dict_to_argparser
 from .guidance import guide_by_model, route_labels
-from .presets import get_preset, presets_for
+from .presets import PRESETS, presets_for
 from .sampler_flags import make_sampler, parse_interval, sample_shape, sampler_flags, sampler_name
 from .script_util import (
     DIFFUSION_FLAGS,
@@ -209,9 +209,11 @@ def load_guide(args):
 
     :raises InputError: if its predictions are not of the same thing as the diffusion model's.
     """
-    path, preset = args.guide_model_path, args.guide_preset and get_preset(args.guide_preset)
-    if preset and not path:
-        path = args.guide_model_path = os.path.join(args.models_dir, preset.file_name)
+    path, preset = args.guide_model_path, None
+    if args.guide_preset:
+        known = {name: preset for name, preset in PRESETS.items() if preset.kind == "diffusion"}
+        preset = choose("--guide_preset", args.guide_preset, known)
+        path = args.guide_model_path = path or os.path.join(args.models_dir, preset.file_name)
     if not path:
         if args.guide_scale != 1:
             raise InputError(f"--guide_scale {args.guide_scale}: there is no guide: give --guide_model_path")

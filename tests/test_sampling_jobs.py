@@ -153,6 +153,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_killed_jobs_end_as_undisturbed_ones(networks, tmp_path):
     """SIGKILL to both ranks while they sample, and while rank 0 assembles."""
     argv = [script("classifier_sample"), *flags(**networks, num_samples=50, batch_size=2, timestep_respacing=2)]
+    argv += ["--sampler", "dpmpp_2m_sde"]
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     shards, rng = killed / "shards", random.Random(0)
 

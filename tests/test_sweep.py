@@ -124,6 +124,24 @@ def test_other_samples_in_its_folder_are_not_touched(stage, done, monkeypatch, t
     assert content(tmp_path / "copy") == before
 
 
+def test_scales_of_a_second_model(stage, monkeypatch, tmp_path):
+    guide = save_network(str(tmp_path / "guide/model.pt"), MODEL, seed=3, config={})
+    options = dict(stage, guide_model_path=guide, guide_scales="3,1", sampler="unipc")
+    header, rows = sweep(monkeypatch, tmp_path / "both", **options, classifier_scale=2.0)
+    assert header[0] == "guide_scale" and [row[0] for row in rows] == [1, 3]
+    alone = {name: value for name, value in options.items() if name not in ("classifier_path", *CLASSIFIER)}
+    alone.update(image_size=8, num_classes=4)
+    sweep(monkeypatch, tmp_path / "alone", **alone)
+    found = {(name, scale): read_npz(tmp_path / name / f"guide-scale-{scale}")["arr_0"].tobytes()
+             for name in ("both", "alone") for scale in (1, 3)}  # fmt: skip
+    assert len(set(found.values())) == 4
+    image = dict(sampler="unipc", **SAMPLING, **MODEL, model_path=stage["model_path"])
+    run_here(monkeypatch, "image_sample", **image, log_dir=tmp_path / "unguided")
+    assert read_npz(tmp_path / "unguided")["arr_0"].tobytes() == found["alone", 1]
+    refused(lambda: sweep(monkeypatch, tmp_path / "bad", **{**options, "guide_model_path": ""}), "--guide_scales 3,1")
+    refused(lambda: sweep(monkeypatch, tmp_path / "bad", **{**stage, "classifier_path": ""}), "--classifier_path")
+
+
 # Figures
 
 
