@@ -126,27 +126,11 @@ def create_model_and_diffusion(
 
 
 def create_model(
-    image_size,
-    num_channels,
-    num_res_blocks,
-    channel_mult="",
-    learn_sigma=False,
-    class_cond=False,
-    use_checkpoint=False,
-    attention_resolutions="16",
-    num_heads=1,
-    num_head_channels=-1,
-    num_heads_upsample=-1,
-    use_scale_shift_norm=False,
-    dropout=0,
-    resblock_updown=False,
-    use_fp16=False,
-    use_new_attention_order=False,
-    *,
-    num_classes=None,
-    in_channels=3,
-    use_bf16=False,
-):
+    image_size, num_channels, num_res_blocks, channel_mult="", learn_sigma=False, class_cond=False,
+    use_checkpoint=False, attention_resolutions="16", num_heads=1, num_head_channels=-1, num_heads_upsample=-1,
+    use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False, use_new_attention_order=False, *,
+    num_classes=None, in_channels=3, use_bf16=False,
+):  # fmt: skip
     """Create a UNet. The defaults are those of the original function, which differ from those of the scripts' flags.
 
     :param channel_mult: numbers separated by commas, one per level; "" derives them from the image size.
@@ -156,25 +140,15 @@ def create_model(
     if channel_mult == "":
         channel_mult = default_channel_mult(image_size)
     return UNetModel(
-        image_size=image_size,
-        in_channels=in_channels,
-        model_channels=num_channels,
-        out_channels=in_channels * (2 if learn_sigma else 1),
-        num_res_blocks=num_res_blocks,
+        image_size=image_size, in_channels=in_channels, model_channels=num_channels,
+        out_channels=in_channels * (2 if learn_sigma else 1), num_res_blocks=num_res_blocks,
         attention_resolutions=attention_factors("attention_resolutions", attention_resolutions, image_size),
-        dropout=dropout,
-        channel_mult=parse_numbers("channel_mult", channel_mult, float),
-        num_classes=_count_classes(num_classes) if class_cond else None,
-        use_checkpoint=use_checkpoint,
-        use_fp16=use_fp16,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        resblock_updown=resblock_updown,
-        use_new_attention_order=use_new_attention_order,
-        **_bf16(use_bf16),
-    )
+        dropout=dropout, channel_mult=parse_numbers("channel_mult", channel_mult, float),
+        num_classes=_count_classes(num_classes) if class_cond else None, use_checkpoint=use_checkpoint,
+        use_fp16=use_fp16, num_heads=num_heads, num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample, use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order, **_bf16(use_bf16),
+    )  # fmt: skip
 
 
 def _count_classes(num_classes):
@@ -212,22 +186,15 @@ def create_classifier(
 ):  # fmt: skip
     """Create a noisy-image classifier from the flags of classifier_defaults()."""
     return EncoderUNetModel(
-        image_size=image_size,
-        in_channels=in_channels,
-        model_channels=classifier_width,
-        out_channels=_count_classes(num_classes),
-        num_res_blocks=classifier_depth,
+        image_size=image_size, in_channels=in_channels, model_channels=classifier_width,
+        out_channels=_count_classes(num_classes), num_res_blocks=classifier_depth,
         attention_resolutions=attention_factors(
             "classifier_attention_resolutions", classifier_attention_resolutions, image_size
         ),
-        channel_mult=default_channel_mult(image_size),
-        use_fp16=classifier_use_fp16,
-        num_head_channels=CLASSIFIER_HEAD_CHANNELS,
-        use_scale_shift_norm=classifier_use_scale_shift_norm,
-        resblock_updown=classifier_resblock_updown,
-        pool=classifier_pool,
-        **_bf16(classifier_use_bf16),
-    )
+        channel_mult=default_channel_mult(image_size), use_fp16=classifier_use_fp16,
+        num_head_channels=CLASSIFIER_HEAD_CHANNELS, use_scale_shift_norm=classifier_use_scale_shift_norm,
+        resblock_updown=classifier_resblock_updown, pool=classifier_pool, **_bf16(classifier_use_bf16),
+    )  # fmt: skip
 
 
 def sr_create_model_and_diffusion(
@@ -259,38 +226,21 @@ def sr_create_model(
 ):  # fmt: skip
     """Create an upsampler. It takes low-resolution images of any size; small_size is not used."""
     return SuperResModel(
-        image_size=large_size,
-        in_channels=in_channels,
-        model_channels=num_channels,
-        out_channels=in_channels * (2 if learn_sigma else 1),
-        num_res_blocks=num_res_blocks,
+        image_size=large_size, in_channels=in_channels, model_channels=num_channels,
+        out_channels=in_channels * (2 if learn_sigma else 1), num_res_blocks=num_res_blocks,
         attention_resolutions=attention_factors("attention_resolutions", attention_resolutions, large_size),
-        dropout=dropout,
-        channel_mult=default_channel_mult(large_size, UPSAMPLER_CHANNEL_MULTS),
-        num_classes=_count_classes(num_classes) if class_cond else None,
-        use_checkpoint=use_checkpoint,
-        use_fp16=use_fp16,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        resblock_updown=resblock_updown,
-        **_bf16(use_bf16),
-    )
+        dropout=dropout, channel_mult=default_channel_mult(large_size, UPSAMPLER_CHANNEL_MULTS),
+        num_classes=_count_classes(num_classes) if class_cond else None, use_checkpoint=use_checkpoint,
+        use_fp16=use_fp16, num_heads=num_heads, num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample, use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown, **_bf16(use_bf16),
+    )  # fmt: skip
 
 
 def create_gaussian_diffusion(
-    *,
-    steps=1000,
-    learn_sigma=False,
-    sigma_small=False,
-    noise_schedule="linear",
-    use_kl=False,
-    predict_xstart=False,
-    rescale_timesteps=False,
-    rescale_learned_sigmas=False,
-    timestep_respacing="",
-):
+    *, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear", use_kl=False, predict_xstart=False,
+    rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="",
+):  # fmt: skip
     """Make a process.
 
     :param steps: timesteps of the process that the model is trained on.
