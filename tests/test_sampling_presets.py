@@ -95,6 +95,9 @@ def test_sampling_flags_follow_the_paper_by_default(name, settle):
     slow, fast = RECOMMENDED[name]
     assert found() == ("250", slow) and found(use_ddim=True) == ("ddim25", fast)
     assert found(use_ddim=True, classifier_scale=7, timestep_respacing="ddim50") == ("ddim50", 7)
+    assert found(sampler="ddim") == ("ddim25", fast)
+    for sampler in ("dpmpp_2m", "unipc"):  # UniPC's authors guide the 256x256 model at scale 2
+        assert found(sampler=sampler) == ("15", 2.0 if name == "imagenet256" else fast)
     assert settle("image_nll", preset=name)["timestep_respacing"] == ""  # the bound needs all timesteps
     assert settle("classifier_sample", preset="imagenet256_uncond")["classifier_scale"] == 10  # table 4
 
