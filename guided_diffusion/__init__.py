@@ -11,7 +11,8 @@ Where things are; imports point down this list only.
     previews              pictures of samples during training
     sample_job            sampling jobs over all ranks: batches, upsampling, restarts
     sample_shards         the files of a sampling job
-    sampling_networks     sampling scripts: command line, presets, networks with weights, labels, guidance
+    sampling_networks     sampling scripts: command line, presets, networks with weights, labels, guides
+    sampler_flags         the flags of samplers, sizes and guidance
     likelihood_util       bits per dimension of a set of images
     class_labels          --classes: labels from numbers, names and files
     pictures              uint8 images, PNG files, grids
@@ -20,8 +21,10 @@ Where things are; imports point down this list only.
     script_util           from flags to models and processes
     unet                  UNetModel, SuperResModel, EncoderUNetModel
     respace               the process on some of the timesteps
-    gaussian_diffusion    the diffusion process: training losses, steps, sampling loops, likelihood
-    guidance              guidance by a classifier
+    gaussian_diffusion    the diffusion process: training losses, steps, likelihood
+    solvers               samplers with few evaluations: DPM-Solver++, UniPC
+    sampling_loops        from a step to a sampling loop
+    guidance              guidance by a classifier or a second model
     resample              distributions over the timesteps to train on
     image_datasets        batches of images: order, workers, random crops and flips
     image_listing         the images of a folder, and their classes
