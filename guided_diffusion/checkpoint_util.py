@@ -111,14 +111,10 @@ class Checkpoint:
             with files.open_file(self.config_path) as f:
                 config = json.loads(f.read())
             config["flags"].items()
-            classes, global_batch = config.get("classes") or [], config.get("global_batch", 1)
-            if not all(isinstance(name, str) for name in classes) or type(global_batch) is not int or global_batch < 1:
-                raise ValueError
             return config
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise InputError(
-                f"{self.config_path}: not the config.json of a training run; restore it or remove it"
-            ) from None
+            message = "not the config.json of a training run; restore it or remove it"
+            raise InputError(f"{self.config_path}: {message}") from None
 
     @property
     def flags(self):
@@ -133,32 +129,15 @@ class Checkpoint:
         """The recorded names of the classes in the order of their labels, or None."""
         return (self.config or {}).get("classes")
 
-    @cached_property
-    def fingerprint(self):
-        """A short text that identifies the file's content. For a zip archive, as torch writes, it hashes the index."""
-        digest = hashlib.sha256()
-        with files.open_file(self.path) as f:
-            if zipfile.is_zipfile(f):
-                with zipfile.ZipFile(f) as archive:
-                    index = [(i.filename.split("/")[-1], i.CRC, i.file_size) for i in archive.infolist()]
-                digest.update(repr(index).encode())
-            else:
-                f.seek(0)
-                while block := f.read(2**20):
-                    digest.update(block)
-        return digest.hexdigest()[:16]
-
     def adopt_flags(self, args, settled, names, prefix=""):
         """Set flags in `args` to their recorded values.
 
         :param settled: see settle_flags.
         :param names: the names of the flags to set, if they are recorded.
         :param prefix: what these names begin with in `args`.
-        :raises InputError: if flags are settled with other values, or a value has the wrong type.
+        :raises InputError: if flags are settled with other values.
         """
         recorded = {prefix + name: self.flags[name] for name in names if name in self.flags}
-        for name, value in recorded.items():
-            check_recorded(self.config_path, name.removeprefix(prefix), value, getattr(args, name, None))
         settle_flags(args, settled, recorded, self.config_path)
 
     def weights(self, model, finite=False):
@@ -183,43 +162,41 @@ class Checkpoint:
 
     def _read(self):
         """Return the content of the file."""
+        if self.path.endswith(".safetensors"):
+            return self._read_safetensors()
         try:
             return dist_util.load_state_dict(self.path, map_location="cpu")
         except InputError:
             with suppress(OSError), files.open_file(self.path) as f:
-                start = f.read(64)
+                start = f.read(64).lower()
                 for signature, what in OTHER_FILES.items():
-                    if start.lower().startswith(signature):
+                    if start.startswith(signature):
                         raise InputError(f"{self.path}: {what}, not a checkpoint") from None
-                # A safetensors file begins with eight bytes, the length of its header, and the header, which is JSON.
-                if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 10**8:
-                    return self._parse_safetensors(start + f.read())
             raise
 
-    def _parse_safetensors(self, content):
+    def _read_safetensors(self):
         try:
             from safetensors import SafetensorError
             from safetensors.torch import load
         except ImportError:
-            raise InputError(f"{self.path}: a safetensors file; to read it: pip install safetensors") from None
-        try:
-            return load(content)
-        except SafetensorError as e:
-            raise InputError(f"{self.path}: a damaged safetensors file ({e})") from None
+            raise InputError(f"{self.path}: to read this file: pip install safetensors") from None
+        with files.open_file(self.path) as f:
+            try:
+                return load(f.read())
+            except SafetensorError as e:
+                raise InputError(f"{self.path}: a damaged safetensors file ({e})") from None
 
     def _unwrap(self, content):
         """Return the state_dict in the content of a file, without wrapping dicts and prefixes. Log what is removed."""
         while not (isinstance(content, dict) and content and all(isinstance(v, th.Tensor) for v in content.values())):
-            entries = list(content) if isinstance(content, dict) else []
+            entries = list(map(str, content)) if isinstance(content, dict) else []
             if {"state", "param_groups"} <= set(entries):
                 raise InputError(f"{self.path}: an optimizer's state, not a model's weights")
             name = next((name for name in WRAPPERS if name in entries), None)
             if name is None:
-                dict_of = f"a dict with the entries {', '.join(map(str, entries[:5]))}"
-                raise InputError(
-                    f"{self.path}: not a model's weights, but {dict_of if entries else type(content).__name__}"
-                )
-            logger.log(f"{self.path}: using the weights under {name!r}, of the entries {', '.join(map(str, entries))}")
+                found = f"a dict with the entries {', '.join(entries[:5])}" if entries else type(content).__name__
+                raise InputError(f"{self.path}: not a model's weights, but {found}")
+            logger.log(f"{self.path}: using the weights under {name!r}, of the entries {', '.join(entries)}")
             content = content[name]
         while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in content)), None):
             logger.log(f"{self.path}: removing the prefix {prefix!r} from the names of the weights")
@@ -247,31 +224,23 @@ def load_weights(model, path):
     Checkpoint(path).load_into(model)
 
 
-def read_config(path):
-    """Return the content of the config.json beside a checkpoint, or None. See Checkpoint."""
-    return Checkpoint(path).config
-
-
 def fingerprint(path):
-    """Return a short text that identifies the content of a file. See Checkpoint."""
-    return Checkpoint(path).fingerprint
+    """Return a short text that identifies a file's content. For a zip archive, as torch writes, it hashes the index."""
+    digest = hashlib.sha256()
+    with files.open_file(path) as f:
+        if zipfile.is_zipfile(f):
+            with zipfile.ZipFile(f) as archive:
+                index = [(i.filename.split("/")[-1], i.CRC, i.file_size) for i in archive.infolist()]
+            digest.update(repr(index).encode())
+        else:
+            f.seek(0)
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
 
 
-def adopt_config(args, settled, flag, names, prefix=""):
-    """Set flags to what is recorded beside the checkpoint that `flag` names. See Checkpoint.adopt_flags."""
-    require_path(flag, getattr(args, flag))
-    Checkpoint(getattr(args, flag)).adopt_flags(args, settled, names, prefix)
-
-
-@th.no_grad()
 def not_finite(state_dict):
     """Return the names of the tensors that have elements that are not finite."""
-    named = {name: v for name, v in state_dict.items() if v.is_floating_point() and v.numel()}
-    if not named:
-        return []
-    # A NaN makes both extremes NaN. Extremes need no memory, and all tensors share one transfer from the GPU.
-    extremes = th.stack([th.stack(v.aminmax()).float() for v in named.values()])
-    return [name for name, finite in zip(named, extremes.isfinite().all(dim=1).tolist()) if not finite]
+    return [name for name, v in state_dict.items() if not v.isfinite().all()]
 
 
 # Recorded flags
@@ -305,17 +274,6 @@ def _git_revision():
         return None
 
 
-def check_recorded(source, name, value, like):
-    """Raise InputError if the recorded value of a flag has another type than `like`, its default. None has any type."""
-    kinds = {bool: (bool, "true or false"), int: (int, "a whole number"), float: ((int, float), "a number")}
-    kind, expected = kinds.get(type(like), (str, "a text"))
-    if like is not None and (not isinstance(value, kind) or isinstance(value, bool) != isinstance(like, bool)):
-        raise InputError(
-            f"{source}: {name} is {json.dumps(value)}, where {expected} was expected: correct it, or remove the file "
-            f"and give all flags"
-        )
-
-
 def settle_flags(args, settled, values, source):
     """Set flags to the values that a preset or a config.json gives them.
 
@@ -334,11 +292,6 @@ def settle_flags(args, settled, values, source):
     for name, value in values.items():
         settled.setdefault(name, (value, f"in {source}"))
         setattr(args, name, value)
-
-
-def settle(args, settled, name, value, source):
-    """Set one flag to the value that a preset or a config.json gives it. See settle_flags."""
-    settle_flags(args, settled, {name: value}, source)
 
 
 def _same_value(a, b):

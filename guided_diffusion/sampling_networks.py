@@ -107,10 +107,11 @@ def set_up_sampling(parser, *networks):
     if args.preset:
         _apply_preset(args, given, settled, networks)
     for network in networks:
-        if network.optional and not getattr(args, network.path_flag):
+        path = getattr(args, network.path_flag)
+        if network.optional and not path:
             continue
-        names = identity_flags(network.flags)
-        checkpoint_util.adopt_config(args, settled, network.path_flag, names, network.prefix)
+        checkpoint_util.require_path(network.path_flag, path)
+        checkpoint_util.Checkpoint(path).adopt_flags(args, settled, identity_flags(network.flags), network.prefix)
     for network in networks:
         if hasattr(args, f"{network.prefix}sampler"):
             sampler_name(args, network.prefix)
@@ -128,7 +129,7 @@ def _apply_preset(args, given, settled, networks):
     for network, preset in of_this_script:
         flags, names = preset.all_flags(), identity_flags(network.flags)
         for name in names:
-            checkpoint_util.settle(args, settled, network.prefix + name, flags[name], f"--preset {args.preset}")
+            checkpoint_util.settle_flags(args, settled, {network.prefix + name: flags[name]}, f"--preset {args.preset}")
         advice = {}
         if hasattr(args, f"{network.prefix}sampler"):  # image_nll.py does not sample
             advice = preset.advice(sampler_name(args, network.prefix))
@@ -172,7 +173,7 @@ def class_names_of(args, *path_flags):
     """The names of the classes, from --class_table or the config.json beside one of the checkpoints; or None."""
     if args.class_table:
         return dist_util.from_rank_0(lambda: read_class_table(args.class_table))
-    configs = [checkpoint_util.read_config(getattr(args, flag)) or {} for flag in path_flags]
+    configs = [checkpoint_util.Checkpoint(getattr(args, flag)).config or {} for flag in path_flags]
     return next((config["classes"] for config in configs if config.get("classes")), None)
 
 
@@ -266,7 +267,7 @@ def load_guiding_classifier(args):
     if args.classifier_scale and args.classifier_pool == "attention" and set(size) != {args.image_size}:
         raise InputError(f"--sample_size {args.sample_size}: a classifier with --classifier_pool attention takes only "
                          f"--image_size {args.image_size}; sample without it: --classifier_scale 0")  # fmt: skip
-    config = checkpoint_util.read_config(args.classifier_path) or {}
+    config = checkpoint_util.Checkpoint(args.classifier_path).config or {}
     if config.get("flags", {}).get("noised") is False:
         logger.warn(f"{args.classifier_path} was trained on clean images (--noised False): it cannot guide well")
     return load_classifier(args, args.classifier_path, batch_to_compile(args))

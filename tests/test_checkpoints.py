@@ -9,7 +9,7 @@ import torch as th
 from helpers import refused
 
 from guided_diffusion import checkpoint_util, files, logger
-from guided_diffusion.checkpoint_util import Checkpoint, adopt_config
+from guided_diffusion.checkpoint_util import Checkpoint, fingerprint
 from guided_diffusion.train_util import find_ema_checkpoint, parse_resume_step_from_filename
 from guided_diffusion.training_job import record_run
 
@@ -55,7 +55,7 @@ def test_atomic_writes(quiet):
 def test_fingerprints_identify_content(tmp_path):
     def of(name, value):
         th.save({"a": th.full((3,), value)}, tmp_path / name)
-        return Checkpoint(str(tmp_path / name)).fingerprint
+        return fingerprint(str(tmp_path / name))
 
     assert of("a.pt", 1.0) == of("b.pt", 1.0) != of("b.pt", 2.0)
 
@@ -82,9 +82,7 @@ def test_config_is_read_back_and_read_once(quiet, monkeypatch):
     assert opened == [os.path.join(quiet, "config.json")]
 
 
-BAD_CONFIGS = ["", "{", "[]", "{}", '{"flags": 3}', "\x00\xff", '{"flags": {}, "classes": 5}',
-               '{"flags": {}, "classes": [1, 2]}', '{"flags": {}, "global_batch": "4"}',
-               '{"flags": {}, "global_batch": -8}']  # fmt: skip
+BAD_CONFIGS = ["", "{", "[]", "{}", '{"flags": 3}', "\x00\xff"]
 
 
 @pytest.mark.parametrize("content", BAD_CONFIGS)
@@ -93,44 +91,29 @@ def test_damaged_config(content, tmp_path):
     refused(lambda: Checkpoint(str(tmp_path / "model.pt")).config, "config.json: not the config.json of a training run")
 
 
-def test_adopt_config(tmp_path):
+def test_adopt_flags(tmp_path):
     path = write_record(tmp_path / "model", width=10, depth=20, seed=30, levels="1,2")
-    args = SimpleNamespace(model_path=path, width=1, depth=2, seed=3, levels="1, 2")
+    args = SimpleNamespace(width=1, depth=2, seed=3, levels="1, 2")
     settled = {"depth": (20, "on the command line"), "levels": ("1, 2", "on the command line")}
-    adopt_config(args, settled, "model_path", ["width", "depth", "levels", "unrecorded"])
+    Checkpoint(path).adopt_flags(args, settled, ["width", "depth", "levels", "unrecorded"])
     assert (args.width, args.depth, args.seed) == (10, 20, 3)  # seed was not among the names
     assert settled["width"][0] == 10
     (tmp_path / "model" / "config.json").unlink()
     args.width = 1
-    adopt_config(args, {}, "model_path", ["width"])
+    Checkpoint(path).adopt_flags(args, {}, ["width"])
     assert args.width == 1
 
 
 def test_flags_that_contradict_the_config_are_named(tmp_path):
     path = write_record(tmp_path / "model", a=1, b=2, c=3, d=4, e=5)
-    args = SimpleNamespace(model_path=path, a=9, b=2, c=9, d=9, e=9)
+    args = SimpleNamespace(a=9, b=2, c=9, d=9, e=9)
     settled = {name: (getattr(args, name), "on the command line") for name in "abcde"}
-    refused(lambda: adopt_config(args, settled, "model_path", "abcde"),
+    refused(lambda: Checkpoint(path).adopt_flags(args, settled, "abcde"),
             "--a 9 on the command line, --c 9 on the command line, --d 9 on the command line contradict",
             "config.json, which says a 1, c 3, d 4")  # fmt: skip
     refused(
-        lambda: adopt_config(args, settled, "model_path", "ab"), "--a 9 on the command line contradicts", "says a 1"
+        lambda: Checkpoint(path).adopt_flags(args, settled, "ab"), "--a 9 on the command line contradicts", "says a 1"
     )
-
-
-BAD_VALUES = [("predict_xstart", "false", False, "true or false"), ("predict_xstart", 0, False, "true or false"),
-              ("num_channels", "32", 128, "a whole number"), ("num_channels", 32.0, 128, "a whole number"),
-              ("num_channels", None, 128, "a whole number"), ("num_channels", True, 128, "a whole number"),
-              ("dropout", "x", 0.0, "a number"), ("channel_mult", 1, "", "a text")]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, value, default, expected", BAD_VALUES)
-def test_values_of_another_type_are_refused(name, value, default, expected, tmp_path):
-    path = write_record(tmp_path / "model", **{name: value, "dropout_of_0": 0})
-    args = SimpleNamespace(model_path=path, **{name: default, "dropout_of_0": 0.1})
-    refused(lambda: adopt_config(args, {}, "model_path", [name]), f"config.json: {name} is", f"where {expected} was")
-    adopt_config(args, {}, "model_path", ["dropout_of_0"])
-    assert args.dropout_of_0 == 0  # a whole number is a number
 
 
 @pytest.mark.parametrize("num_classes, warned", [(2, False), (1000, True)])
@@ -146,12 +129,12 @@ def test_a_classifier_agrees_with_the_model_that_it_guides(size, tmp_path):
     """On all but the number of classes, which means nothing for an unconditional model."""
     model = write_record(tmp_path / "model", class_cond=False, num_classes=1000, image_size=16)
     classifier = write_record(tmp_path / "classifier", num_classes=10, image_size=size)
-    args = SimpleNamespace(model_path=model, classifier_path=classifier, class_cond=True, num_classes=1, image_size=64)
+    args = SimpleNamespace(class_cond=True, num_classes=1, image_size=64)
     settled = {}
-    adopt_config(args, settled, "model_path", ["class_cond", "num_classes", "image_size"])
+    Checkpoint(model).adopt_flags(args, settled, ["class_cond", "num_classes", "image_size"])
 
     def adopt():
-        adopt_config(args, settled, "classifier_path", ["num_classes", "image_size"])
+        Checkpoint(classifier).adopt_flags(args, settled, ["num_classes", "image_size"])
 
     if size == 16:
         adopt()
