@@ -44,7 +44,7 @@ from guided_diffusion.solvers import SAMPLERS  # noqa: E402
 
 COLUMNS = ("sampler", "spacing", "evaluations", "scale", "seed", "frechet", "agreement", "distance")
 STOCHASTIC = ("ddpm", "dpmpp_2m_sde")
-SPACINGS = {"ddpm": ("",), "ddim": ("ddim",)}  # of the others: uniform and quadratic
+SPACINGS = {"ddpm": ["N"], "ddim": ["ddimN"]}  # of the others: --spacings
 DEVICE = th.device("cuda" if th.cuda.is_available() else "cpu")
 
 
@@ -71,8 +71,8 @@ def planned(args):
         for scale in map(float, args.scales.split(",")):
             for n in map(int, args.evaluations.split(",")):
                 for sampler in args.samplers.split(","):
-                    for spacing in SPACINGS.get(sampler, ("", "quad")):
-                        yield sampler, f"{spacing}N", n, scale, seed
+                    for spacing in SPACINGS.get(sampler, args.spacings.split(",")):
+                        yield sampler, spacing, n, scale, seed
 
 
 class Bench:
@@ -222,6 +222,7 @@ def create_argparser():
     parser.add_argument("--data_dir", required=True, help="folder of real images to compare with")
     parser.add_argument("--samplers", default=",".join(SAMPLERS))
     parser.add_argument("--evaluations", default="5,6,8,10,12,15,20,25,50")
+    parser.add_argument("--spacings", default="N,quadN", help="of the solvers")
     parser.add_argument("--scales", default="0,6", help="scales of guidance; 0: unguided")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--num_samples", type=int, default=1000)
