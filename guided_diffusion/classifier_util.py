@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from . import dist_util, logger
 from .errors import check_at_least
 from .image_datasets import each_once
-from .random_util import SampleNoise, SeededRandomness
-from .train_util import TrainLoop
+from .random_util import SampleNoise, TrainingRandomness
+from .train_util import TrainLoop, log_loss_dict
 from .training_job import common_training_flags
 
 VALIDATION_SEED = 1 << 40  # larger than the seeds that people give, so that validation has its own random numbers
@@ -16,16 +16,8 @@ VALIDATION_SEED = 1 << 40  # larger than the seeds that people give, so that val
 
 def classifier_training_flags():
     """Return the flags that the script passes on to ClassifierTrainLoop, with their defaults."""
-    return dict(
-        noised=True,
-        iterations=150000,
-        lr=3e-4,
-        weight_decay=0.0,
-        anneal_lr=False,
-        ema_rate="",
-        eval_interval=5,
-        **common_training_flags(batch_size=4),
-    )
+    flags = dict(noised=True, iterations=150000, lr=3e-4, weight_decay=0.0, anneal_lr=False, ema_rate="")
+    return {**flags, "eval_interval": 5, **common_training_flags(batch_size=4)}
 
 
 class ClassifierTrainLoop(TrainLoop):
@@ -45,7 +37,7 @@ class ClassifierTrainLoop(TrainLoop):
         check_at_least(1, iterations=iterations, eval_interval=eval_interval)
         self.noised = noised
         self.val_data = val_data
-        self.val_randomness = SeededRandomness(VALIDATION_SEED, for_dropout=False)
+        self.val_randomness = TrainingRandomness(VALIDATION_SEED)
         self.eval_interval = eval_interval
         kwargs = {"ema_rate": "", "initial_lg_loss_scale": 16.0, **kwargs}
         super().__init__(total_steps=iterations, lr_anneal_steps=iterations if anneal_lr else 0, **kwargs)
@@ -55,12 +47,11 @@ class ClassifierTrainLoop(TrainLoop):
 
     def prepare(self, batch, cond, randomness=None):
         """Noise the images, and add their timesteps to the labels."""
-        randomness = randomness or self.randomness
         batch = batch.to(dist_util.dev())
         t = th.zeros(len(batch), dtype=th.long, device=dist_util.dev())
         if self.noised:
-            t, _ = randomness.timesteps(self.schedule_sampler, len(batch), dist_util.dev())
-            batch = self.diffusion.q_sample(batch, t, noise=randomness.randn_like(batch))
+            t, _, noise = (randomness or self.randomness).draw(batch)
+            batch = self.diffusion.q_sample(batch, t, noise=noise)
         return batch, {**cond, "t": t}
 
     def compute_loss(self, micro, cond, prefix="train"):
@@ -71,7 +62,7 @@ class ClassifierTrainLoop(TrainLoop):
             f"{prefix}_acc@1": correct_in_top_k(logits, cond["y"], 1),
             f"{prefix}_acc@5": correct_in_top_k(logits, cond["y"], 5),
         }
-        self.log_losses(cond["t"], metrics)
+        log_loss_dict(self.diffusion, cond["t"], metrics)
         return loss.mean()
 
     def after_step(self):
@@ -83,7 +74,7 @@ class ClassifierTrainLoop(TrainLoop):
         """Log loss and accuracy on a held-out batch, with noise that does not depend on training's random numbers."""
         self.model.eval()
         batch, cond = next(self.val_data)
-        self.val_randomness.start_step(self.steps_done, len(batch))
+        self.val_randomness.start_step(self.steps_done, len(batch), self.schedule_sampler)
         batch, cond = self.prepare(batch, cond, self.val_randomness)
         for start in range(0, len(batch), self.microbatch):
             part = slice(start, start + self.microbatch)
@@ -110,7 +101,7 @@ def accuracy_by_noise(model, diffusion, dataset, batch_size, num_workers=0, skip
     :param dataset: an ImageDataset with labels, without random crops and flips.
     :return: {"acc@1": {level: share}, "acc@5": {...}} with the levels of NOISE_LEVELS.
     """
-    device, training = dist_util.dev(), model.training
+    device = dist_util.dev()
     correct = th.zeros(1, 2, len(NOISE_LEVELS), dtype=th.float64)
     model.eval()
     batches = each_once(dataset, batch_size, num_workers, skip_bad_images=skip_bad_images)
@@ -125,7 +116,6 @@ def accuracy_by_noise(model, diffusion, dataset, batch_size, num_workers=0, skip
             logits = model(x, timesteps=diffusion.model_timesteps(t))
             for row, k in enumerate((1, 5)):
                 correct[0, row, level] += float(correct_in_top_k(logits, y, k).sum())
-    model.train(training)
     shares = th.cat(dist_util.all_gather_uneven(correct)).sum(dim=0) / len(dataset)
     return {name: dict(zip(NOISE_LEVELS, row)) for name, row in zip(("acc@1", "acc@5"), shares.tolist())}
 

@@ -48,37 +48,26 @@ class MixedPrecisionTrainer:
     """
 
     def __init__(
-        self,
-        *,
-        model,
-        use_fp16=False,
-        fp16_scale_growth=1e-3,
-        initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
-        use_bf16=False,
-        max_grad_norm=0.0,
-    ):
+        self, *, model, use_fp16=False, fp16_scale_growth=1e-3, initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
+        use_bf16=False, max_grad_norm=0.0,
+    ):  # fmt: skip
         self.model = model
         self.use_fp16 = use_fp16
-        self.use_bf16 = use_bf16
         self.fp16_scale_growth = fp16_scale_growth
         self.lg_loss_scale = initial_lg_loss_scale
         self.max_grad_norm = max_grad_norm
         self.model_params = list(model.parameters())
         self.master_params = self.model_params
-        self.param_groups_and_shapes = None
-        if use_fp16 or use_bf16:
-            self.param_groups_and_shapes = get_param_groups_and_shapes(model.named_parameters())
+        self.param_groups_and_shapes = get_param_groups_and_shapes(model.named_parameters())
+        self.flat = use_fp16 or use_bf16  # whether the masters are two flat tensors, not the model's own parameters
+        if self.flat:
             self.master_params = self.state_dict_to_master_params(model.state_dict())
             model.convert_to_fp16() if use_fp16 else model.convert_to_bf16()
 
-    @property
-    def flat(self):
-        """Whether the masters are two flat tensors instead of the model's own parameters."""
-        return self.param_groups_and_shapes is not None
-
     def zero_grad(self):
         """Remove the gradients."""
-        self.model.zero_grad()
+        for p in [*self.model_params, *self.master_params]:
+            p.grad = None
 
     @property
     def _loss_scale(self):
@@ -98,111 +87,95 @@ class MixedPrecisionTrainer:
         """
         if self.use_fp16:
             logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
-        grads = self._master_gradients()
+        if self.flat:
+            named = self.model.named_parameters()
+            grads = self._flatten({name: th.zeros_like(p) if p.grad is None else p.grad for name, p in named})
+            for master, grad in zip(self.master_params, grads):
+                master.grad = grad
+        grads = [p.grad for p in self.master_params if p.grad is not None]
         grad_norm = _norm(grads) / self._loss_scale
-        took_step = math.isfinite(grad_norm)
-        if took_step:
-            logger.logkv_mean("grad_norm", grad_norm)
-            logger.logkv_mean("param_norm", _norm(self.master_params))
-            factor = 1.0 / self._loss_scale
-            if 0 < self.max_grad_norm < grad_norm:
-                factor *= self.max_grad_norm / grad_norm
-            if factor != 1:
-                for grad in grads:
-                    grad.mul_(factor)
-            opt.step()
-            if self.flat:
-                self._copy_masters_to_model()
-            self.lg_loss_scale += self.fp16_scale_growth if self.use_fp16 else 0
-        elif self.use_fp16:
-            self.lg_loss_scale -= 1
-            logger.log(f"overflow: skipped a step and lowered lg_loss_scale to {self.lg_loss_scale:.3f}")
-        else:
-            logger.log("the loss or a gradient is not finite: skipped a step")
+        if not math.isfinite(grad_norm):
+            logger.log("skipped a step: the loss or a gradient is not finite")
+            if self.use_fp16:
+                self.lg_loss_scale -= 1
+                logger.log(f"lowered lg_loss_scale to {self.lg_loss_scale:.3f}")
+            return False
+        logger.logkv_mean("grad_norm", grad_norm)
+        logger.logkv_mean("param_norm", _norm(self.master_params))
+        factor = 1.0 / self._loss_scale
+        if 0 < self.max_grad_norm < grad_norm:
+            factor *= self.max_grad_norm / grad_norm
+        if factor != 1:
+            for grad in grads:
+                grad.mul_(factor)
+        opt.step()
         if self.flat:
-            opt.zero_grad()
-        return took_step
+            self._copy_masters_to_model()
+        if self.use_fp16:
+            self.lg_loss_scale += self.fp16_scale_growth
+        return True
 
-    def _master_gradients(self):
-        """The gradients of the master parameters that have one."""
-        if self.flat:
-            for master, (group, shape) in zip(self.master_params, self.param_groups_and_shapes):
-                grads = [th.zeros_like(p) if p.grad is None else p.grad for _, p in group]
-                master.grad = _flatten([g.float() for g in grads]).view(shape)
-        return [p.grad for p in self.master_params if p.grad is not None]
+    def _flatten(self, named):
+        """Convert tensors by the names of the model's parameters to two flat ones in float32."""
+        return [
+            th.cat([named[name].detach().float().reshape(-1) for name, _ in group]).view(shape)
+            for group, shape in self.param_groups_and_shapes
+        ]
 
-    def not_finite(self):
-        """The names of the model's parameters whose gradient from the last backward pass is not finite."""
-        named = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
-        return [name for name, grad in named if not grad.isfinite().all()]
-
-    def _named(self, master_params):
-        """The master parameters (or averages of them) by the names of the model's parameters."""
-        if not self.flat:
-            return {name: value.detach() for (name, _), value in zip(self.model.named_parameters(), master_params)}
-        return {
-            name: value.detach()
-            for master, (group, _) in zip(master_params, self.param_groups_and_shapes)
-            for (name, _), value in zip(group, _unflatten(master, group))
-        }
+    def _unflatten(self, flat):
+        """Undo _flatten: return a dict of views."""
+        named = {}
+        for tensor, (group, _) in zip(flat, self.param_groups_and_shapes):
+            pieces = tensor.detach().view(-1).split([p.numel() for _, p in group])
+            named.update({name: piece.view_as(p) for piece, (name, p) in zip(pieces, group)})
+        return named
 
     @th.no_grad()
     def _copy_masters_to_model(self):
-        masters = self._named(self.master_params)
+        masters = self._unflatten(self.master_params)
         for name, p in self.model.named_parameters():
             p.copy_(masters[name])
 
     def master_params_to_state_dict(self, master_params):
         """A state_dict of the model, in float32, with the given master parameters (or averages of them)."""
         state_dict = self.model.state_dict()
-        state_dict.update(self._named(master_params))
+        if self.flat:
+            state_dict.update(self._unflatten(master_params))
+        else:
+            state_dict.update((name, p.detach()) for (name, _), p in zip(self.model.named_parameters(), master_params))
         return state_dict
 
     def state_dict_to_master_params(self, state_dict):
         """The inverse of master_params_to_state_dict: new master parameters with the values of a state_dict."""
-        if not self.flat:
-            return [state_dict[name] for name, _ in self.model.named_parameters()]
-        return [
-            th.nn.Parameter(_flatten([state_dict[name].detach().float() for name, _ in group]).view(shape))
-            for group, shape in self.param_groups_and_shapes
-        ]
+        if self.flat:
+            return [th.nn.Parameter(v) for v in self._flatten(state_dict)]
+        return [state_dict[name] for name, _ in self.model.named_parameters()]
 
     def adapt_moments(self, moments):
         """Convert Adam's moments that a run in another precision saved to the layout of these master parameters.
 
         :param moments: the "state" of an optimizer's state_dict: {index of the parameter: {"exp_avg": tensor, ...}}.
-        :return: the same for these masters. Moments that have their layout already are returned as they are.
+        :return: the same for these masters, or None if the moments belong to another network.
         """
-        if not moments or self.flat == self._are_flat(moments):
+        sizes = {i: m["exp_avg"].shape for i, m in moments.items()}
+        own = dict(enumerate(p.shape for p in self.master_params))
+        if sizes.items() <= own.items():
             return moments
-        number = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
-        groups = get_param_groups_and_shapes(self.model.named_parameters())
-        adapted = {}
-        for i, (group, shape) in enumerate(groups):
+        if sum(map(math.prod, sizes.values())) != sum(map(math.prod, own.values())):
+            return None
+        names = [name for name, _ in self.model.named_parameters()]
+        step = max(float(m["step"]) for m in moments.values())
+        adapted = {i: {"step": step} for i in own}
+        for key in MOMENTS:
+            values = [moments[i][key] for i in sorted(moments)]
             if self.flat:
-                members = [moments.get(number[name]) for name, _ in group]
-                adapted[i] = {"step": max((float(m["step"]) for m in members if m is not None), default=0.0)}
-                for key in MOMENTS:
-                    pieces = [p.new_zeros(p.shape) if m is None else m[key] for m, (_, p) in zip(members, group)]
-                    adapted[i][key] = _flatten(pieces).float().view(shape)
+                values = self._flatten(dict(zip(names, values)))
             else:
-                pieces = zip(group, *(_unflatten(moments[i][key], group) for key in MOMENTS))
-                for (name, _), *values in pieces:
-                    adapted[number[name]] = {**dict(zip(MOMENTS, values)), "step": float(moments[i]["step"])}
-        return dict(sorted(adapted.items()))
-
-    def _are_flat(self, moments):
-        own = [p.shape for p in self.model_params]
-        return any(i >= len(own) or m["exp_avg"].shape != own[i] for i, m in moments.items())
-
-
-def _flatten(tensors):
-    return th.cat([t.reshape(-1) for t in tensors])
-
-
-def _unflatten(master, group):
-    sizes = [p.numel() for _, p in group]
-    return [piece.view_as(p) for piece, (_, p) in zip(master.reshape(-1).split(sizes), group)]
+                by_name = self._unflatten(values)
+                values = [by_name[name] for name in names]
+            for i, value in enumerate(values):
+                adapted[i][key] = value
+        return adapted
 
 
 @th.no_grad()

@@ -45,7 +45,12 @@ class Preview:
     """
 
     def __init__(self, diffusion, shape, num_classes=None, conditions=None, count=16, steps=25, batch_size=16, seed=0):
-        self.diffusion = _with_fewer_steps(diffusion, steps)
+        original_steps = getattr(diffusion, "original_num_steps", diffusion.num_timesteps)
+        if steps < diffusion.num_timesteps == original_steps:  # one that visits a subset already stays as it is
+            names = ("betas", "model_mean_type", "model_var_type", "loss_type", "rescale_timesteps")
+            options = {name: getattr(diffusion, name) for name in names}
+            diffusion = SpacedDiffusion(space_timesteps(diffusion.num_timesteps, [steps]), **options)
+        self.diffusion = diffusion
         self.shape = tuple(shape)
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.conditions = dict(conditions or {})
@@ -87,17 +92,3 @@ class Preview:
         )
         *_, last = steps
         return to_uint8(last["sample"].nan_to_num())  # grey if a diverging network gives NaN
-
-
-def _with_fewer_steps(diffusion, steps):
-    """Return the process with at most `steps` of its timesteps. One that visits a subset already stays as it is."""
-    if diffusion.num_timesteps <= max(steps, getattr(diffusion, "original_num_steps", steps) - 1):
-        return diffusion
-    return SpacedDiffusion(
-        use_timesteps=space_timesteps(diffusion.num_timesteps, [steps]),
-        betas=diffusion.betas,
-        model_mean_type=diffusion.model_mean_type,
-        model_var_type=diffusion.model_var_type,
-        loss_type=diffusion.loss_type,
-        rescale_timesteps=diffusion.rescale_timesteps,
-    )

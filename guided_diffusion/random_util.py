@@ -1,6 +1,5 @@
 """Random numbers that belong to a sample or a training image, whichever rank and batch it falls into."""
 
-import inspect
 import random
 
 import numpy as np
@@ -34,98 +33,39 @@ class SampleNoise:
         return self.randn(*x.shape[1:]).to(x.dtype)
 
 
-class GlobalRandomness:
-    """Training's random numbers from numpy's and torch's global generators, in the order the original drew them."""
+class TrainingRandomness:
+    """Training's random numbers: timesteps, noise and dropout, as functions of (seed, step, position in the batch).
 
-    def start_step(self, step, batch_size):
-        """Prepare for a step of `batch_size` images on this rank."""
+    Image j of rank r's batch has position j * (number of ranks) + r in the global batch, as in ImageStream: timesteps
+    and noise do not depend on how the batch is split into ranks and microbatches. Each step seeds numpy's and torch's
+    global generators, which timesteps and dropout draw from; dropout differs between ranks.
 
-    def timesteps(self, sampler, count, device):
-        """Timesteps and loss factors for the step's next `count` images: see ScheduleSampler.sample."""
-        return sampler.sample(count, device)
-
-    def randn_like(self, x):
-        """Standard normal noise for the step's next len(x) images."""
-        return th.randn_like(x)
-
-
-class SeededRandomness:
-    """Training's random numbers as functions of (seed, step, position in the global batch) alone.
-
-    Image j of rank r's batch has position j * (number of ranks) + r, as in ImageStream: timesteps and noise do not
-    depend on how a batch is split into ranks and microbatches. Dropout draws from torch's generator, which every step
-    seeds anew for each rank: it repeats with the same split.
-
-    :param for_dropout: False leaves torch's generator alone.
+    :param seed: a negative seed leaves the global generators as they are, and noise comes from torch's.
     """
 
-    def __init__(self, seed, for_dropout=True):
+    def __init__(self, seed):
         self.seed = seed
-        self.for_dropout = for_dropout
-        self.rank, self.num_ranks = dist_util.get_rank(), dist_util.get_world_size()
 
-    def start_step(self, step, batch_size):
-        self.step, self.global_batch = step, batch_size * self.num_ranks
-        self.drawn = None
-        self.first = self.first_noise = 0
-        if self.for_dropout:
-            th.manual_seed(_mix(self.seed, 0, step, self.rank))
+    def start_step(self, step, batch_size, sampler):
+        """Draw the timesteps of a step of `batch_size` images on each rank from a ScheduleSampler."""
+        rank, num_ranks = dist_util.get_rank(), dist_util.get_world_size()
+        global_batch = batch_size * num_ranks
+        if self.seed >= 0:
+            np.random.seed(_mix(self.seed, 1, step) % 2**32)  # the same on all ranks: each draws for the global batch
+            th.manual_seed(_mix(self.seed, 0, step, rank))
+        self.timesteps, self.factors = (v[rank::num_ranks] for v in sampler.sample(global_batch, dist_util.dev()))
+        self.positions = range(step * global_batch + rank, (step + 1) * global_batch, num_ranks)  # in the whole run
+        self.used = 0
 
-    def timesteps(self, sampler, count, device):
-        if self.drawn is None:  # of the global batch, the same on every rank
-            drawn = _sample_timesteps(sampler, self.global_batch, device, [self.seed, 1, self.step])
-            self.drawn = [v[self.rank :: self.num_ranks] for v in drawn]
-        part = slice(self.first, self.first + count)
-        self.first += count
-        return tuple(v[part] for v in self.drawn)
-
-    def randn_like(self, x):
-        start = self.step * self.global_batch + self.rank
-        positions = range(self.first_noise, self.first_noise + len(x))
-        self.first_noise += len(x)
-        return SampleNoise(self.seed, [start + j * self.num_ranks for j in positions], x.device).randn_like(x)
-
-
-def _sample_timesteps(sampler, count, device, key):
-    """Sample by a key. Others' samplers may draw from numpy's global generator, as the original's did."""
-    if "rng" in inspect.signature(sampler.sample).parameters:
-        return sampler.sample(count, device, rng=np.random.default_rng(key))
-    before = np.random.get_state()
-    np.random.seed(_mix(*key) % 2**32)
-    try:
-        return sampler.sample(count, device)
-    finally:
-        np.random.set_state(before)
-
-
-def training_randomness(seed):
-    """Where training's random numbers come from: a negative seed leaves them to the global generators."""
-    return SeededRandomness(seed) if seed >= 0 else GlobalRandomness()
-
-
-def generator_states():
-    """The states of this rank's global generators, as tensors and lists of numbers."""
-    name, keys, *rest = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    states = {
-        "torch": th.get_rng_state(),
-        "numpy": [name, th.from_numpy(keys.astype(np.int64)), *rest],
-        "python": [version, list(internal), gauss],
-    }
-    if th.cuda.is_available():
-        states["cuda"] = th.cuda.get_rng_state()
-    return states
-
-
-def restore_generators(states):
-    """Undo what happened to the global generators since generator_states()."""
-    th.set_rng_state(states["torch"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if "cuda" in states and th.cuda.is_available():
-        th.cuda.set_rng_state(states["cuda"])
+    def draw(self, x):
+        """Return the timesteps [N], loss factors [N] and standard normal noise of the step's next N images `x`."""
+        part = slice(self.used, self.used + len(x))
+        self.used += len(x)
+        if self.seed >= 0:
+            noise = SampleNoise(self.seed, self.positions[part], x.device).randn_like(x)
+        else:
+            noise = th.randn_like(x)
+        return self.timesteps[part], self.factors[part], noise
 
 
 def random_labels(seed, indices, num_classes):
@@ -141,12 +81,11 @@ def check_seed(seed):
 
 
 def seed_everything(seed):
-    """Seed the global generators of this rank, differently on each; a negative seed leaves them unseeded."""
-    if seed >= 0:
-        mixed = _mix(seed, dist_util.get_rank())
-        random.seed(mixed)
-        np.random.seed(mixed % 2**32)
-        th.manual_seed(mixed)
+    """Seed the global generators of this rank, differently on each."""
+    mixed = _mix(seed, dist_util.get_rank())
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+    th.manual_seed(mixed)
 
 
 def _mix(*numbers):

@@ -6,7 +6,7 @@ import numpy as np
 import torch as th
 
 from . import dist_util
-from .errors import InputError, choose
+from .errors import choose
 
 
 def create_named_schedule_sampler(name, diffusion):
@@ -31,15 +31,14 @@ class ScheduleSampler(ABC):
     def load_state_dict(self, state_dict):
         """Restore the state that state_dict() returned."""
 
-    def sample(self, batch_size, device, rng=np.random):
-        """Draw timesteps for a batch.
+    def sample(self, batch_size, device):
+        """Draw timesteps for a batch from numpy's global generator.
 
-        :param rng: the source of randomness: numpy's global state by default, or a RandomState or Generator.
         :return: timesteps [batch_size] int64, and the factors [batch_size] float32 to multiply their losses by.
         """
         p = self.weights()
         p = p / np.sum(p)
-        indices = rng.choice(len(p), size=(batch_size,), p=p)
+        indices = np.random.choice(len(p), size=(batch_size,), p=p)
         factors = 1 / (len(p) * p[indices])
         return th.from_numpy(indices).long().to(device), th.from_numpy(factors).float().to(device)
 
@@ -99,15 +98,9 @@ class LossSecondMomentResampler(LossAwareSampler):
         return {"history": th.from_numpy(self._loss_history.copy()), "counts": th.from_numpy(self._loss_counts.copy())}
 
     def load_state_dict(self, state_dict):
-        history = state_dict["history"].numpy()
-        if history.shape != self._loss_history.shape:
-            raise InputError(
-                f"--timestep_respacing: the run to resume has recorded losses of {len(history)} timesteps, and this "
-                f"process has {len(self._loss_history)}: give what it had, or --schedule_sampler uniform"
-            )
-        self._loss_history = history.copy()
-        self._loss_counts = state_dict["counts"].numpy().copy()
-        self._loss_counts[~np.isfinite(self._loss_history).all(axis=1)] = 0
+        if state_dict["history"].shape == self._loss_history.shape:  # otherwise the saved process had other timesteps
+            self._loss_history = state_dict["history"].numpy().copy()
+            self._loss_counts = state_dict["counts"].numpy().copy()
 
     def weights(self):
         if (self._loss_counts < self.history_per_term).any():

@@ -1,7 +1,6 @@
 """The training loop: batches, gradients, optimizer steps, moving averages, logs, checkpoints and previews."""
 
 import copy
-import math
 import os
 import signal
 import threading
@@ -24,8 +23,9 @@ from .errors import InputError, check_at_least
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .nn import update_ema
 from .previews import average_is_ready, evaluating
-from .random_util import training_randomness
+from .random_util import TrainingRandomness
 from .resample import LossAwareSampler, UniformSampler
+from .script_util import parse_numbers
 from .training_metrics import Throughput, log_loss_dict
 from .training_state import CheckpointIO, continues_records, find_model_to_resume
 
@@ -57,7 +57,7 @@ class TrainLoop:
     :param keep_checkpoints: the number of checkpoints to keep; 0 keeps all.
     :param preview: a previews.Preview, which is written every `sample_interval` steps.
     :param seed: makes timesteps and noise functions of (seed, step, position in the global batch). If it is negative,
-        they come from the global generators.
+        they come from the global generators, and a resumed run does not repeat them.
     :param compile: compile the network with torch.compile in the first step.
     :param use_fp16, use_bf16, fp16_scale_growth, initial_lg_loss_scale: see MixedPrecisionTrainer.
     """
@@ -79,14 +79,16 @@ class TrainLoop:
             logger.configure()
         self.model, self.diffusion, self.data = model, diffusion, data
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
-        self.randomness = training_randomness(seed)
+        self.randomness = TrainingRandomness(seed)
         self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
         self.batch_size = batch_size
         self.global_batch = batch_size * dist_util.get_world_size()
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr, self.weight_decay = lr, weight_decay
         self.lr_anneal_steps, self.warmup_steps = lr_anneal_steps, warmup_steps
-        self.ema_rate = _parse_rates(ema_rate)
+        self.ema_rate = [float(rate) for rate in parse_numbers("ema_rate", str(ema_rate), float)]
+        if not all(0 <= rate <= 1 for rate in self.ema_rate):
+            raise InputError(f"--ema_rate {ema_rate}: give a number from 0 to 1 such as 0.9999, or several with commas")
         self.max_bad_steps = max_bad_steps
         self.log_interval, self.save_interval = log_interval, save_interval
         self.preview = preview
@@ -96,7 +98,6 @@ class TrainLoop:
         self.resume_step = parse_resume_step_from_filename(self.resume_checkpoint)
         self.step = 0
         self.bad_steps = 0  # consecutive skipped steps
-        self.loss_terms = []  # a dict of losses for each microbatch of the current step
         self.throughput = Throughput()
 
         dist_util.sync_params(model.parameters())
@@ -106,14 +107,15 @@ class TrainLoop:
         )  # fmt: skip
         self.opt = AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, fused=True)
         self.ema_params = [copy.deepcopy(self.mp_trainer.master_params) for _ in self.ema_rate]
-        self._wrap_model(compile)
+        self.compile = compile
+        self._wrap_model()
         self.checkpoints = CheckpointIO(
             self.mp_trainer, self.opt, list(zip(self.ema_rate, self.ema_params)), self.resume_checkpoint,
             keep_checkpoints, **self.stateful(),
         )  # fmt: skip
         self.checkpoints.load()
 
-    def _wrap_model(self, compile):
+    def _wrap_model(self):
         """Set `ddp_model`: the network in DistributedDataParallel if there are several GPUs, and compiled if wanted."""
         self.ddp_model = self.model
         self.use_ddp = th.cuda.is_available() and dist_util.get_world_size() > 1
@@ -121,8 +123,7 @@ class TrainLoop:
             self.ddp_model = DistributedDataParallel(
                 self.model, device_ids=[dist_util.dev()], broadcast_buffers=False, bucket_cap_mb=128
             )
-        self.compiles_next = compile
-        if compile:
+        if self.compile:
             if self.use_ddp and getattr(self.model, "use_checkpoint", False):
                 th._dynamo.config.optimize_ddp = False  # torch 2.6 cannot split such a graph at DDP's buckets
             self.ddp_model = th.compile(self.ddp_model, dynamic=False)
@@ -143,7 +144,7 @@ class TrainLoop:
         # A run that was killed has logged steps after its last checkpoint, which this run logs again.
         if continues_records(self.resume_checkpoint):
             dist_util.from_rank_0(lambda: logger.truncate_records(logger.get_dir(), self.steps_done))
-        saved = None
+        saved, due = self.steps_done, False
         self.throughput = Throughput()
         with (
             noting_signals() as signals,
@@ -153,42 +154,40 @@ class TrainLoop:
                 with self.throughput.waiting():
                     batch, cond = next(self.data)
                 self.run_step(batch, cond)
-                self.throughput.steps += 1
                 if self.steps_done % self.log_interval == 0:
                     self._write_log_row()
                 self.step += 1
                 bar.update()
-                if self.steps_done % self.save_interval == 0:
-                    if self.bad_steps:
-                        logger.log(f"not saving step {self.steps_done}: the last {self.bad_steps} steps were skipped")
-                    else:
-                        self.save()
-                        saved = self.steps_done
-                        if os.environ.get("DIFFUSION_TRAINING_TEST"):  # integration tests end after the first save
-                            return
+                due = due or self.steps_done % self.save_interval == 0
+                if due and not self.bad_steps:  # after a skipped step, wait: the run may be diverging
+                    self.save()
+                    saved, due = self.steps_done, False
+                    if os.environ.get("DIFFUSION_TRAINING_TEST"):  # integration tests end after the first save
+                        return
                 if dist_util.any_rank(bool(signals)):
                     logger.log(f"stopping after step {self.steps_done}, as a signal asked")
                     break
                 if self.sample_interval and self.steps_done % self.sample_interval == 0:
                     self.write_preview()
-            if saved != self.steps_done and self.step > 0:
+            if saved != self.steps_done:
                 self.save()
 
     def run_step(self, batch, cond):
         """Take one optimizer step with a batch, unless the loss or the gradient is not finite."""
         self._anneal_lr()
-        if self.compiles_next:
+        if self.compile and self.step == 0:
             compiling(lambda: self.forward_backward(batch, cond))
-            self.compiles_next = False
         else:
             self.forward_backward(batch, cond)
         if self.mp_trainer.optimize(self.opt):
             self.bad_steps = 0
-            self._update_ema()
+            for rate, params in zip(self.ema_rate, self.ema_params):
+                update_ema(params, self.mp_trainer.master_params, rate=rate)
         else:
             self.bad_steps += 1
             if self.bad_steps == self.max_bad_steps:
-                raise self.checkpoints.diverged(self.steps_done, self._describe_bad_steps())
+                trouble = f"loss or gradient not finite in {self.bad_steps} consecutive steps (--max_bad_steps)"
+                raise self.checkpoints.diverged(self.steps_done, trouble)
         self.after_step()
         self.log_step()
 
@@ -205,8 +204,7 @@ class TrainLoop:
     def forward_backward(self, batch, cond):
         """Compute the gradient of the mean loss over the global batch."""
         self.mp_trainer.zero_grad()
-        self.loss_terms = []
-        self.randomness.start_step(self.steps_done, len(batch))
+        self.randomness.start_step(self.steps_done, len(batch), self.schedule_sampler)
         batch, cond = self.prepare(batch, cond)
         for start in range(0, len(batch), self.microbatch):
             part = slice(start, start + self.microbatch)
@@ -224,43 +222,16 @@ class TrainLoop:
         return batch, cond
 
     def compute_loss(self, micro, cond):
-        """Return the mean loss of a microbatch, and log its terms with log_losses. For subclasses."""
-        t, weights = self.randomness.timesteps(self.schedule_sampler, len(micro), dist_util.dev())
-        noise = self.randomness.randn_like(micro)
+        """Return the mean loss of a microbatch, and log its terms. For subclasses."""
+        t, weights, noise = self.randomness.draw(micro)
         losses = self.diffusion.training_losses(self.ddp_model, micro, t, model_kwargs=cond, noise=noise)
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
-        self.log_losses(t, {k: v * weights for k, v in losses.items()})
+        log_loss_dict(self.diffusion, t, {k: v * weights for k, v in losses.items()})
         return (losses["loss"] * weights).mean()
-
-    def log_losses(self, t, terms):
-        """Log the losses of a microbatch, tensors [N], and keep them for the message if training diverges."""
-        terms = {k: v.detach() for k, v in terms.items()}
-        self.loss_terms.append(terms)
-        log_loss_dict(self.diffusion, t, terms)
 
     def after_step(self):
         """Do further work after each step, before it is logged. For subclasses."""
-
-    def _update_ema(self):
-        for rate, params in zip(self.ema_rate, self.ema_params):
-            update_ema(params, self.mp_trainer.master_params, rate=rate)
-
-    def _describe_bad_steps(self):
-        """Name the loss terms and gradients that are not finite. All ranks call it: they have the same gradient."""
-        own = [(name, float(v.mean())) for terms in self.loss_terms for name, v in terms.items()]
-        terms = [
-            f"{name} {value:.4g}" + (f" on rank {rank}" if rank else "")
-            for rank, pairs in enumerate(dist_util.gather_objects(own))
-            for name, value in pairs
-            if rank == 0 or not math.isfinite(value)
-        ]
-        bad = self.mp_trainer.not_finite()
-        return (
-            f"the loss or gradient was not finite in {self.bad_steps} consecutive steps (--max_bad_steps), which were "
-            f"skipped. Loss terms: {', '.join(terms) or 'none logged'}. Gradients that are not finite: {len(bad)} of "
-            f"{len(self.mp_trainer.model_params)}, the first {bad[0] if bad else 'none'}"
-        )
 
     def log_step(self):
         """Log the number of the step, and how many images the run has seen."""
@@ -270,15 +241,13 @@ class TrainLoop:
     def _write_log_row(self):
         left = None if self.total_steps is None else self.total_steps - self.steps_done - 1
         logger.logkvs(self.throughput.metrics(self.global_batch, left))
-        counts = Counter()
-        for of_rank in dist_util.gather_objects(getattr(self.data, "counts", dict)()):
-            counts.update(of_rank)
-        logger.logkvs(counts)
+        counts = dist_util.gather_objects(getattr(self.data, "counts", dict)())
+        logger.logkvs(sum(map(Counter, counts), Counter()))
         logger.dumpkvs()
 
     def save(self):
         """Write a checkpoint. Every rank must call it. See CheckpointIO.save."""
-        self.checkpoints.save(self.steps_done, is_good=not self.bad_steps)
+        self.checkpoints.save(self.steps_done)
 
     def write_preview(self):
         """Write samples of the first moving average, or of the weights while it is young. Every rank must call it."""
@@ -291,26 +260,12 @@ class TrainLoop:
         logger.log(f"wrote {path}: samples of the {what}")
 
 
-def _parse_rates(ema_rate):
-    try:
-        rates = [float(x) for x in ema_rate.split(",") if x.strip()] if isinstance(ema_rate, str) else [float(ema_rate)]
-        if not all(0 <= rate <= 1 for rate in rates):
-            raise ValueError
-        return rates
-    except ValueError:
-        raise InputError(
-            f"--ema_rate {ema_rate}: give a number from 0 to 1 such as 0.9999, or several with commas"
-        ) from None
-
-
 @contextmanager
 def noting_signals():
     """Collect the SIGTERM and SIGUSR1 that arrive in a `with` block in a list. Clusters send them to end a job."""
     signals = []
-    if threading.current_thread() is not threading.main_thread():
-        yield signals  # only the main thread may set handlers
-        return
-    before = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGTERM, signal.SIGUSR1) if threading.current_thread() is threading.main_thread() else ()
+    before = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in numbers}  # allowed in the main thread only
     try:
         yield signals
     finally:

@@ -19,35 +19,16 @@ from .training_state import continues_records, find_model_to_resume, refuse_late
 
 def common_training_flags(batch_size):
     """Return the flags that all training scripts pass on to TrainLoop, with their defaults."""
-    return dict(
-        batch_size=batch_size,
-        microbatch=-1,
-        seed=-1,
-        log_interval=10,
-        save_interval=10000,
-        keep_checkpoints=0,
-        resume_checkpoint="",
-        warmup_steps=0,
-        max_grad_norm=0.0,
-        max_bad_steps=20,
-        compile=False,
-    )
+    flags = dict(batch_size=batch_size, microbatch=-1, seed=-1, log_interval=10, save_interval=10000, compile=False)
+    flags.update(resume_checkpoint="", keep_checkpoints=0, warmup_steps=0, max_grad_norm=0.0, max_bad_steps=20)
+    return flags
 
 
 def diffusion_training_flags():
     """Return the flags that scripts for diffusion models pass on to TrainLoop, with their defaults."""
-    return dict(
-        lr=1e-4,
-        weight_decay=0.0,
-        lr_anneal_steps=0,
-        total_steps=0,
-        ema_rate="0.9999",
-        sample_interval=0,
-        use_fp16=False,
-        use_bf16=False,
-        fp16_scale_growth=1e-3,
-        **common_training_flags(batch_size=1),
-    )
+    flags = dict(lr=1e-4, weight_decay=0.0, lr_anneal_steps=0, total_steps=0, ema_rate="0.9999", sample_interval=0)
+    flags.update(use_fp16=False, use_bf16=False, fp16_scale_growth=1e-3)
+    return {**flags, **common_training_flags(batch_size=1)}
 
 
 def set_up_training(parser, network_flags):
@@ -56,8 +37,8 @@ def set_up_training(parser, network_flags):
     :param parser: the script's parser, with log_dir and the common training flags.
     :param network_flags: the flags of the network and process, a dict by name.
     :return: the flags and a record for record_run. A resumed run has the network flags of its config.json, and a
-        `batch_size` that keeps its global batch. The record is a dict. Its "classes" are those of the run that
-        continues in its own folder, or None.
+        `batch_size` that keeps its global batch. A negative `seed` is replaced by that of the run to resume, or by a
+        random one. The record is a dict. Its "classes" are those of the run that continues in its own folder, or None.
     """
     args = parser.parse_args()
     dist_util.setup_dist()
@@ -65,22 +46,26 @@ def set_up_training(parser, network_flags):
         raise InputError("--resume_checkpoint auto looks in --log_dir, which is missing: give it")
     logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
     files.make_dirs(get_blob_logdir())
-    seed_everything(args.seed)
     args.resume_checkpoint = find_model_to_resume(args.resume_checkpoint)
-    record = {"flags": dict(vars(args)), "classes": None}
     same_folder = continues_records(args.resume_checkpoint)
-    if args.resume_checkpoint:
+    checkpoint = Checkpoint(args.resume_checkpoint) if args.resume_checkpoint else None
+    if checkpoint:
         require_path("resume_checkpoint", args.resume_checkpoint)
-        checkpoint, given = Checkpoint(args.resume_checkpoint), given_flags(parser)
+        given = given_flags(parser)
         checkpoint.adopt_flags(args, dict(given), identity_flags(network_flags))
         # Flags of how the network runs may change from run to run: those given by hand hold.
         checkpoint.adopt_flags(args, {}, sorted(RUNTIME_FLAGS & network_flags.keys() - given.keys()))
-        record["flags"] = dict(vars(args))
-        _keep_global_batch(args, checkpoint)
-        record["classes" if same_folder else "former_classes"] = checkpoint.classes
+        if args.seed < 0:
+            checkpoint.adopt_flags(args, {}, ["seed"])
+    if args.seed < 0:
+        args.seed = dist_util.job_seed()
+    seed_everything(args.seed)
     if same_folder:
         step = parse_resume_step_from_filename(args.resume_checkpoint)
         dist_util.from_rank_0(lambda: refuse_later_checkpoints(step))
+    record = {"flags": dict(vars(args)), "classes": checkpoint.classes if checkpoint and same_folder else None}
+    if checkpoint:
+        _keep_global_batch(args, checkpoint)
     record["global_batch"] = args.batch_size * dist_util.get_world_size()
     return args, record
 
@@ -108,15 +93,8 @@ def training_data(args, record, image_size, **changes):
     :param record: the record from set_up_training.
     :param changes: arguments of load_data that differ from the flags.
     """
-    options = dict(
-        batch_size=args.batch_size,
-        image_size=image_size,
-        classes=record["classes"],
-        num_classes=args.num_classes,
-        channels=args.in_channels,
-        seed=args.seed,
-        **args_to_dict(args, data_flags()),
-    )
+    options = args_to_dict(args, [*data_flags(), "batch_size", "num_classes", "seed"])
+    options.update(image_size=image_size, channels=args.in_channels, classes=record["classes"])
     return load_data(**{**options, **changes})
 
 
@@ -127,16 +105,10 @@ def record_run(record, kind, classes):
     :param kind: "diffusion", "upsampler" or "classifier".
     :param classes: the names of the classes in the order of their labels, or None.
     """
-    record = dict(record)
-    former = record.pop("former_classes", None)
-    if classes and former and classes != former:
-        logger.warn("the class numbers come from this run's data, and differ from those of the run that it resumes")
-    room = record["flags"].get("num_classes")
-    if classes and room and room > len(classes):
-        logger.warn(
-            f"the data have {len(classes)} classes, fewer than --num_classes {room}: the others get no training images"
-        )
     write_config(**{**record, "classes": classes}, kind=kind)
     if classes:
         named = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:10]))
         logger.log(f"{len(classes)} classes: {named}{', ...' if len(classes) > 10 else ''}")
+        room = record["flags"]["num_classes"]
+        if room and room > len(classes):
+            logger.warn(f"--num_classes {room}: the data have only {len(classes)} classes; the others get no images")

@@ -25,10 +25,7 @@ def log_loss_dict(diffusion, ts, losses):
 
 
 class Throughput:
-    """Measures how fast a run trains, between two rows of the log.
-
-    :ivar steps: the number of steps since the last row, which the caller increments.
-    """
+    """Measures how fast a run trains, between two rows of the log."""
 
     def __init__(self):
         self._restart()
@@ -38,10 +35,11 @@ class Throughput:
 
     @contextmanager
     def waiting(self):
-        """Count the time in a `with` block as waiting for data."""
+        """Count the time in a `with` block as waiting for the batch of the next step."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
+        self.steps += 1
 
     def metrics(self, images_per_step, steps_left=None):
         """Return the metrics of a row, and start to measure for the next one.
@@ -51,15 +49,11 @@ class Throughput:
         :return: a dict: steps_per_s; images_per_s over all ranks; data_wait, the share of the time that this rank
             waited for data; memory_mb, see peak_memory_mb; and eta, the time left.
         """
-        seconds = max(time.perf_counter() - self.start, 1e-9)
+        seconds = time.perf_counter() - self.start
         rate = self.steps / seconds
-        found = {
-            "steps_per_s": rate,
-            "images_per_s": rate * images_per_step,
-            "data_wait": self.waited / seconds,
-            "memory_mb": peak_memory_mb(),
-        }
-        if steps_left is not None and rate > 0:
+        found = dict(steps_per_s=rate, images_per_s=rate * images_per_step, data_wait=self.waited / seconds)
+        found["memory_mb"] = peak_memory_mb()
+        if steps_left is not None:
             found["eta"] = str(datetime.timedelta(seconds=round(steps_left / rate)))
         self._restart()
         return found

@@ -3,15 +3,14 @@
 The checkpoint of step N is a set of files in the run's folder. Rank 0 writes them in this order, all ranks read them:
 
     optN.pt         the optimizer's state
+    stateN.pt       loss scale, position in the data, history of the schedule sampler
     ema_RATE_N.pt   the weights' moving averages
-    stateN.pt       everything else: loss scale, random generators, positions in the data, metrics not yet written
     modelN.pt       the weights: a set without it is incomplete
 """
 
 import os
 import re
 import time
-from contextlib import suppress
 
 import torch as th
 
@@ -30,7 +29,6 @@ from .checkpoint_util import (
     state_name,
 )
 from .errors import InputError, RunStopped
-from .random_util import generator_states, restore_generators
 
 
 class CheckpointIO:
@@ -63,117 +61,63 @@ class CheckpointIO:
         model = self.trainer.model
         weights = Checkpoint(self.resume_checkpoint).weights(model, finite=True)
         model.load_state_dict(weights)
-        dist_util.sync_params(model.parameters())
         self._copy_to(self.trainer.master_params, weights)
         for rate, params in self.averages:
             path = find_ema_checkpoint(self.resume_checkpoint, step, rate)
             if path is None:
                 logger.warn(f"no moving average {rate} beside {self.resume_checkpoint}: it starts from the weights")
             self._copy_to(params, weights if path is None else Checkpoint(path).weights(model, finite=True))
-        self._load_optimizer(find_beside(self.resume_checkpoint, opt_name(step)))
-        self._load_state(find_beside(self.resume_checkpoint, state_name(step)))
+        if path := find_beside(self.resume_checkpoint, opt_name(step)):
+            self._load_optimizer(path)
+        else:
+            logger.warn(f"no optimiser state beside {self.resume_checkpoint}: the optimiser starts afresh")
+        if path := find_beside(self.resume_checkpoint, state_name(step)):  # the original wrote no such file
+            state = dist_util.load_state_dict(path, map_location="cpu")
+            self.trainer.lg_loss_scale = state["lg_loss_scale"]
+            for name, value in self.stateful.items():
+                if state.get(name):
+                    value.load_state_dict(state[name])
 
     @th.no_grad()
     def _copy_to(self, params, state_dict):
         """Copy the weights in a state_dict of the model to tensors that are laid out like the master parameters."""
         for p, value in zip(params, self.trainer.state_dict_to_master_params(state_dict), strict=True):
             p.copy_(value)
-        dist_util.sync_params(params)
 
     def _load_optimizer(self, path):
-        if path is None:
-            logger.warn(f"no optimiser state beside {self.resume_checkpoint}: the optimiser starts afresh")
-            return
         saved = dist_util.load_state_dict(path, map_location=dist_util.dev())
-        try:
-            # Learning rate and weight decay come from this run's flags, not from the file.
-            moments = self.trainer.adapt_moments(saved["state"])
-            self.opt.load_state_dict({**self.opt.state_dict(), "state": moments})
-            for p, state in self.opt.state.items():
-                if state["exp_avg"].shape != p.shape:
-                    raise ValueError(f"of shape {tuple(state['exp_avg'].shape)} where a parameter has {tuple(p.shape)}")
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
-            raise InputError(f"{path}: the optimiser's state of another run ({e})") from None
+        moments = self.trainer.adapt_moments(saved["state"])
+        if moments is None:
+            raise InputError(f"{path}: the optimiser's state of another network")
+        # Learning rate and weight decay come from this run's flags, not from the file.
+        self.opt.load_state_dict({**self.opt.state_dict(), "state": moments})
 
-    def _load_state(self, path):
-        if path is None:  # The original wrote no such file.
-            return
-        state = dist_util.load_state_dict(path, map_location="cpu")
-        try:
-            self._restore_state(state)
-        except InputError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError):
-            raise InputError(
-                f"{path}: not the state of a training run, or damaged: remove it to resume without"
-            ) from None
+    def save(self, step):
+        """Write the checkpoint of `step`, and remove old ones. Every rank must call it.
 
-    def _restore_state(self, state):
-        self.trainer.lg_loss_scale = state["lg_loss_scale"]
-        for name, value in self.stateful.items():
-            if state.get(name):
-                value.load_state_dict(state[name])
-        ranks = len(state["generators"])
-        if ranks == dist_util.get_world_size():
-            restore_generators(state["generators"][dist_util.get_rank()])
-        else:
-            logger.warn(f"the run to resume had {ranks} ranks: random generators start afresh")
-        if dist_util.get_rank() == 0:
-            values, counts = state["metrics"]
-            logger.get_current().name2val.update(values)
-            logger.get_current().name2cnt.update(counts)
-
-    def _state(self):
-        """Return the content of stateN.pt. Every rank must call it."""
-        current = logger.get_current()
-        values = {k: float(v) for k, v in current.name2val.items() if hasattr(v, "__float__")}
-        return {
-            "lg_loss_scale": self.trainer.lg_loss_scale,
-            **{name: value.state_dict() for name, value in self.stateful.items()},
-            "generators": dist_util.gather_objects(generator_states()),
-            "metrics": [values, {k: n for k, n in current.name2cnt.items() if k in values}],
-        }
-
-    def save(self, step, is_good=True):
-        """Write the checkpoint of `step`. Every rank must call it.
-
-        :param is_good: False if the last step was skipped. Older checkpoints are then kept, in case training diverges.
-        :raises InputError: on every rank, if weights are not finite or the disk is full. Then no file is left behind.
+        :raises InputError: on every rank, if weights are not finite or the disk is full.
         """
-        start, state = time.time(), self._state()
-        path = dist_util.from_rank_0(lambda: self._write(step, state))
-        if is_good:
-            self.last_good = path
-            dist_util.from_rank_0(lambda: prune(step, self.keep))
+        start = time.time()
+        self.last_good = dist_util.from_rank_0(lambda: self._write(step))
         logger.log(f"saved step {step} to {get_blob_logdir()} in {time.time() - start:.1f} s")
 
-    def _write(self, step, state):
+    def _write(self, step):
         to_weights = self.trainer.master_params_to_state_dict
-        averages = {ema_name(rate, step): to_weights(params) for rate, params in self.averages}
-        model = {model_name(step): to_weights(self.trainer.master_params)}
-        for name, weights in {**model, **averages}.items():
-            if bad := not_finite(weights):
-                raise self.diverged(
-                    step,
-                    f"weights are not finite, and {name} is not written: {len(bad)} of {len(weights)} tensors, the "
-                    f"first {bad[0]}",
-                )
-        folder, written = get_blob_logdir(), []
-        contents = {opt_name(step): self.opt.state_dict(), **averages, state_name(step): state, **model}
-        try:
-            for name, content in contents.items():
-                written.append(files.join(folder, name))
-                with (
-                    files.disk_errors(written[-1], f"the last good checkpoint is {self.last_good or 'none yet'}"),
-                    files.write_atomically(written[-1]) as f,
-                ):
-                    th.save(content, f)
-        except RunStopped:
-            for path in written:
-                with suppress(OSError):
-                    files.remove(path)
-            raise
-        return written[-1]
+        weights = {ema_name(rate, step): to_weights(params) for rate, params in self.averages}
+        weights[model_name(step)] = to_weights(self.trainer.master_params)
+        for name, state_dict in weights.items():
+            if bad := not_finite(state_dict):
+                trouble = f"weights are not finite: {len(bad)} of {len(state_dict)} tensors, the first {bad[0]}"
+                raise self.diverged(step, f"{trouble}; {name} is not written")
+        state = {name: value.state_dict() for name, value in self.stateful.items()}
+        state["lg_loss_scale"] = self.trainer.lg_loss_scale
+        for name, content in {opt_name(step): self.opt.state_dict(), state_name(step): state, **weights}.items():
+            path = files.join(get_blob_logdir(), name)
+            kept = f"the last good checkpoint is {self.last_good or 'none yet'}"
+            with files.disk_errors(path, kept), files.write_atomically(path) as f:
+                th.save(content, f)
+        prune(step, self.keep)
+        return path
 
     def diverged(self, step, trouble):
         """Return the error for a run that diverged: what happened, where it can go back to, and what may help."""
@@ -194,7 +138,7 @@ def find_model_to_resume(value):
     :raises InputError: for another file of a checkpoint, such as a moving average.
     """
     if value == "auto":
-        return dist_util.from_rank_0(_newest_complete)
+        return dist_util.from_rank_0(_newest)
     if match := re.search(r"(?:^|[/\\])(?:ema_[^/\\]*_|opt|state)(\d+)\.pt$", value):
         model = files.join(files.dirname(value), model_name(int(match.group(1))))
         raise InputError(
@@ -203,19 +147,19 @@ def find_model_to_resume(value):
     return value
 
 
-def _newest_complete():
+def _newest():
     folder = get_blob_logdir()
-    names = set(files.list_dir(folder))
-    for name in names:
+    for name in files.list_dir(folder):
         if re.fullmatch(r"(model|opt|state|ema_|config|progress).*\.\d+\.tmp", name):  # a write that was killed
             files.remove(files.join(folder, name))
-    steps = {int(m.group(1)) for name in names if (m := re.fullmatch(r"(?:model|opt|state)(\d+)\.pt", name))}
-    for step in sorted(steps, reverse=True):
-        missing = [name for name in (model_name(step), opt_name(step), state_name(step)) if name not in names]
-        if not missing:
-            return files.join(folder, model_name(step))
-        logger.warn(f"ignoring the half-written checkpoint of step {step}: there is no {missing[0]}")
-    return ""
+    steps = _saved_steps()
+    return files.join(folder, model_name(steps[-1])) if steps else ""
+
+
+def _saved_steps():
+    """Return the steps of the complete checkpoints in the run's folder, in ascending order."""
+    names = files.list_dir(get_blob_logdir())
+    return sorted(int(m.group(1)) for name in names if (m := re.fullmatch(r"model(\d+)\.pt", name)))
 
 
 def continues_records(resume_checkpoint):
@@ -229,11 +173,10 @@ def refuse_later_checkpoints(step):
 
     They belong to another run, and a later --resume_checkpoint auto would mix the two.
     """
-    folder = get_blob_logdir()
-    found = [int(m.group(1)) for name in files.list_dir(folder) if (m := re.fullmatch(r"model(\d+)\.pt", name))]
-    if max(found, default=0) > step:
+    newest = max(_saved_steps(), default=0)
+    if newest > step:
         raise InputError(
-            f"--log_dir {folder} holds {model_name(max(found))}, of a later step than this run starts from: use "
+            f"--log_dir {get_blob_logdir()} holds {model_name(newest)}, of a later step than this run starts from: use "
             f"--resume_checkpoint auto, or give another --log_dir, or move the later checkpoints away"
         )
 
@@ -245,14 +188,9 @@ def prune(newest, keep):
     """
     if keep < 1:
         return
-    folder = get_blob_logdir()
-    by_step = {}
-    for name in files.list_dir(folder):
-        if match := re.fullmatch(r"(?:model|opt|state|ema_[^_]+_)(\d+)\.pt", name):
-            by_step.setdefault(int(match.group(1)), []).append(name)
-    steps = sorted(step for step in by_step if step <= newest and model_name(step) in by_step[step])
-    for step in by_step:
-        if step < min(steps[-keep:], default=0):
-            # The model file first: a set without it counts as incomplete.
-            for name in sorted(by_step[step], key=lambda name: not name.startswith("model")):
-                files.remove(files.join(folder, name))
+    folder, kept = get_blob_logdir(), [step for step in _saved_steps() if step <= newest][-keep:]
+    # The model files first: a set without one is incomplete.
+    for name in sorted(files.list_dir(folder), key=lambda name: not name.startswith("model")):
+        match = re.fullmatch(r"(?:model|opt|state|ema_[^_]+_)(\d+)\.pt", name)
+        if match and int(match.group(1)) < kept[0]:
+            files.remove(files.join(folder, name))

@@ -121,7 +121,7 @@ def test_more_classes_than_the_data_have_give_a_warning(num_classes, warned, tmp
     logger.configure(str(tmp_path), format_strs=["log"])
     record_run({"flags": {"num_classes": num_classes}}, "diffusion", ["cat", "dog"])
     logger.reset()
-    assert ("2 classes, fewer than --num_classes" in (tmp_path / "log.txt").read_text()) == warned
+    assert ("the data have only 2 classes" in (tmp_path / "log.txt").read_text()) == warned
 
 
 @pytest.mark.parametrize("size", [16, 32])

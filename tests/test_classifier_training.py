@@ -51,6 +51,7 @@ def test_learning_rate_falls_over_the_iterations():
 def test_the_loss_is_the_cross_entropy_of_noised_images(noised):
     loop = new_classifier_loop(noised=noised, microbatch=3)
     x, y = batch_of(6), th.tensor([0, 1, 2, 0, 1, 2])
+    loop.randomness.start_step(0, 6, loop.schedule_sampler)
     batch, cond = loop.prepare(x, {"y": y})
     assert (cond["t"] == 0).all() != noised
     assert (batch == x).all() != noised
@@ -66,16 +67,13 @@ def test_the_loss_is_the_cross_entropy_of_noised_images(noised):
 # Validation
 
 
-@pytest.mark.parametrize("seed", [-1, 4])
-def test_validation_does_not_touch_training(seed):
+def test_validation_does_not_touch_training():
     ends = []
     for val_data in (None, labelled(100)):
-        th.manual_seed(0)
-        np.random.seed(0)
-        loop = new_classifier_loop(data=labelled(), val_data=val_data, eval_interval=1, seed=seed)
+        loop = new_classifier_loop(data=labelled(), val_data=val_data, eval_interval=1, seed=4)
         loop.run_loop()
         assert loop.model.training and all(p.grad is not None for p in loop.model.parameters())
-        ends.append(copies(loop.model.parameters()) + [th.rand(3)])
+        ends.append(copies(loop.model.parameters()))
     assert all(th.equal(a, b) for a, b in zip(*ends))
 
 

@@ -260,7 +260,7 @@ def test_an_optimizer_of_another_network_is_refused(tmp_path):
     del state["state"][0]
     state["state"] = {i - 1: s for i, s in state["state"].items()}
     th.save(state, tmp_path / "opt000003.pt")
-    with pytest.raises(InputError, match="opt000003.pt: the optimiser's state of another run"):
+    with pytest.raises(InputError, match="opt000003.pt: the optimiser's state of another network"):
         new_loop(*new_model(), resume_checkpoint=str(tmp_path / "model000003.pt"))
     with pytest.raises(InputError, match="opt000003.pt"):
         new_loop(*new_model(), use_bf16=True, resume_checkpoint=str(tmp_path / "model000003.pt"))

@@ -68,7 +68,8 @@ def test_loss_aware_sampling_is_unbiased(eight_steps):
     sampler = warmed_up(eight_steps, losses)
     p = sampler.weights() / sampler.weights().sum()
     n = 20_000
-    t, factors = sampler.sample(n, "cpu", rng=np.random.default_rng(1))
+    np.random.seed(1)
+    t, factors = sampler.sample(n, "cpu")
     counts = th.bincount(t, minlength=8).double().numpy()
     assert (np.abs(counts - n * p) < SIGMAS * np.sqrt(n * p * (1 - p))).all()
     # p * factor is the uniform distribution, so that a weighted mean has the uniform mean for its expectation ...
@@ -78,14 +79,6 @@ def test_loss_aware_sampling_is_unbiased(eight_steps):
     # ... and for the losses it was made for, less variance: that is what it is for.
     typical = th.tensor(np.sqrt((losses**2).mean(1)))
     assert (factors * typical[t]).var() < 0.05 * typical.var()
-
-
-def test_samplers_take_their_randomness_from_where_they_are_told(eight_steps):
-    sampler = create_named_schedule_sampler("uniform", eight_steps)
-    draws = [sampler.sample(32, "cpu", rng=np.random.RandomState(5))[0] for _ in "ab"]
-    assert th.equal(*draws)
-    np.random.seed(5)
-    assert th.equal(sampler.sample(32, "cpu")[0], draws[0])
 
 
 def test_local_losses_are_all_losses_on_one_rank(eight_steps):
@@ -99,11 +92,11 @@ def test_local_losses_are_all_losses_on_one_rank(eight_steps):
     np.testing.assert_array_equal(local.weights(), told.weights())
 
 
-def test_losses_of_another_process_are_refused(eight_steps):
+def test_losses_of_another_process_are_ignored(eight_steps):
     state = LossSecondMomentResampler(eight_steps).state_dict()
     other = LossSecondMomentResampler(SimpleNamespace(num_timesteps=4))
-    with pytest.raises(InputError, match="--timestep_respacing: .* 8 timesteps, and this process has 4"):
-        other.load_state_dict(state)
+    other.load_state_dict(state)
+    assert other.weights().shape == (4,)
 
 
 def test_unknown_samplers_are_refused(eight_steps):

@@ -240,11 +240,11 @@ def four_steps(digits, tmp_path_factory):
 
 def test_a_resumed_run_passes_over_incomplete_checkpoints_and_keeps_its_flags(digits, four_steps, tmp_path):
     folder = shutil.copytree(four_steps, tmp_path / "run")
-    (folder / "opt000008.pt").write_bytes(b"")
+    (folder / "opt000008.pt").write_bytes(b"")  # the model file comes last
     (folder / "model000009.pt.123.tmp").write_bytes(b"")
     (folder / "notes.tmp").write_text("a user's own")
     done = train(digits, folder, total_steps=5, batch_size=4, use_bf16=False, resume_checkpoint="auto").check()
-    assert "ignoring the half-written checkpoint of step 8" in done.output
+    assert "after step 4" in done.output
     assert names(folder) == ["model000002.pt", "model000004.pt", "model000005.pt"]
     assert not (folder / "model000009.pt.123.tmp").exists() and (folder / "notes.tmp").exists()
     recorded = json.loads((folder / "config.json").read_text())["flags"]

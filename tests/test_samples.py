@@ -47,11 +47,6 @@ def test_seeding_differs_between_ranks_and_repeats(monkeypatch):
     assert draw(1, 0) == draw(1, 0)
     values = [draw(1, 0), draw(1, 1), draw(2, 0)]
     assert len({v[0] for v in values}) == len({v[1] for v in values}) == 3
-    th.manual_seed(0)
-    expected = th.rand(1).item()
-    th.manual_seed(0)
-    seed_everything(-1)  # a negative seed leaves the generators alone
-    assert th.rand(1).item() == expected
 
 
 # Labels

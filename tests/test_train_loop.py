@@ -21,7 +21,7 @@ class FixedLoop(TrainLoop):
 
     def compute_loss(self, micro, cond):
         losses = self.diffusion.training_losses(self.model, micro, cond["t"], noise=cond["noise"])
-        self.log_losses(cond["t"], losses)
+        log_loss_dict(self.diffusion, cond["t"], losses)
         return losses["loss"].mean()
 
 

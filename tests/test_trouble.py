@@ -67,13 +67,11 @@ def test_a_run_whose_steps_stay_bad_stops_with_the_reason(precision, quiet, monk
     message = str(caught.value)
     assert "\n" not in message
     # Steps 2 to 6 were bad, counted from 0.
-    for words in ("step 6:", "5 consecutive steps", "--max_bad_steps", "loss nan", "mse nan"):
+    for words in ("step 6:", "5 consecutive steps", "--max_bad_steps"):
         assert words in message, message
     # After skipped steps nothing is saved.
     assert os.path.join(quiet, "model000002.pt") in message
     assert [name for name in os.listdir(quiet) if name.startswith("model")] == ["model000002.pt"]
-    names = [name for name, _ in loop.model.named_parameters()]
-    assert f"{len(names)} of {len(names)}, the first {names[0]}" in message
 
 
 @pytest.mark.parametrize("batches, max_bad_steps", [("bbg", 3), ("b", 0)])
@@ -84,14 +82,11 @@ def test_fewer_bad_steps_than_the_limit_keep_a_run_going(batches, max_bad_steps)
     assert loop.steps_done == 24
 
 
-def test_a_checkpoint_after_skipped_steps_does_not_replace_a_good_one(quiet):
-    """A run that ends after skipped steps saves once more."""
-    batches = [batch_of(6)] * 4 + [bad_batch()] * 6
-    loop = new_loop(*new_model(), data=endless(*batches), save_interval=2, total_steps=9, keep_checkpoints=1)
-    loop.run_loop()
+def test_a_checkpoint_waits_until_a_step_is_not_skipped(quiet):
+    batches = [batch_of(6)] * 3 + [bad_batch()] * 2 + [batch_of(6)]
+    new_loop(*new_model(), data=endless(*batches), save_interval=2, total_steps=7).run_loop()
     saved = sorted(name for name in os.listdir(quiet) if name.startswith("model"))
-    assert saved == ["model000004.pt", "model000009.pt"]
-    assert loop.checkpoints.last_good.endswith("model000004.pt")
+    assert saved == ["model000002.pt", "model000006.pt", "model000007.pt"]
 
 
 ENDS = {"total_steps": (4, dict(total_steps=4)), "a signal": (4, {}), "save_interval": (3, dict(save_interval=3))}
@@ -131,17 +126,12 @@ def test_weights_that_are_not_finite_are_not_resumed_from(name, quiet):
 
 
 def test_importance_sampling_learns_nothing_from_a_bad_loss():
-    """Also not from a history that was saved before losses were looked at."""
     model, diffusion = new_model(diffusion_steps=4, noise_schedule="cosine")
     sampler = LossSecondMomentResampler(diffusion, history_per_term=2)
     batches = [batch_of(6)] * 6 + [bad_batch()] + [batch_of(6)] * 3
     loop = new_loop(model, diffusion, data=endless(*batches), schedule_sampler=sampler, total_steps=10)
     loop.run_loop()
     assert sampler._loss_counts.min() == 2 and np.isfinite(sampler.weights()).all()
-    spoilt = sampler.state_dict()
-    spoilt["history"][1, 0] = math.nan
-    sampler.load_state_dict(spoilt)
-    assert sampler._loss_counts.tolist() == [2, 0, 2, 2] and np.isfinite(sampler.weights()).all()
 
 
 # Long gradients
@@ -202,7 +192,7 @@ def test_a_bad_batch_on_one_rank_skips_the_step_on_all(precision, tmp_path):
 
 
 @pytest.mark.parametrize("planted, options, words", [
-    ([4, 5, 6], dict(max_bad_steps=3), ["step 6:", "loss nan on rank 1"]),
+    ([4, 5, 6], dict(max_bad_steps=3), ["step 6:", "3 consecutive steps"]),
     ([], dict(lr=1e38, weight_decay=10.0, max_bad_steps=0), ["step 10: weights are not finite"]),
 ])  # fmt: skip
 def test_divergence_ends_all_ranks_with_one_message(planted, options, words, tmp_path):
