@@ -1,5 +1,6 @@
-"""Shared by the scripts of this folder: errors, complete files, and tar archives."""
+"""Shared by the scripts of this folder: errors, complete files, held-out images, and tar archives."""
 
+import argparse
 import gzip
 import io
 import lzma
@@ -72,9 +73,43 @@ def check_count(folder, pattern, expected, source):
     count = count_files(folder, pattern)
     if count != expected:
         raise InputError(
-            f"{folder}: holds {count:,} images, but {source} {expected:,}: give an empty folder, or remove the files "
-            f"that are not from {source} and run this again"
+            f"{folder}: holds {count:,} images, but {source} {expected:,}: give an empty folder, or remove the "
+            f"other files and run this again"
         )
+
+
+def split_parser(description, size):
+    """Return a parser with the flags that write_split reads.
+
+    :param size: the default of --size.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out_dir", help="the folder to write to")
+    parser.add_argument("--held_out_dir", default="", help="another folder for a fifth of the images, to validate on")
+    parser.add_argument("--size", type=int, default=size, help=f"the images' side in pixels (default: {size})")
+    return parser
+
+
+def write_split(args, images, pattern):
+    """Write images to --out_dir. With --held_out_dir, every fifth group goes there instead.
+
+    :param images: yields (file name, number of the group, PIL image).
+    :param pattern: a regular expression that all these file names match.
+    """
+    out_dir, held_out_dir = (os.path.join(os.path.realpath(d), "") for d in (args.out_dir, args.held_out_dir))
+    if args.held_out_dir and held_out_dir.startswith(out_dir):  # training also searches subfolders
+        raise InputError(f"--held_out_dir {args.held_out_dir}: is {args.out_dir}, or inside it: give another folder")
+    counts = {folder: 0 for folder in (args.out_dir, args.held_out_dir) if folder}
+    for folder in counts:
+        os.makedirs(folder, exist_ok=True)
+    for name, group, image in images:
+        folder = args.held_out_dir if args.held_out_dir and group % 5 == 0 else args.out_dir
+        write_png(os.path.join(folder, name), image)
+        counts[folder] += 1
+    for folder, count in counts.items():
+        # Images of an earlier run with another --held_out_dir would be both trained on and validated on.
+        check_count(folder, pattern, count, "this data set's part for it")
+        print(f"{folder}: {count:,} images of {args.size}x{args.size} pixels")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from archives import (
     cifar10,
     cifar_pixels,
     command,
+    emoji,
     encode,
     imagenet,
     lossless,
@@ -35,7 +36,7 @@ from archives import (
     write_lmdb,
 )
 from launch import ROOT, run
-from PIL import Image
+from PIL import Image, ImageFont, ImageOps
 
 from guided_diffusion.image_listing import image_classes, list_images, number_classes
 from guided_diffusion.presets import get_preset
@@ -203,6 +204,85 @@ def test_cifar10_from_the_unpacked_folder(archives, tmp_path, given):
     check_cifar(tmp_path / "out")
 
 
+# Emoji
+
+EMOJI_TABLE = """
+# group: People & Body
+1F44B                   ; fully-qualified # waving hand
+1F44B 1F3FB             ; fully-qualified # waving hand: light skin tone
+1F44B 1F3FF             ; fully-qualified # waving hand: dark skin tone
+1F937 200D 2640 FE0F    ; fully-qualified # woman shrugging
+1F937 200D 2640         ; minimally-qualified # woman shrugging
+# group: Smileys & Emotion
+263A FE0F               ; fully-qualified # smiling face
+# group: Flags
+1F1E7 1F1FB             ; fully-qualified # flag: Bouvet Island
+1F1F3 1F1F4             ; fully-qualified # flag: Norway, the same picture as Bouvet Island's
+# group: Food & Drink
+1F34E                   ; fully-qualified # red apple
+E000                    ; fully-qualified # no glyph
+1F34E 200D 1F34E        ; fully-qualified # two glyphs
+"""
+
+
+@pytest.fixture
+def emoji_table(tmp_path):
+    try:
+        ImageFont.truetype(emoji.FONT, emoji.FONT_SIZE)
+    except OSError:
+        pytest.skip("needs the Debian package fonts-noto-color-emoji")
+    (tmp_path / "table.txt").write_text(EMOJI_TABLE)
+    return tmp_path / "table.txt"
+
+
+def test_emoji_are_whole_centred_and_apart_from_those_held_out(emoji_table, tmp_path):
+    flags = ["--table", emoji_table, "--size", 40, "--held_out_dir", tmp_path / "held_out"]
+    call(emoji, tmp_path / "out", *flags).check()
+    assert sorted(tree(tmp_path / "held_out")) == [  # a fifth, with all skin tones
+        "food_1f34e.png", "people_1f44b-1f3fb.png", "people_1f44b-1f3ff.png", "people_1f44b.png",
+    ]  # fmt: skip
+    assert sorted(tree(tmp_path / "out")) == [
+        "flags_1f1e7-1f1fb.png", "people_1f937-200d-2640.png", "smileys_263a.png",
+    ]  # fmt: skip
+    for path in [*(tmp_path / "out").iterdir(), *(tmp_path / "held_out").iterdir()]:
+        image = Image.open(path)
+        assert image.mode == "RGB" and image.size == (40, 40)
+        left, top, right, bottom = ImageOps.invert(image).point(lambda value: value > 20 and 255).getbbox()
+        assert abs(left + right - 40) <= 2 and abs(top + bottom - 40) <= 2
+        assert max(right - left, bottom - top) >= 30 and min(left, top) >= 0
+    red, green, blue = np.asarray(Image.open(tmp_path / "held_out" / "food_1f34e.png"))[10:30, 10:30].mean(axis=(0, 1))
+    assert red > 180 and green < 80 and blue < 80
+    before = tree(tmp_path)
+    call(emoji, tmp_path / "out", *flags).check()
+    assert tree(tmp_path) == before
+
+
+def test_emoji_without_raqm_are_those_of_one_character(emoji_table, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFont.core, "HAVE_RAQM", False)
+    done = call(emoji, tmp_path / "out", "--table", emoji_table).check()
+    assert "raqm" in done.output
+    assert sorted(tree(tmp_path / "out")) == ["food_1f34e.png", "people_1f44b.png", "smileys_263a.png"]
+
+
+@pytest.mark.skipif(not os.path.exists(emoji.TABLE), reason="needs the Debian package unicode-data")
+def test_unicodes_table_has_nine_classes():
+    found = emoji.read_table(emoji.TABLE)
+    assert len(found) > 3600
+    classes = "activities animals flags food objects people smileys symbols travel".split()
+    assert sorted({class_name for class_name, _, _ in found}) == classes
+
+
+def test_a_missing_font_or_table_names_the_package_to_install(emoji_table, tmp_path):
+    gone = tmp_path / "gone"
+    check_refused(
+        call(emoji, tmp_path, "--table", emoji_table, "--font", gone), [f"--font {gone}", "fonts-noto-color-emoji"]
+    )
+    check_refused(call(emoji, tmp_path, "--table", gone), [f"--table {gone}", "No such file", "unicode-data"])
+    gone.write_text("not Unicode's table")
+    check_refused(call(emoji, tmp_path, "--table", gone), [f"--table {gone}", "no emoji"])
+    check_refused(call(emoji, tmp_path, "--size", 0), ["--size 0"])
+
+
 # Commands
 
 
@@ -239,7 +319,7 @@ def test_readme_commands_are_those_of_the_scripts_and_of_the_released_models():
         parser = runpy.run_path(os.path.join(ROOT, script), run_name="readme")["create_argparser"]()
         parsed[script] = [(ranks, parser.parse_args(args)) for ranks, args in commands]
     assert {os.path.basename(script): len(commands) for script, commands in parsed.items()} == {
-        "imagenet.py": 2, "lsun_bedroom.py": 1, "cifar10.py": 1, "digits.py": 1, "image_train.py": 3,
+        "imagenet.py": 2, "lsun_bedroom.py": 1, "cifar10.py": 1, "digits.py": 1, "emoji.py": 1, "image_train.py": 4,
         "classifier_train.py": 1,
     }  # fmt: skip
     models, classifiers = parsed["scripts/image_train.py"], parsed["scripts/classifier_train.py"]
