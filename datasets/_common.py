@@ -1,9 +1,7 @@
 """Shared by the scripts of this folder: errors, complete files, held-out images, and tar archives."""
 
 import argparse
-import gzip
 import io
-import lzma
 import os
 import re
 import sys
@@ -14,7 +12,7 @@ from contextlib import contextmanager
 from guided_diffusion.errors import InputError, describe_failure
 from guided_diffusion.files import disk_errors, write_atomically
 
-DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+DAMAGE = (tarfile.TarError, EOFError, zlib.error)
 
 
 def run(main):
@@ -52,25 +50,17 @@ def size_of(path):
         return 0
 
 
-def count_files(folder, pattern):
-    """Count the non-empty files whose names match a regular expression.
+def check_count(folder, pattern, expected, source):
+    """Refuse a folder that holds more or fewer images than `source`. Removes the temporary files of killed runs.
 
-    Removes the temporary files of killed runs.
+    :param pattern: a regular expression that the images' names match.
     """
     count = 0
-    leftover = re.compile(rf"(?:{pattern})\.\d+\.tmp")
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if re.fullmatch(pattern, entry.name):
-                count += entry.stat().st_size > 0
-            elif leftover.fullmatch(entry.name):
-                os.remove(entry.path)
-    return count
-
-
-def check_count(folder, pattern, expected, source):
-    """Refuse a folder that holds more or fewer images than `source`."""
-    count = count_files(folder, pattern)
+    for entry in os.scandir(folder):
+        if re.fullmatch(pattern, entry.name):
+            count += entry.stat().st_size > 0
+        elif re.fullmatch(rf"(?:{pattern})\.\d+\.tmp", entry.name):
+            os.remove(entry.path)
     if count != expected:
         raise InputError(
             f"{folder}: holds {count:,} images, but {source} {expected:,}: give an empty folder, or remove the "
@@ -118,17 +108,13 @@ def open_tar(path, expected):
 
     :param expected: the name of the archive that the script needs.
     """
-    tar = None
     try:
         with tarfile.open(path) as tar:
             yield tar
     except (*DAMAGE, OSError) as e:
-        if tar is None:
-            what = reason(e) if isinstance(e, OSError) else "not a tar archive, or damaged"
-            raise InputError(f"{path}: cannot be opened ({what}): give {expected}") from None
-        if getattr(e, "filename", None) is not None:  # the error of another file
+        if getattr(e, "filename", None) not in (None, path):  # the error of another file
             raise
-        raise InputError(f"{path}: truncated or damaged ({reason(e)}): get it again, and run this again") from None
+        raise InputError(f"{path}: not a tar archive, or truncated ({reason(e)}): give {expected}, complete") from None
 
 
 def reason(error):
