@@ -1,8 +1,7 @@
-"""Shared by the scripts of this folder: errors, complete files, and tar archives."""
+"""Shared by the scripts of this folder: errors, complete files, held-out images, and tar archives."""
 
-import gzip
+import argparse
 import io
-import lzma
 import os
 import re
 import sys
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from guided_diffusion.errors import InputError, describe_failure
 from guided_diffusion.files import disk_errors, write_atomically
 
-DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+DAMAGE = (tarfile.TarError, EOFError, zlib.error)
 
 
 def run(main):
@@ -51,30 +50,56 @@ def size_of(path):
         return 0
 
 
-def count_files(folder, pattern):
-    """Count the non-empty files whose names match a regular expression.
+def check_count(folder, pattern, expected, source):
+    """Refuse a folder that holds more or fewer images than `source`. Removes the temporary files of killed runs.
 
-    Removes the temporary files of killed runs.
+    :param pattern: a regular expression that the images' names match.
     """
     count = 0
-    leftover = re.compile(rf"(?:{pattern})\.\d+\.tmp")
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if re.fullmatch(pattern, entry.name):
-                count += entry.stat().st_size > 0
-            elif leftover.fullmatch(entry.name):
-                os.remove(entry.path)
-    return count
-
-
-def check_count(folder, pattern, expected, source):
-    """Refuse a folder that holds more or fewer images than `source`."""
-    count = count_files(folder, pattern)
+    for entry in os.scandir(folder):
+        if re.fullmatch(pattern, entry.name):
+            count += entry.stat().st_size > 0
+        elif re.fullmatch(rf"(?:{pattern})\.\d+\.tmp", entry.name):
+            os.remove(entry.path)
     if count != expected:
         raise InputError(
-            f"{folder}: holds {count:,} images, but {source} {expected:,}: give an empty folder, or remove the files "
-            f"that are not from {source} and run this again"
+            f"{folder}: holds {count:,} images, but {source} {expected:,}: give an empty folder, or remove the "
+            f"other files and run this again"
         )
+
+
+def split_parser(description, size):
+    """Return a parser with the flags that write_split reads.
+
+    :param size: the default of --size.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out_dir", help="the folder to write to")
+    parser.add_argument("--held_out_dir", default="", help="another folder for a fifth of the images, to validate on")
+    parser.add_argument("--size", type=int, default=size, help=f"the images' side in pixels (default: {size})")
+    return parser
+
+
+def write_split(args, images, pattern):
+    """Write images to --out_dir. With --held_out_dir, every fifth group goes there instead.
+
+    :param images: yields (file name, number of the group, PIL image).
+    :param pattern: a regular expression that all these file names match.
+    """
+    out_dir, held_out_dir = (os.path.join(os.path.realpath(d), "") for d in (args.out_dir, args.held_out_dir))
+    if args.held_out_dir and held_out_dir.startswith(out_dir):  # training also searches subfolders
+        raise InputError(f"--held_out_dir {args.held_out_dir}: is {args.out_dir}, or inside it: give another folder")
+    counts = {folder: 0 for folder in (args.out_dir, args.held_out_dir) if folder}
+    for folder in counts:
+        os.makedirs(folder, exist_ok=True)
+    for name, group, image in images:
+        folder = args.held_out_dir if args.held_out_dir and group % 5 == 0 else args.out_dir
+        write_png(os.path.join(folder, name), image)
+        counts[folder] += 1
+    for folder, count in counts.items():
+        # Images of an earlier run with another --held_out_dir would be both trained on and validated on.
+        check_count(folder, pattern, count, "this data set's part for it")
+        print(f"{folder}: {count:,} images of {args.size}x{args.size} pixels")
 
 
 @contextmanager
@@ -83,17 +108,13 @@ def open_tar(path, expected):
 
     :param expected: the name of the archive that the script needs.
     """
-    tar = None
     try:
         with tarfile.open(path) as tar:
             yield tar
     except (*DAMAGE, OSError) as e:
-        if tar is None:
-            what = reason(e) if isinstance(e, OSError) else "not a tar archive, or damaged"
-            raise InputError(f"{path}: cannot be opened ({what}): give {expected}") from None
-        if getattr(e, "filename", None) is not None:  # the error of another file
+        if getattr(e, "filename", None) not in (None, path):  # the error of another file
             raise
-        raise InputError(f"{path}: truncated or damaged ({reason(e)}): get it again, and run this again") from None
+        raise InputError(f"{path}: not a tar archive, or truncated ({reason(e)}): give {expected}, complete") from None
 
 
 def reason(error):

@@ -1,6 +1,6 @@
 """The Inception network of 2015 that defines FID, in PyTorch, with the weights of the frozen TensorFlow graph.
 
-The tensorboard package provides the definitions of the graph's file format, so TensorFlow itself is not needed.
+The tensorboard package can read the graph's file format, so TensorFlow itself is not needed.
 """
 
 import http.client
@@ -12,9 +12,8 @@ import torch as th
 import torch.nn.functional as F
 
 from guided_diffusion.errors import InputError
-from guided_diffusion.logger import progress_bar
 
-from .output import write_output
+from .output import say, write_output
 
 FILE_NAME = "classify_image_graph_def.pb"
 ADDRESS = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{FILE_NAME}"
@@ -224,50 +223,38 @@ def read_graph(path):
 
     :raises InputError: if the file is not the Inception graph. The message names the first missing node.
     """
-    graph = _graph_format()()  # before protobuf, which comes with tensorboard
-    from google.protobuf.message import DecodeError
-
     try:
         with open(path, "rb") as f:
-            graph.ParseFromString(f.read())
-    except DecodeError:
-        raise InputError(f"{path}: not a TensorFlow graph, or truncated: replace it by {FILE_NAME}") from None
+            return parse_graph(f.read(), path)
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    nodes, constants = {node.name: node for node in graph.node}, {}
-    for name, shape in expected_shapes().items():
-        if name not in nodes:
-            raise InputError(f"{path}: not the Inception graph of 2015 ({FILE_NAME}): it has no node {name}")
-        constants[name] = _tensor(nodes[name].attr["value"].tensor)
-        if constants[name] is None or constants[name].shape != shape:
-            found = "no array of float32" if constants[name] is None else constants[name].shape
-            raise InputError(f"{path}: not the Inception graph of 2015: {name} is {found}, not {shape}")
-    return constants
 
 
-def _graph_format():
-    """Return the protobuf class of TensorFlow graphs."""
+def parse_graph(data, source):
+    """Do what read_graph does with a file's bytes.
+
+    :param source: the start of error messages.
+    """
     try:
         from tensorboard.compat.proto.graph_pb2 import GraphDef
+        from tensorboard.util.tensor_util import make_ndarray
     except ImportError:
         raise InputError("reading the Inception graph needs a package: pip install tensorboard") from None
-    return GraphDef
+    from google.protobuf.message import DecodeError  # protobuf comes with tensorboard
 
-
-def _tensor(proto):
-    """Decode a float32 constant: raw content, a list of values, or one value that repeats. Returns None otherwise."""
-    shape = [d.size for d in proto.tensor_shape.dim]
     try:
-        if proto.tensor_content:
-            return np.frombuffer(proto.tensor_content, dtype="<f4").reshape(shape)
-        values = np.array(proto.float_val, dtype=np.float32)
-        return np.full(shape, values[0], np.float32) if values.size == 1 else values.reshape(shape)
-    except ValueError:
-        return None
-
-
-def cache_folder():
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "guided_diffusion")
+        nodes = {node.name: node for node in GraphDef.FromString(data).node}
+    except DecodeError:
+        raise InputError(f"{source}: not a TensorFlow graph, or truncated: replace it by {FILE_NAME}") from None
+    constants = {}
+    for name, shape in expected_shapes().items():
+        if name not in nodes:
+            raise InputError(f"{source}: not the Inception graph of 2015 ({FILE_NAME}): it has no node {name}")
+        try:
+            constants[name] = make_ndarray(nodes[name].attr["value"].tensor).astype(np.float32).reshape(shape)
+        except (TypeError, ValueError):
+            raise InputError(f"{source}: not the Inception graph of 2015: {name} is not an array {shape}") from None
+    return constants
 
 
 def find_graph(path=""):
@@ -276,41 +263,24 @@ def find_graph(path=""):
         if not os.path.exists(path):
             raise InputError(f"--inception_path {path}: no such file: it is {FILE_NAME}, from {ADDRESS}")
         return path
-    places = [FILE_NAME, os.path.join(os.path.dirname(os.path.abspath(__file__)), FILE_NAME)]
-    places.append(os.path.join(cache_folder(), FILE_NAME))
+    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "guided_diffusion")
+    places = [os.path.join(folder, FILE_NAME) for folder in ("", os.path.dirname(os.path.abspath(__file__)), cache)]
     found = next((place for place in places if os.path.exists(place)), None)
     return found or download(ADDRESS, places[-1])
 
 
 def download(address, path):
-    """Download the graph to `path`, which appears once the file is complete."""
-    _graph_format()
-    remedy = f"get it from {ADDRESS} and put it at {path}, or give its path with --inception_path"
-    with write_output(path) as f:
-        for block in _fetch(address, remedy):
-            f.write(block)
-        f.flush()
-        try:
-            read_graph(f.name)
-        except InputError:
-            raise InputError(
-                f"{address} did not return {FILE_NAME}, or only a part of it: try again, or {remedy}"
-            ) from None
-    return path
-
-
-def _fetch(address, remedy):
-    """Download from an address in blocks."""
+    """Download the graph to `path`, if it is complete. It has 96 MB, so it is kept in memory until then."""
+    say(f"downloading {FILE_NAME}, 96 MB, from {address}")
     try:
         with urllib.request.urlopen(address, timeout=30) as response:
-            total, received = response.length, 0  # total is None if the server does not send it
-            with progress_bar(total=total, desc=f"downloading {FILE_NAME}", unit="B", unit_scale=True) as bar:
-                while block := response.read(2**18):
-                    received += len(block)
-                    bar.update(len(block))
-                    yield block
-            if total is not None and received < total:
-                raise EOFError(f"it ended after {received} of {total} bytes")
-    except (OSError, EOFError, http.client.HTTPException) as e:
-        reason = " ".join(str(getattr(e, "reason", "") or e or type(e).__name__).split())
-        raise InputError(f"{FILE_NAME} is neither here nor can it be downloaded ({reason}): {remedy}") from None
+            data = response.read()
+        parse_graph(data, address)
+    except (OSError, http.client.HTTPException, InputError) as e:
+        raise InputError(
+            f"{FILE_NAME} is neither here nor can it be downloaded ({' '.join(str(e).split())}): get it from {ADDRESS} "
+            f"and put it at {path}, or give its path with --inception_path"
+        ) from None
+    with write_output(path) as f:
+        f.write(data)
+    return path

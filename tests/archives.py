@@ -22,6 +22,7 @@ sys.path.append(DATASETS)
 import _common  # noqa: E402
 import cifar10  # noqa: E402
 import digits  # noqa: E402, F401
+import emoji  # noqa: E402, F401
 import imagenet  # noqa: E402
 import judge_digits  # noqa: E402, F401
 import lsun_bedroom  # noqa: E402

@@ -9,7 +9,6 @@ import shlex
 import tarfile
 from pathlib import Path
 
-import lmdb
 import numpy as np
 import pytest
 from archives import (
@@ -23,6 +22,7 @@ from archives import (
     cifar10,
     cifar_pixels,
     command,
+    emoji,
     encode,
     imagenet,
     lossless,
@@ -35,7 +35,7 @@ from archives import (
     write_lmdb,
 )
 from launch import ROOT, run
-from PIL import Image
+from PIL import Image, ImageFont, ImageOps
 
 from guided_diffusion.image_listing import image_classes, list_images, number_classes
 from guided_diffusion.presets import get_preset
@@ -55,7 +55,7 @@ def test_training_images_are_the_archives_bytes_in_a_folder_for_each_class(unpac
     images = {f"train/{wnid}/{name}": data for wnid, files in train_images().items() for name, data in files.items()}
     written = tree(unpacked["imagenet"])
     assert {name: data for name, data in written.items() if name.endswith(".JPEG")} == images
-    assert sorted(set(written) - set(images)) == ["classes.csv", "train/counts.csv"]
+    assert sorted(set(written) - set(images)) == ["classes.csv"]
 
 
 def test_class_table_numbers_the_sorted_ids_as_training_does(unpacked):
@@ -147,29 +147,14 @@ def test_files_are_numbered_in_the_order_of_the_keys(tmp_path):
     assert found == {f"church_{i:07d}.png": 10 * i for i in range(4)}
 
 
-def test_a_database_may_lack_pages_that_it_does_not_use(tmp_path):
-    """As lmdb's own tools can leave it: the file ends before the last page that was ever in use."""
-    values = {b"k%d" % i: encode(noise(i, 32, 32, 3), "png") for i in range(9)}
-    write_lmdb(tmp_path / "db", values)
-    with lmdb.open(str(tmp_path / "db"), map_size=2**24) as env:
-        for change in (lambda t: t.put(b"z", bytes(50_000)), lambda t: t.delete(b"z")):
-            with env.begin(write=True) as transaction:
-                change(transaction)
-        page = env.stat()["psize"]
-    data = tmp_path / "db" / "data.mdb"
-    os.truncate(data, data.stat().st_size - page)
-    call(lsun_bedroom, "--image-size", 32, tmp_path / "db", tmp_path / "out").check()
-    assert len(tree(tmp_path / "out")) == 9
-
-
 def test_entries_that_cannot_be_decoded(tmp_path):
     """They are named, the others are written, and the command fails unless it may leave them out."""
     whole = lossless(noise(0, 16, 16, 3))
     write_lmdb(tmp_path / "db", {b"k0": whole, b"k1": b"no image", b"k2": whole, b"k\xff3": whole[:200]})
     args = ["--image-size", 16, tmp_path / "db", tmp_path / "out"]
     done = call(lsun_bedroom, *args)
-    check_refused(done, ["2 of 4 entries", "first k1", "--skip_bad_images True"])
-    assert "the entry with the key k1\n" in done.output and r"the entry with the key k\xff3" in done.output
+    check_refused(done, ["2 of 4 entries", "--skip_bad_images True"])
+    assert "the entry with the key b'k1'" in done.output and r"the entry with the key b'k\xff3'" in done.output
     names = ["bedroom_0000000.png", "bedroom_0000002.png"]
     assert sorted(tree(tmp_path / "out")) == names
     done = call(lsun_bedroom, "--skip_bad_images", True, *args).check()
@@ -201,6 +186,85 @@ def test_cifar10_from_the_unpacked_folder(archives, tmp_path, given):
         tar.extractall(tmp_path)  # of the test's own making; older Pythons know no filter
     call(cifar10, tmp_path / given, tmp_path / "out").check()
     check_cifar(tmp_path / "out")
+
+
+# Emoji
+
+EMOJI_TABLE = """
+# group: People & Body
+1F44B                   ; fully-qualified # waving hand
+1F44B 1F3FB             ; fully-qualified # waving hand: light skin tone
+1F44B 1F3FF             ; fully-qualified # waving hand: dark skin tone
+1F937 200D 2640 FE0F    ; fully-qualified # woman shrugging
+1F937 200D 2640         ; minimally-qualified # woman shrugging
+# group: Smileys & Emotion
+263A FE0F               ; fully-qualified # smiling face
+# group: Flags
+1F1E7 1F1FB             ; fully-qualified # flag: Bouvet Island
+1F1F3 1F1F4             ; fully-qualified # flag: Norway, the same picture as Bouvet Island's
+# group: Food & Drink
+1F34E                   ; fully-qualified # red apple
+E000                    ; fully-qualified # no glyph
+1F34E 200D 1F34E        ; fully-qualified # two glyphs
+"""
+
+
+@pytest.fixture
+def emoji_table(tmp_path):
+    try:
+        ImageFont.truetype(emoji.FONT, emoji.FONT_SIZE)
+    except OSError:
+        pytest.skip("needs the Debian package fonts-noto-color-emoji")
+    (tmp_path / "table.txt").write_text(EMOJI_TABLE)
+    return tmp_path / "table.txt"
+
+
+def test_emoji_are_whole_centred_and_apart_from_those_held_out(emoji_table, tmp_path):
+    flags = ["--table", emoji_table, "--size", 40, "--held_out_dir", tmp_path / "held_out"]
+    call(emoji, tmp_path / "out", *flags).check()
+    assert sorted(tree(tmp_path / "held_out")) == [  # a fifth, with all skin tones
+        "food_1f34e.png", "people_1f44b-1f3fb.png", "people_1f44b-1f3ff.png", "people_1f44b.png",
+    ]  # fmt: skip
+    assert sorted(tree(tmp_path / "out")) == [
+        "flags_1f1e7-1f1fb.png", "people_1f937-200d-2640.png", "smileys_263a.png",
+    ]  # fmt: skip
+    for path in [*(tmp_path / "out").iterdir(), *(tmp_path / "held_out").iterdir()]:
+        image = Image.open(path)
+        assert image.mode == "RGB" and image.size == (40, 40)
+        left, top, right, bottom = ImageOps.invert(image).point(lambda value: value > 20 and 255).getbbox()
+        assert abs(left + right - 40) <= 2 and abs(top + bottom - 40) <= 2
+        assert max(right - left, bottom - top) >= 30 and min(left, top) >= 0
+    red, green, blue = np.asarray(Image.open(tmp_path / "held_out" / "food_1f34e.png"))[10:30, 10:30].mean(axis=(0, 1))
+    assert red > 180 and green < 80 and blue < 80
+    before = tree(tmp_path)
+    call(emoji, tmp_path / "out", *flags).check()
+    assert tree(tmp_path) == before
+
+
+def test_emoji_without_raqm_are_those_of_one_character(emoji_table, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFont.core, "HAVE_RAQM", False)
+    done = call(emoji, tmp_path / "out", "--table", emoji_table).check()
+    assert "raqm" in done.output
+    assert sorted(tree(tmp_path / "out")) == ["food_1f34e.png", "people_1f44b.png", "smileys_263a.png"]
+
+
+@pytest.mark.skipif(not os.path.exists(emoji.TABLE), reason="needs the Debian package unicode-data")
+def test_unicodes_table_has_nine_classes():
+    found = emoji.read_table(emoji.TABLE)
+    assert len(found) > 3600
+    classes = "activities animals flags food objects people smileys symbols travel".split()
+    assert sorted({class_name for class_name, _, _ in found}) == classes
+
+
+def test_a_missing_font_or_table_names_the_package_to_install(emoji_table, tmp_path):
+    gone = tmp_path / "gone"
+    check_refused(
+        call(emoji, tmp_path, "--table", emoji_table, "--font", gone), [f"--font {gone}", "fonts-noto-color-emoji"]
+    )
+    check_refused(call(emoji, tmp_path, "--table", gone), [f"--table {gone}", "No such file", "unicode-data"])
+    gone.write_text("not Unicode's table")
+    check_refused(call(emoji, tmp_path, "--table", gone), [f"--table {gone}", "no emoji"])
+    check_refused(call(emoji, tmp_path, "--size", 0), ["--size 0"])
 
 
 # Commands
@@ -239,7 +303,7 @@ def test_readme_commands_are_those_of_the_scripts_and_of_the_released_models():
         parser = runpy.run_path(os.path.join(ROOT, script), run_name="readme")["create_argparser"]()
         parsed[script] = [(ranks, parser.parse_args(args)) for ranks, args in commands]
     assert {os.path.basename(script): len(commands) for script, commands in parsed.items()} == {
-        "imagenet.py": 2, "lsun_bedroom.py": 1, "cifar10.py": 1, "digits.py": 1, "image_train.py": 3,
+        "imagenet.py": 2, "lsun_bedroom.py": 1, "cifar10.py": 1, "digits.py": 1, "emoji.py": 1, "image_train.py": 4,
         "classifier_train.py": 1,
     }  # fmt: skip
     models, classifiers = parsed["scripts/image_train.py"], parsed["scripts/classifier_train.py"]

@@ -25,12 +25,14 @@ def write_graph(path, leave_out=(), **values):
     :param values: of constants, by their names with __ for /.
     """
     from tensorboard.compat.proto.graph_pb2 import GraphDef
+    from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 
     graph = GraphDef()
     for name, shape in expected_shapes().items():
         if name in leave_out:
             continue
         tensor = graph.node.add(name=name, op="Const").attr["value"].tensor
+        tensor.dtype = DT_FLOAT
         tensor.float_val.append(values.get(name.replace("/", "__"), 0.01))
         for side in shape:
             tensor.tensor_shape.dim.add(size=side)
@@ -135,11 +137,11 @@ def test_a_graph_at_hand_is_taken(server, graph, cache, monkeypatch):
 TROUBLE = {
     "none": "Not Found",
     "garbage": "what is this",
-    "ends": "it ended after",
+    "ends": "IncompleteRead",
     "chunked": "IncompleteRead",
     "resets": "reset by peer",
-    "cut": "only a part of it",
-    "page": "only a part of it",
+    "cut": "truncated",
+    "page": "not a TensorFlow graph",
 }
 
 
@@ -159,7 +161,7 @@ def test_what_is_not_the_whole_graph_is_refused(kind, server, graph, cache, monk
 
 def test_another_graph_is_refused(server, cache, tmp_path):
     server.content = write_graph(tmp_path / "other.pb", leave_out=["mixed_6/conv/conv2d_params"]).read_bytes()
-    with pytest.raises(InputError, match="did not return graph_of_a_test.pb"):
+    with pytest.raises(InputError, match="it has no node mixed_6/conv/conv2d_params"):
         download(server.address("whole"), str(cache / "graph.pb"))
     assert left_in(cache) == []
 
@@ -185,11 +187,8 @@ def test_ctrl_c_leaves_nothing_behind(server, cache, tmp_path):
     argv = [sys.executable, "-c", INTERRUPTED, server.address("stalls"), *[str(tmp_path / "images.npz")] * 2]
     env = clean_environment(no_proxy="*", XDG_CACHE_HOME=str(tmp_path / "cache"))
     process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.time() + 60
-    while not left_in(cache) and time.time() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    (partial,) = left_in(cache)
-    assert partial.endswith(".tmp")
+    while "downloading" not in (line := process.stdout.readline()):
+        assert line, "it ended early"
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
     assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in output, output
@@ -209,7 +208,7 @@ def test_the_first_missing_node_is_named(name, tmp_path):
         read_graph(path)
 
 
-@pytest.mark.parametrize("spoil", ["empty", "cut", "double", "shape", "no constant"])
+@pytest.mark.parametrize("spoil", ["empty", "cut", "shape", "no constant"])
 def test_a_node_that_holds_something_else_is_named(spoil, graph, tmp_path):
     from tensorboard.compat.proto.graph_pb2 import GraphDef
 
@@ -220,8 +219,6 @@ def test_a_node_that_holds_something_else_is_named(spoil, graph, tmp_path):
         node.ClearField("attr")
     else:
         tensor.ClearField("float_val")
-    if spoil == "double":
-        tensor.double_val.append(0.5)
     if spoil in ("cut", "shape"):
         tensor.tensor_content = b"\0" * (50 if spoil == "cut" else 4 * 33)
         tensor.tensor_shape.dim[0].size = 33
