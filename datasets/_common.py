@@ -10,7 +10,7 @@ import tarfile
 import zlib
 from contextlib import contextmanager
 
-from guided_diffusion.errors import InputError, describe_failure
+from guided_diffusion.errors import InputError, describe_failure, reason
 from guided_diffusion.files import disk_errors, write_atomically
 
 DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
@@ -94,11 +94,6 @@ def open_tar(path, expected):
         if getattr(e, "filename", None) is not None:  # the error of another file
             raise
         raise InputError(f"{path}: truncated or damaged ({reason(e)}): get it again, and run this again") from None
-
-
-def reason(error):
-    """Return an exception's message in one line."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def files_in(tar):
