@@ -11,8 +11,6 @@ import os
 import platform
 import re
 import subprocess
-import zipfile
-from contextlib import suppress
 from functools import cached_property
 
 import torch as th
@@ -23,12 +21,6 @@ from .errors import InputError
 CONFIG_NAME = "config.json"
 WRAPPERS = ("ema", "state_dict", "model_state_dict", "model")  # entries that hold the weights in a file, best first
 PREFIXES = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
-OTHER_FILES = {  # files that people download by mistake, by their lower-case first bytes
-    b"version https://git-lfs": "a Git LFS pointer (git lfs pull downloads the file)",
-    b"<!doctype html": "a web page",
-    b"<html": "a web page",
-    b"\x89hdf": "an HDF5 file",
-}
 
 
 # Names
@@ -94,8 +86,8 @@ def require_path(flag, path):
 class Checkpoint:
     """A file of weights, with the config.json beside it. Each of the two files is read when it is first needed.
 
-    :param path: a file that torch.save or safetensors wrote: a state_dict, bare or in a dict (see WRAPPERS), with or
-        without prefixes before its names (see PREFIXES).
+    :param path: a file that torch.save or safetensors (.safetensors) wrote: a state_dict, bare or in a dict (see
+        WRAPPERS), with or without prefixes before its names (see PREFIXES).
     """
 
     def __init__(self, path):
@@ -111,14 +103,10 @@ class Checkpoint:
             with files.open_file(self.config_path) as f:
                 config = json.loads(f.read())
             config["flags"].items()
-            classes, global_batch = config.get("classes") or [], config.get("global_batch", 1)
-            if not all(isinstance(name, str) for name in classes) or type(global_batch) is not int or global_batch < 1:
-                raise ValueError
             return config
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise InputError(
-                f"{self.config_path}: not the config.json of a training run; restore it or remove it"
-            ) from None
+            message = "not the config.json of a training run; restore it or remove it"
+            raise InputError(f"{self.config_path}: {message}") from None
 
     @property
     def flags(self):
@@ -135,17 +123,11 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self):
-        """A short text that identifies the file's content. For a zip archive, as torch writes, it hashes the index."""
+        """A short text that identifies the file's content."""
         digest = hashlib.sha256()
         with files.open_file(self.path) as f:
-            if zipfile.is_zipfile(f):
-                with zipfile.ZipFile(f) as archive:
-                    index = [(i.filename.split("/")[-1], i.CRC, i.file_size) for i in archive.infolist()]
-                digest.update(repr(index).encode())
-            else:
-                f.seek(0)
-                while block := f.read(2**20):
-                    digest.update(block)
+            while block := f.read(2**20):
+                digest.update(block)
         return digest.hexdigest()[:16]
 
     def adopt_flags(self, args, settled, names, prefix=""):
@@ -154,11 +136,9 @@ class Checkpoint:
         :param settled: see settle_flags.
         :param names: the names of the flags to set, if they are recorded.
         :param prefix: what these names begin with in `args`.
-        :raises InputError: if flags are settled with other values, or a value has the wrong type.
+        :raises InputError: if flags are settled with other values.
         """
         recorded = {prefix + name: self.flags[name] for name in names if name in self.flags}
-        for name, value in recorded.items():
-            check_recorded(self.config_path, name.removeprefix(prefix), value, getattr(args, name, None))
         settle_flags(args, settled, recorded, self.config_path)
 
     def weights(self, model, finite=False):
@@ -177,33 +157,18 @@ class Checkpoint:
             )
         return found
 
-    def load_into(self, model):
-        """Load the weights into `model`. See weights."""
-        model.load_state_dict(self.weights(model), strict=True)
-
     def _read(self):
         """Return the content of the file."""
-        try:
+        if not self.path.endswith(".safetensors"):
             return dist_util.load_state_dict(self.path, map_location="cpu")
-        except InputError:
-            with suppress(OSError), files.open_file(self.path) as f:
-                start = f.read(64)
-                for signature, what in OTHER_FILES.items():
-                    if start.lower().startswith(signature):
-                        raise InputError(f"{self.path}: {what}, not a checkpoint") from None
-                # A safetensors file begins with eight bytes, the length of its header, and the header, which is JSON.
-                if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 10**8:
-                    return self._parse_safetensors(start + f.read())
-            raise
-
-    def _parse_safetensors(self, content):
         try:
             from safetensors import SafetensorError
             from safetensors.torch import load
         except ImportError:
             raise InputError(f"{self.path}: a safetensors file; to read it: pip install safetensors") from None
         try:
-            return load(content)
+            with files.open_file(self.path) as f:
+                return load(f.read())
         except SafetensorError as e:
             raise InputError(f"{self.path}: a damaged safetensors file ({e})") from None
 
@@ -211,14 +176,10 @@ class Checkpoint:
         """Return the state_dict in the content of a file, without wrapping dicts and prefixes. Log what is removed."""
         while not (isinstance(content, dict) and content and all(isinstance(v, th.Tensor) for v in content.values())):
             entries = list(content) if isinstance(content, dict) else []
-            if {"state", "param_groups"} <= set(entries):
-                raise InputError(f"{self.path}: an optimizer's state, not a model's weights")
             name = next((name for name in WRAPPERS if name in entries), None)
             if name is None:
-                dict_of = f"a dict with the entries {', '.join(map(str, entries[:5]))}"
-                raise InputError(
-                    f"{self.path}: not a model's weights, but {dict_of if entries else type(content).__name__}"
-                )
+                found = f"a dict with the entries {', '.join(map(str, entries))}" if entries else type(content).__name__
+                raise InputError(f"{self.path}: not a model's weights, but {found[:200]}")
             logger.log(f"{self.path}: using the weights under {name!r}, of the entries {', '.join(map(str, entries))}")
             content = content[name]
         while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in content)), None):
@@ -227,10 +188,7 @@ class Checkpoint:
         return content
 
     def _describe_misfit(self, found, expected):
-        """Say how two state_dicts differ: by a common prefix of the names, or by the first three parameters."""
-        prefix = next(iter(found)).removesuffix(next(iter(expected), ""))
-        if prefix and found.keys() == {prefix + name for name in expected}:
-            return f"the names of all weights begin with {prefix!r}: save them without this prefix"
+        """Name the first three parameters in which two state_dicts differ."""
 
         def shape(state_dict, name):
             return tuple(state_dict[name].shape) if name in state_dict else "missing"
@@ -244,7 +202,7 @@ class Checkpoint:
 
 def load_weights(model, path):
     """Load the weights of the checkpoint `path` into `model`. See Checkpoint."""
-    Checkpoint(path).load_into(model)
+    model.load_state_dict(Checkpoint(path).weights(model))
 
 
 def read_config(path):
@@ -303,17 +261,6 @@ def _git_revision():
         return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
-
-
-def check_recorded(source, name, value, like):
-    """Raise InputError if the recorded value of a flag has another type than `like`, its default. None has any type."""
-    kinds = {bool: (bool, "true or false"), int: (int, "a whole number"), float: ((int, float), "a number")}
-    kind, expected = kinds.get(type(like), (str, "a text"))
-    if like is not None and (not isinstance(value, kind) or isinstance(value, bool) != isinstance(like, bool)):
-        raise InputError(
-            f"{source}: {name} is {json.dumps(value)}, where {expected} was expected: correct it, or remove the file "
-            f"and give all flags"
-        )
 
 
 def settle_flags(args, settled, values, source):

@@ -125,7 +125,7 @@ class SampleStore:
             with suppress(OSError):  # a run that was killed here has removed some already
                 files.remove(files.join(self.shards, JOB))
             with suppress(OSError):
-                files.remove_dir(self.shards)
+                files.rmdir(self.shards)
 
     def explained(self, path):
         """A context that turns an error of the disk into one line."""

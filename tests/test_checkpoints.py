@@ -5,7 +5,6 @@ import os
 from types import SimpleNamespace
 
 import pytest
-import torch as th
 from helpers import refused
 
 from guided_diffusion import checkpoint_util, files, logger
@@ -53,11 +52,10 @@ def test_atomic_writes(quiet):
 
 
 def test_fingerprints_identify_content(tmp_path):
-    def of(name, value):
-        th.save({"a": th.full((3,), value)}, tmp_path / name)
-        return Checkpoint(str(tmp_path / name)).fingerprint
-
-    assert of("a.pt", 1.0) == of("b.pt", 1.0) != of("b.pt", 2.0)
+    for name, content in {"a.pt": b"1", "b.pt": b"1", "c.pt": b"2"}.items():
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (Checkpoint(str(tmp_path / name)).fingerprint for name in ("a.pt", "b.pt", "c.pt"))
+    assert a == b != c
 
 
 # The config.json beside a checkpoint
@@ -82,9 +80,7 @@ def test_config_is_read_back_and_read_once(quiet, monkeypatch):
     assert opened == [os.path.join(quiet, "config.json")]
 
 
-BAD_CONFIGS = ["", "{", "[]", "{}", '{"flags": 3}', "\x00\xff", '{"flags": {}, "classes": 5}',
-               '{"flags": {}, "classes": [1, 2]}', '{"flags": {}, "global_batch": "4"}',
-               '{"flags": {}, "global_batch": -8}']  # fmt: skip
+BAD_CONFIGS = ["", "{", "[]", "{}", '{"flags": 3}', "\x00\xff"]
 
 
 @pytest.mark.parametrize("content", BAD_CONFIGS)
@@ -116,21 +112,6 @@ def test_flags_that_contradict_the_config_are_named(tmp_path):
     refused(
         lambda: adopt_config(args, settled, "model_path", "ab"), "--a 9 on the command line contradicts", "says a 1"
     )
-
-
-BAD_VALUES = [("predict_xstart", "false", False, "true or false"), ("predict_xstart", 0, False, "true or false"),
-              ("num_channels", "32", 128, "a whole number"), ("num_channels", 32.0, 128, "a whole number"),
-              ("num_channels", None, 128, "a whole number"), ("num_channels", True, 128, "a whole number"),
-              ("dropout", "x", 0.0, "a number"), ("channel_mult", 1, "", "a text")]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, value, default, expected", BAD_VALUES)
-def test_values_of_another_type_are_refused(name, value, default, expected, tmp_path):
-    path = write_record(tmp_path / "model", **{name: value, "dropout_of_0": 0})
-    args = SimpleNamespace(model_path=path, **{name: default, "dropout_of_0": 0.1})
-    refused(lambda: adopt_config(args, {}, "model_path", [name]), f"config.json: {name} is", f"where {expected} was")
-    adopt_config(args, {}, "model_path", ["dropout_of_0"])
-    assert args.dropout_of_0 == 0  # a whole number is a number
 
 
 @pytest.mark.parametrize("num_classes, warned", [(2, False), (1000, True)])
