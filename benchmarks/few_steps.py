@@ -28,7 +28,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from evaluations.metrics import frechet_distance  # noqa: E402
-from guided_diffusion.checkpoint_util import Checkpoint  # noqa: E402
+from guided_diffusion.checkpoint_util import Checkpoint, load_weights  # noqa: E402
 from guided_diffusion.classifier_util import ClassifierFeatures  # noqa: E402
 from guided_diffusion.guidance import classifier_cond_fn, route_labels  # noqa: E402
 from guided_diffusion.image_datasets import each_once, image_dataset  # noqa: E402
@@ -141,7 +141,7 @@ def load(path, create, defaults):
     checkpoint = Checkpoint(path)
     flags = {**defaults, **{name: value for name, value in checkpoint.flags.items() if name in defaults}}
     network, _ = create(**flags)
-    checkpoint.load_into(network)
+    load_weights(network, path)
     return flags, network.to(DEVICE, memory_format=th.channels_last).eval().requires_grad_(False)
 
 

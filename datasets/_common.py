@@ -9,7 +9,7 @@ import tarfile
 import zlib
 from contextlib import contextmanager
 
-from guided_diffusion.errors import InputError, describe_failure
+from guided_diffusion.errors import InputError, describe_failure, reason
 from guided_diffusion.files import disk_errors, write_atomically
 
 DAMAGE = (tarfile.TarError, EOFError, zlib.error)
@@ -115,11 +115,6 @@ def open_tar(path, expected):
         if getattr(e, "filename", None) not in (None, path):  # the error of another file
             raise
         raise InputError(f"{path}: not a tar archive, or truncated ({reason(e)}): give {expected}, complete") from None
-
-
-def reason(error):
-    """Return an exception's message in one line."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def files_in(tar):

@@ -94,8 +94,8 @@ def require_path(flag, path):
 class Checkpoint:
     """A file of weights, with the config.json beside it. Each of the two files is read when it is first needed.
 
-    :param path: a file that torch.save or safetensors wrote: a state_dict, bare or in a dict (see WRAPPERS), with or
-        without prefixes before its names (see PREFIXES).
+    :param path: a file that torch.save or safetensors (.safetensors) wrote: a state_dict, bare or in a dict (see
+        WRAPPERS), with or without prefixes before its names (see PREFIXES).
     """
 
     def __init__(self, path):
@@ -156,10 +156,6 @@ class Checkpoint:
             )
         return found
 
-    def load_into(self, model):
-        """Load the weights into `model`. See weights."""
-        model.load_state_dict(self.weights(model), strict=True)
-
     def _read(self):
         """Return the content of the file."""
         if self.path.endswith(".safetensors"):
@@ -204,10 +200,7 @@ class Checkpoint:
         return content
 
     def _describe_misfit(self, found, expected):
-        """Say how two state_dicts differ: by a common prefix of the names, or by the first three parameters."""
-        prefix = next(iter(found)).removesuffix(next(iter(expected), ""))
-        if prefix and found.keys() == {prefix + name for name in expected}:
-            return f"the names of all weights begin with {prefix!r}: save them without this prefix"
+        """Name the first three parameters in which two state_dicts differ."""
 
         def shape(state_dict, name):
             return tuple(state_dict[name].shape) if name in state_dict else "missing"
@@ -221,7 +214,7 @@ class Checkpoint:
 
 def load_weights(model, path):
     """Load the weights of the checkpoint `path` into `model`. See Checkpoint."""
-    Checkpoint(path).load_into(model)
+    model.load_state_dict(Checkpoint(path).weights(model))
 
 
 def fingerprint(path):

@@ -8,7 +8,7 @@ import numpy as np
 import torch as th
 
 from . import files
-from .errors import InputError, check_at_least
+from .errors import InputError, check_at_least, reason
 from .random_util import random_labels
 
 
@@ -49,9 +49,8 @@ def _parse_classes(classes, names):
         if re.fullmatch(r"-?\d+", part):  # a number is a label, even if classes have numbers as names
             numbers[part.lower()] = int(part)
         if part.lower() not in numbers:
-            known = f"the classes are {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else (
-                "class names are unknown without a config.json or --class_table: give numbers"
-            )  # fmt: skip
+            unknown = "names are unknown without a config.json or --class_table: give numbers"
+            known = f"the first classes are {', '.join(names[:5])}" if names else unknown
             raise InputError(f"--classes {classes}: no class {part!r}; {known}")
     return [numbers[part.lower()] for part in parts]
 
@@ -64,12 +63,10 @@ def _read_classes(path):
             else:
                 chosen = np.array([int(line) for line in f.read().decode().split()])
         if not len(chosen) or chosen.dtype.kind not in "iu":
-            raise ValueError
+            raise ValueError("no whole numbers")
         return chosen.tolist()
-    except OSError as e:
-        raise InputError(f"--classes {path}: cannot be read ({e.strerror})") from None
-    except (ValueError, EOFError):
-        raise InputError(f"--classes {path}: a list of class numbers is expected, one per line") from None
+    except (OSError, ValueError, EOFError) as e:
+        raise InputError(f"--classes {path}: not a list of class numbers, one per line ({reason(e)})") from None
 
 
 def read_class_table(path):
@@ -79,10 +76,8 @@ def read_class_table(path):
             rows = list(csv.DictReader(io.TextIOWrapper(f, "utf-8")))
         table = {int(row["label"]): ",".join(filter(None, [row.get("wnid"), row["name"]])) for row in rows}
         return [table[i] for i in range(len(table))]
-    except OSError as e:
-        raise InputError(f"--class_table {path}: cannot be read ({e.strerror})") from None
-    except (KeyError, ValueError, TypeError):
+    except (OSError, KeyError, ValueError, TypeError) as e:
         raise InputError(
-            f"--class_table {path}: a CSV file with the columns label (from 0) and name is expected, such as the "
-            f"classes.csv that datasets/imagenet.py writes"
+            f"--class_table {path}: not a CSV file with the columns label (from 0) and name, such as the classes.csv "
+            f"that datasets/imagenet.py writes ({reason(e)})"
         ) from None

@@ -21,7 +21,7 @@ import torch as th
 import torch.distributed as dist
 
 from . import files
-from .errors import InputError, describe_failure, launcher_rank
+from .errors import InputError, describe_failure, launcher_rank, reason
 
 GPUS_PER_NODE = 8  # unused; kept for scripts that import it
 TIMEOUT = timedelta(minutes=10)  # of the start and of every collective
@@ -58,7 +58,7 @@ def setup_dist():
     if world_size > 1:
         _patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     sys.excepthook = _end_job  # again: init_process_group installs a hook of its own, which buffers stderr
-    atexit.register(_leave, os.getpid())
+    atexit.register(_leave)
 
 
 def _fill_in_environment():
@@ -80,7 +80,7 @@ def _ranks_of_mpi():
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as e:
-        raise InputError(f"mpi4py finds no MPI (pip install mpi4py mpich): {str(e).splitlines()[0]}") from None
+        raise InputError(f"mpi4py finds no MPI (pip install mpi4py mpich): {reason(e)}") from None
     _mpi_comm = comm = MPI.COMM_WORLD
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     one_node = comm.allreduce(node.Get_size(), MPI.MIN) == comm.Get_size()
@@ -124,8 +124,8 @@ def _meet(rank, world_size, gpu):
                 return dist.PrefixStore(part, store), [text.decode().partition(" ")[2] for text in found]
             time.sleep(0.05)
     except (RuntimeError, ValueError) as e:
-        reason = str(e).splitlines()[0]
-        raise InputError(f"ranks cannot connect: check RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: {reason}") from None
+        advice = "check RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
+        raise InputError(f"ranks cannot connect: {advice}: {reason(e)}") from None
 
 
 def _select_gpu(local_rank):
@@ -173,17 +173,17 @@ def load_state_dict(path, **kwargs):
     :raises InputError: if the file cannot be read, or holds anything other than tensors and plain containers.
     """
     try:
-        with files.open_file(path, "rb") as f, warnings.catch_warnings():
+        with files.open_file(path) as f, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that torch then refuses
             return th.load(f, **{**kwargs, "weights_only": True})
     except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror or e}") from None
+        raise InputError(f"{path}: cannot be read: {reason(e)}") from None
     except (RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as e:
         if "CUDA" in str(e):  # the GPU's error, not the file's
             raise
         unsafe = "it holds more than tensors and plain containers, which could run code when loaded"
-        reason = unsafe if "weights only" in str(e).lower() else "it is damaged, or is not a checkpoint"
-        raise InputError(f"{path}: refused: {reason}") from None
+        trouble = unsafe if "weights only" in str(e).lower() else "it is damaged, or is not a checkpoint"
+        raise InputError(f"{path}: refused: {trouble}") from None
 
 
 @th.no_grad()
@@ -198,15 +198,11 @@ def sync_params(params):
 def average_gradients(params):
     """Replace every gradient by its mean over the ranks, in one all-reduce, in float32 whatever their dtypes.
 
-    A trainable parameter without a gradient counts as zeros: a rank may have skipped what another used.
+    The same parameters must have gradients on every rank.
     """
-    params = [p for p in params if p.requires_grad]
-    if get_world_size() == 1 or not params:
+    grads = [p.grad for p in params if p.grad is not None]
+    if get_world_size() == 1 or not grads:
         return
-    for p in params:
-        if p.grad is None:
-            p.grad = th.zeros_like(p)
-    grads = [p.grad for p in params]
     flat = th.cat([g.reshape(-1).float() for g in grads])
     dist.all_reduce(flat)
     flat /= get_world_size()
@@ -216,15 +212,7 @@ def average_gradients(params):
 
 def all_gather_uneven(tensor):
     """Gather tensors that differ between ranks in their first dimension only: a list, in the order of ranks."""
-    if get_world_size() == 1:
-        return [tensor]
-    lengths = gather_objects(len(tensor))
-    device = dev() if dist.get_backend() == "nccl" else tensor.device  # a group of the caller's may have nccl alone
-    padded = tensor.new_zeros(max(lengths), *tensor.shape[1:], device=device)
-    padded[: len(tensor)] = tensor
-    gathered = [th.empty_like(padded) for _ in lengths]
-    dist.all_gather(gathered, padded)
-    return [g[:length].to(tensor.device) for g, length in zip(gathered, lengths)]
+    return [t.to(tensor.device) for t in gather_objects(tensor.cpu())]
 
 
 def broadcast_object(value):
@@ -269,11 +257,6 @@ def gather_objects(value):
     return values
 
 
-def job_seed():
-    """A new random number, the same on all ranks. Every rank must call it."""
-    return from_rank_0(lambda: int.from_bytes(os.urandom(6), "little"))
-
-
 def wait_for_all():
     """Wait for all ranks, however long they take. Other collectives fail after TIMEOUT."""
     if get_world_size() > 1:
@@ -283,15 +266,13 @@ def wait_for_all():
 # Ending
 
 
-def _leave(pid):
+def _leave():
     """Destroy the process group at the end of the process.
 
     A thread of gloo may still hold the last collective's tensor, and it needs the GIL to free it. destroy_process_group
     waits for that thread, before torch 2.13 without releasing the GIL: a deadlock. The pause lets the thread finish.
-
-    :param pid: the rank's process. A child that it forked must not touch the group.
     """
-    if os.getpid() == pid and dist.is_initialized():
+    if dist.is_initialized():
         time.sleep(0.1)
         dist.destroy_process_group()
 

@@ -1,17 +1,22 @@
 """Errors that users can fix, each reported as one line."""
 
-import errno
 import math
 import os
-import re
-import sys
 import traceback
 
 # Variables in which launchers give each process its rank: torchrun, Open MPI, MPICH and Intel MPI, MVAPICH, srun.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# In the errors that gloo and nccl raise when another rank has ended.
-LOST_CONNECTION = ("by peer", "Broken pipe", "Timed out waiting", "remote process exited")
+
+LESS_MEMORY = "lower --batch_size; in training, --microbatch and --use_checkpoint True also save memory"
+LOST_RANK = "lost the connection to another rank, which has probably failed"
+ADVICE = {  # by words in the message of torch's RuntimeError
+    "out of memory": f"out of GPU memory: {LESS_MEMORY}",
+    "DefaultCPUAllocator": f"out of main memory: {LESS_MEMORY}",
+    "unable to allocate shared memory": "/dev/shm is full, through which --num_workers pass images: give the container "
+    "more of it (docker run --shm-size), or use --num_workers 0",
+    "DataLoader worker": "a worker process died: main memory may be full: lower --num_workers",
+    **dict.fromkeys(["by peer", "Broken pipe", "Timed out waiting", "remote process exited"], LOST_RANK),
+}
 
 
 class InputError(ValueError):
@@ -31,9 +36,9 @@ def launcher_rank():
     return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
 
 
-def end_quietly():
-    """Silence the errors that Python prints about half-constructed objects, such as a progress bar, while it exits."""
-    sys.unraisablehook = lambda unraisable: None
+def reason(error):
+    """The message of an exception in one line."""
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def as_input_error(error):
@@ -42,33 +47,16 @@ def as_input_error(error):
     Such causes are: no memory left, a full disk, a permission denied, another rank that has ended. Returns any other
     error unchanged.
     """
-    text = str(error)
     if isinstance(error, MemoryError):
-        return InputError(f"out of main memory ({text or 'no details'}): lower --image_size or --batch_size")
-    if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_FULL):
-        return InputError(f"{error.filename or 'a file of this run'}: {error.strerror}")
+        return InputError(f"out of main memory: lower --image_size or --batch_size ({reason(error)})")
+    if isinstance(error, OSError) and error.strerror:
+        return InputError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     if type(error).__module__.split(".")[0] == "blobfile":
-        return InputError(" ".join(text.split()))
-    if not isinstance(error, RuntimeError):
-        return error
-    on_gpu = "out of memory" in text
-    if on_gpu or "DefaultCPUAllocator" in text:
-        wanted = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
-        return InputError(
-            f"out of {'GPU' if on_gpu else 'main'} memory{f' ({wanted[1]} more needed)' if wanted else ''}: lower "
-            f"--batch_size; in training, --microbatch and --use_checkpoint True also save memory"
-        )
-    if "unable to allocate shared memory" in text:
-        return InputError(
-            "/dev/shm is full, through which --num_workers pass images: give the container more of it (docker run "
-            "--shm-size), or use --num_workers 0"
-        )
-    if text.startswith("DataLoader worker"):
-        reason = text.splitlines()[0]
-        return InputError(f"a worker process died ({reason}): main memory may be full: lower --num_workers")
-    if any(words in text for words in LOST_CONNECTION):
-        reason = text.splitlines()[0]
-        return InputError(f"lost the connection to another rank, which has probably failed: {reason}")
+        return InputError(reason(error))
+    if isinstance(error, RuntimeError):
+        for words, advice in ADVICE.items():
+            if words in str(error):
+                return InputError(f"{advice} ({reason(error)})")
     return error
 
 
@@ -78,7 +66,6 @@ def describe_failure(error):
     if isinstance(error, InputError):
         return f"error: {error}", 1
     if isinstance(error, KeyboardInterrupt):
-        end_quietly()
         return "interrupted", 130
     return "".join(traceback.format_exception(error)).rstrip(), 1
 

@@ -5,17 +5,17 @@ import copy
 import itertools
 import multiprocessing
 import random
+import secrets
 import signal
 import time
-import weakref
 from collections import Counter
 
 import numpy as np
 import torch as th
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, default_collate
 
 from . import dist_util, logger
-from .errors import InputError, check_at_least, choose, end_quietly
+from .errors import InputError, check_at_least, choose
 from .image_decoding import MODES, center_crop_arr, random_crop_arr, read_image
 from .image_listing import (
     _list_image_files_recursively,  # noqa: F401  part of the original's interface
@@ -23,8 +23,6 @@ from .image_listing import (
     list_images,
     number_classes,
 )
-
-_workers = weakref.WeakSet()
 
 
 def data_flags():
@@ -78,7 +76,7 @@ def load_data(
     return ImageStream(
         dataset,
         batch_size,
-        seed=dist_util.job_seed() if seed is None or seed < 0 else seed,
+        seed=dist_util.broadcast_object(secrets.randbits(48)) if seed is None or seed < 0 else seed,
         shuffle=not deterministic,
         num_workers=num_workers,
         classes=classes,
@@ -170,9 +168,7 @@ class ImageStream:
     :ivar position: the position in the sequence of the next batch's first image over all ranks.
     """
 
-    def __init__(
-        self, dataset, batch_size, *, seed, shuffle=True, num_workers=1, classes=None, skip_bad_images=False
-    ):
+    def __init__(self, dataset, batch_size, *, seed, shuffle=True, num_workers=1, classes=None, skip_bad_images=False):
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
@@ -269,17 +265,16 @@ def _read_batches(dataset, order, batch_size, *, seed=0, num_workers=0, skip_bad
     :raises InputError: for an image that cannot be read; with skip_bad_images, only if no image can be.
     """
     loader = DataLoader(
-        _PositionedItems(dataset, seed, skip_bad_images),
-        batch_size=batch_size,
-        sampler=order,
+        _Batches(dataset, seed, skip_bad_images),
+        sampler=BatchSampler(order, batch_size, drop_last=False),
+        batch_size=None,
         num_workers=num_workers,
-        collate_fn=_collate,
         pin_memory=th.cuda.is_available(),
         generator=th.Generator(),  # by default, DataLoader draws from the global generator
         worker_init_fn=_ignore_signals,
     )
     try:
-        for batch, problems in _start(loader):
+        for batch, problems in loader:
             if batch is None:
                 advice = "repair or remove it; training has --skip_bad_images True"
                 raise InputError(f"{problems[0]}: {'nor can any other' if skip_bad_images else advice}")
@@ -290,11 +285,10 @@ def _read_batches(dataset, order, batch_size, *, seed=0, num_workers=0, skip_bad
         raise
 
 
-class _PositionedItems(Dataset):
-    """Reads images by (index, position): pairs of an item and a list of error messages.
+class _Batches(Dataset):
+    """Reads batches by lists of (index, position): a batch, or None if an image cannot be read, and error messages.
 
-    The item is None if the image cannot be read. Errors are returned, because DataLoader would add the worker's
-    traceback to the message of an exception.
+    Errors are returned, because DataLoader would add the worker's traceback to the message of an exception.
     """
 
     def __init__(self, dataset, seed, skip_bad_images):
@@ -302,24 +296,18 @@ class _PositionedItems(Dataset):
         self.seed = seed
         self.attempts = len(dataset) if skip_bad_images else 1
 
-    def __getitem__(self, key):
-        index, position = key
-        problems = []
-        for i in range(self.attempts):
-            rng = random.Random(f"{self.seed}.{position}")
-            try:
-                return self.dataset.get((index + i) % len(self.dataset), rng), problems
-            except InputError as e:
-                problems.append(str(e))
-        return None, problems
-
-
-def _collate(pairs):
-    items = [item for item, _ in pairs]
-    failed = [problems for item, problems in pairs if item is None]
-    if failed:
-        return None, failed[0]
-    return default_collate(items), [problem for _, problems in pairs for problem in problems]
+    def __getitem__(self, keys):
+        items, problems = [], []
+        for index, position in keys:
+            for i in range(index, index + self.attempts):
+                try:
+                    items.append(self.dataset.get(i % len(self.dataset), random.Random(f"{self.seed}.{position}")))
+                    break
+                except InputError as e:
+                    problems.append(str(e))
+            else:
+                return None, problems
+        return default_collate(items), problems
 
 
 def _ignore_signals(worker):
@@ -332,25 +320,10 @@ def _ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _start(loader):
-    others = set(multiprocessing.active_children())
-    try:
-        batches = iter(loader)
-    except OSError as e:
-        # DataLoader's half-built iterator would wait 5 s for each worker that did start, and print errors.
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()
-        end_quietly()
-        raise InputError(f"--num_workers {loader.num_workers}: cannot start them ({e.strerror}); use fewer") from None
-    _workers.update(set(multiprocessing.active_children()) - others)
-    return batches
-
-
 @atexit.register
 def _kill_workers():
     """End workers before multiprocessing's own exit handler, which sends SIGTERM and waits: they ignore SIGTERM."""
-    alive = [worker for worker in _workers if worker.is_alive()]
-    if alive:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports killed workers as an error
-    for worker in alive:
-        worker.kill()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports killed workers as an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

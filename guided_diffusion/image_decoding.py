@@ -3,25 +3,15 @@
 import math
 import random
 import warnings
+from contextlib import suppress
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from . import files
-from .errors import InputError
+from .errors import InputError, reason
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode by number of channels
-
-EXIF_ORIENTATION = 0x0112
-TRANSPOSITIONS = {  # by EXIF orientation: what makes the stored image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def read_image(path, mode="RGB"):
@@ -36,20 +26,11 @@ def read_image(path, mode="RGB"):
             warnings.simplefilter("ignore")  # Pillow warns of damaged metadata
             with files.open_file(path) as f, Image.open(f) as image:
                 image.load()
-                transposition = _upright_transposition(image)
-                image = _convert(image, mode)
-    except MemoryError:
-        raise
+                with suppress(Exception):  # damaged EXIF data: the pixels are still usable
+                    image = ImageOps.exif_transpose(image)
+                return _convert(image, mode)
     except Exception as e:  # Pillow's decoders raise many types for damaged files
-        raise InputError(f"{path}: cannot read this image ({_reason(e)})") from None
-    return image if transposition is None else image.transpose(transposition)
-
-
-def _upright_transposition(image):
-    try:
-        return TRANSPOSITIONS.get(image.getexif().get(EXIF_ORIENTATION))
-    except Exception:  # damaged EXIF data: the pixels are still usable
-        return None
+        raise InputError(f"{path}: cannot read this image ({reason(e)})") from None
 
 
 def _convert(image, mode):
@@ -60,14 +41,6 @@ def _convert(image, mode):
     if image.mode in ("I", "F"):
         raise ValueError(f"the range of pixels of Pillow's mode {image.mode} is not defined: save it with 8 bits")
     return image if image.mode == mode else image.convert(mode)
-
-
-def _reason(error):
-    """A one-line description of a decoding error, without the path."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image, or damaged"
-    text = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
-    return text if text and isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} {text}".rstrip()
 
 
 def center_crop_arr(pil_image, image_size):

@@ -7,7 +7,7 @@ import posixpath
 import re
 
 from . import dist_util, files, logger
-from .errors import InputError
+from .errors import InputError, reason
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 CLASS_NUMBER = re.compile("[0-9]{1,6}")
@@ -32,12 +32,11 @@ def _find_images(data_dir):
         if not files.is_dir(data_dir):
             raise InputError(f"--data_dir {data_dir}: {'not a folder' if files.exists(data_dir) else 'no such folder'}")
         paths = _list_image_files_recursively(data_dir)
-    except files.read_errors(data_dir) as e:
-        raise InputError(f"--data_dir {data_dir}: cannot list it ({_first_line(e)})") from None
+    except files.READ_ERRORS as e:
+        raise InputError(f"--data_dir {data_dir}: cannot list {getattr(e, 'filename', 'it')} ({reason(e)})") from None
     if not paths:
-        raise InputError(
-            f"--data_dir {data_dir}: no image in it (looked for {', '.join(EXTENSIONS)}, also in subfolders)"
-        )
+        looked_for = f"{', '.join(EXTENSIONS)}, also in subfolders"
+        raise InputError(f"--data_dir {data_dir}: no image in it (looked for {looked_for})")
     return paths
 
 
@@ -49,28 +48,19 @@ def _list_image_files_recursively(data_dir):
 def _walk(folder, parents=()):
     """Yield the paths of the images in a folder and its subfolders. A subfolder is listed where its name sorts.
 
-    :param parents: the real paths of the folders above, to detect links that lead back to one of them.
+    :param parents: the real paths of the folders above. Links that lead back to one of them are not followed.
     """
-    if os.path.islink(folder) and not os.path.isdir(folder):
-        return
-    real_path = os.path.realpath(folder)
-    if real_path in parents:
-        logger.warn(f"{folder}: skipped, because it links to a folder that contains it")
-        return
-    for name, may_be_folder in files.scan_dir(folder):
+    parents = (*parents, os.path.realpath(folder))
+    for name in files.list_dir(folder):
         path = files.join(folder, name)
         if _is_image(name):
             yield path
-        elif may_be_folder:
-            yield from _walk(path, (*parents, real_path))
+        elif files.is_dir(path) and os.path.realpath(path) not in parents:
+            yield from _walk(path, parents)
 
 
 def _is_image(name):
     return name.lower().endswith(EXTENSIONS) and not name.startswith(RESOURCE_FORK)
-
-
-def _first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # Classes
@@ -87,7 +77,7 @@ def image_classes(data_dir, paths, labels="name"):
         the folder that contains the file. The path of a CSV file: its lines are path,label, with paths relative to
         data_dir; the first line may be a header. If all labels in the CSV file are whole numbers, number i is label i.
     """
-    if _is_csv(labels):
+    if labels.lower().endswith(".csv"):
         return dist_util.from_rank_0(lambda: _classes_from_csv(labels, [_relative(p, data_dir) for p in paths]))
     if labels == "name":
         classes = [_class_of_name(path) for path in paths]
@@ -141,10 +131,6 @@ def _relative(path, data_dir):
 # Labels from a CSV file
 
 
-def _is_csv(labels):
-    return labels.lower().endswith(".csv")
-
-
 def _classes_from_csv(labels, paths):
     """What image_classes returns, given the images' relative paths."""
     by_path = _read_csv(labels)
@@ -156,50 +142,24 @@ def _classes_from_csv(labels, paths):
     missing = [path for path in paths if path not in by_path]
     if missing:
         raise InputError(
-            f"--labels {labels}: no label for {len(missing)} of {len(paths)} images, the first of them {missing[0]}: "
-            f"add lines such as {missing[0]},LABEL or remove these images from --data_dir"
-        )
-    unused = by_path.keys() - set(paths)
-    if unused:
-        logger.warn(
-            f"--labels {labels}: {len(unused)} of {len(by_path)} lines name images that --data_dir lacks, such as "
-            f"{min(unused)}"
+            f"--labels {labels}: no label for {len(missing)} of {len(paths)} images: add lines such as "
+            f"{missing[0]},LABEL or remove these images from --data_dir"
         )
     return [by_path[path] for path in paths], names
 
 
 def _read_csv(labels):
     """The label of each image, as a string, by its path relative to --data_dir."""
+    by_path = {}
     try:
         with files.open_file(labels) as f:
-            rows = csv.reader(io.StringIO(f.read().decode("utf-8-sig"), newline=""))
-        return _labels_by_path(rows, f"--labels {labels}")
-    except FileNotFoundError:
-        raise InputError(f"--labels {labels}: no such file") from None
-    except (UnicodeDecodeError, csv.Error, *files.read_errors(labels)) as e:
-        raise InputError(f"--labels {labels}: cannot read it as CSV in UTF-8 ({_first_line(e)})") from None
-
-
-def _labels_by_path(rows, source):
-    """Check the rows of a CSV file.
-
-    :param source: the start of error messages.
-    """
-    by_path, first_of_kind = {}, {}  # first_of_kind: a line and its label, by whether that is a whole number
-    for i, row in enumerate(filter(None, rows)):
-        if len(row) != 2 or not all(cell.strip() for cell in row):
-            raise InputError(f"{source}: line {rows.line_num} is not path,label")
-        path, label = posixpath.normpath(row[0]), row[1].strip()
-        name = posixpath.basename(path).strip()
-        if (i == 0 and not _is_image(name)) or name.startswith(RESOURCE_FORK):  # a header, or not an image
-            continue
-        if by_path.setdefault(path, label) != label:
-            raise InputError(f"{source}: line {rows.line_num}: {path} has another label in an earlier line")
-        first_of_kind.setdefault(label.isascii() and label.isdigit(), (rows.line_num, label))
-    if len(first_of_kind) == 2:  # one word added or removed would change the meaning of all numbers
-        (line, number), (word_line, word) = first_of_kind[True], first_of_kind[False]
-        raise InputError(
-            f"{source}: line {word_line}: the label {word} is not a whole number, but the one in line {line}, "
-            f"{number}, is: make all labels whole numbers, or none"
-        )
+            rows = csv.reader(io.TextIOWrapper(f, "utf-8-sig", newline=""))
+            for row in filter(None, rows):
+                if len(row) != 2 or not all(cell.strip() for cell in row):
+                    raise InputError(f"--labels {labels}: line {rows.line_num} is not path,label")
+                path = posixpath.normpath(row[0])
+                if _is_image(posixpath.basename(path)):  # a header, for example, is not
+                    by_path[path] = row[1].strip()
+    except (UnicodeDecodeError, csv.Error, *files.READ_ERRORS) as e:
+        raise InputError(f"--labels {labels}: cannot read it as CSV in UTF-8 ({reason(e)})") from None
     return by_path

@@ -16,13 +16,13 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 
 from tqdm import tqdm
 
-from . import files
+from . import dist_util, files
 from .errors import InputError, choose
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
@@ -33,7 +33,7 @@ class KVWriter:
 
     def writekvs(self, kvs):
         """Write the dict `kvs` as one row."""
-        raise TypeError(f"{type(self).__name__} has no writekvs")
+        raise NotImplementedError
 
     def close(self):
         """Release files and threads."""
@@ -88,14 +88,14 @@ class CSVOutputFormat(KVWriter):
 
     def __init__(self, filename):
         self.filename = filename
-        self.keys = [*_read_csv(filename), []][0]
+        self.keys = next(csv.reader(_read_lines(filename)), [])
 
     def writekvs(self, kvs):
         if new := sorted(kvs.keys() - set(self.keys)):
-            rows = [row + [""] * len(new) for row in _read_csv(self.filename)[1:]]
             self.keys += new
-            _replace(self.filename, _to_csv([self.keys, *rows]))
-        _append(self.filename, _to_csv([[_to_python(kvs.get(key)) for key in self.keys]]))
+            rows = [line.rstrip("\n") + "," * len(new) + "\n" for line in _read_lines(self.filename)[1:]]
+            _replace(self.filename, [_to_csv(self.keys), *rows])
+        _append(self.filename, _to_csv([_to_python(kvs.get(key)) for key in self.keys]))
 
 
 class TensorBoardOutputFormat(KVWriter):
@@ -107,22 +107,21 @@ class TensorBoardOutputFormat(KVWriter):
         except ImportError:
             raise InputError("OPENAI_LOG_FORMAT: tensorboard is missing: pip install tensorboard") from None
         self.open = partial(SummaryWriter, dir)
-        self.writer, self.rows = self.open(), 0
+        self.writer, self.rows = None, 0
 
     def writekvs(self, kvs):
         self.rows += 1
+        step = int(kvs.get("step", self.rows))
+        if self.writer is None:  # Of a former run in this folder, TensorBoard then ignores the events from `step` on.
+            self.writer = self.open(purge_step=step)
         for key, value in sorted(kvs.items()):
             if hasattr(value, "__float__"):
-                self.writer.add_scalar(key, float(value), int(kvs.get("step", self.rows)))
+                self.writer.add_scalar(key, float(value), step)
         self.writer.flush()
 
-    def truncate(self, step):
-        """Make TensorBoard ignore the events of `step` and later steps that are in the folder now."""
-        self.writer.close()
-        self.writer = self.open(purge_step=step)
-
     def close(self):
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 FORMATS = {
@@ -142,67 +141,46 @@ def _to_python(value):
     return value.item() if hasattr(value, "item") else value
 
 
-def _to_csv(rows):
+def _to_csv(row):
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerow(row)
     return text.getvalue()
 
 
-def _read_csv(filename):
-    """Return the rows of a CSV file, the header first; none if there is no such file."""
+def _read_lines(filename):
+    """Return the lines of a file without an unfinished last line; none if there is no such file."""
     if not os.path.exists(filename):
         return []
-    try:
-        with open(filename, newline="", encoding="utf-8") as f:
-            return list(csv.reader(f))
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise InputError(f"{filename}: not a CSV file ({e}): remove it, or give another --log_dir") from None
+    with open(filename, encoding="utf-8") as f:
+        return [line for line in f if line.endswith("\n")]
 
 
 def _append(filename, text):
-    with open(filename, "a", newline="", encoding="utf-8", errors="backslashreplace") as f:
+    with (
+        files.disk_errors(filename, "what has been saved is safe"),
+        open(filename, "a", encoding="utf-8", errors="backslashreplace") as f,
+    ):
         f.write(text)
 
 
-def _replace(filename, text):
+def _replace(filename, lines):
     with files.write_atomically(filename, sync=False) as f:
-        f.write(text.encode("utf-8", "backslashreplace"))
+        f.write("".join(lines).encode("utf-8", "backslashreplace"))
 
 
 def truncate_records(folder, step):
     """Drop the rows of `step` and later steps, and an unfinished last row, from the metrics of all ranks in `folder`.
 
     A run that starts from the checkpoint of `step` (0 for a new run) calls it once, on rank 0, before its first row,
-    because it will write these rows again. Rows without a step and the messages in log.txt stay. Event files cannot be
-    cut: the current logger's TensorBoard writer marks the events that are out of date.
+    because it will write these rows again. Rows without a step and the messages in log.txt stay.
     """
-    with files.disk_errors(folder, "what has been saved is safe"):
-        for name in files.list_dir(folder):
-            if re.fullmatch(r"progress(-rank\d+)?\.(csv|json)", name):
-                _truncate_file(os.path.join(folder, name), step)
-        for writer in get_current().output_formats:
-            if isinstance(writer, TensorBoardOutputFormat):
-                writer.truncate(step)
-
-
-def _truncate_file(filename, step):
-    with open(filename, newline="", encoding="utf-8", errors="replace") as f:
-        text = f.read()
-    text = text[: text.rfind("\n") + 1]
-    if "step" not in text:  # Training did not write this file, so its last line may be complete.
-        return
-    if filename.endswith(".csv"):
-        header, *rows = csv.reader(io.StringIO(text))
-        text = _to_csv([header, *(row for row in rows if _is_before(step, lambda: row[header.index("step")]))])
-    else:
-        text = "".join(line for line in text.splitlines(True) if _is_before(step, lambda: json.loads(line)["step"]))
-    _replace(filename, text)
-
-
-def _is_before(step, read_step):
-    with suppress(LookupError, TypeError, ValueError):  # no step, or damaged JSON
-        return float(read_step()) < step
-    return True
+    for name in files.list_dir(folder):
+        if re.fullmatch(r"progress(-rank\d+)?\.(csv|json)", name):
+            path = os.path.join(folder, name)
+            lines = _read_lines(path)
+            rows = [{}, *csv.DictReader(lines)] if name.endswith(".csv") else map(json.loads, lines)
+            kept = [line for line, row in zip(lines, rows, strict=True) if float(row.get("step") or -1) < step]
+            _replace(path, kept)
 
 
 class Logger:
@@ -235,8 +213,7 @@ class Logger:
         values = dict(self.name2val) if self.comm is None else self._average_over_ranks()
         if self.comm is None or self.comm.rank == 0:
             for writer in self.output_formats:
-                with self._disk_errors():
-                    writer.writekvs(values)
+                writer.writekvs(values)
         self.name2val.clear()
         self.name2cnt.clear()
         return values
@@ -253,11 +230,7 @@ class Logger:
         if self.level <= level:
             for writer in self.output_formats:
                 if hasattr(writer, "writeseq"):
-                    with self._disk_errors():
-                        writer.writeseq(args)
-
-    def _disk_errors(self):
-        return files.disk_errors(self.dir or "the terminal", "what has been saved is safe")
+                    writer.writeseq(args)
 
     def set_level(self, level):
         self.level = level
@@ -293,11 +266,8 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
     dir = os.path.expanduser(dir or default_dir())
     if files.is_url(dir):
         raise InputError(f"--log_dir {dir}: must be a local folder; the variable DIFFUSION_BLOB_LOGDIR may be a URL")
-    try:
-        os.makedirs(dir, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--log_dir {dir}: cannot make this folder ({e.strerror})") from None
-    rank = get_rank_without_mpi_import()
+    os.makedirs(dir, exist_ok=True)
+    rank = dist_util.get_rank()
     log_suffix += f"-rank{rank:03d}" if rank > 0 else ""
     if format_strs is None:
         variable, default = ("OPENAI_LOG_FORMAT", "stdout,log,csv") if rank == 0 else ("OPENAI_LOG_FORMAT_MPI", "log")
@@ -315,15 +285,7 @@ def default_dir():
 
 def progress_bar(**kwargs):
     """Return a tqdm bar that is shown on rank 0 only. With a known total it shows the remaining time."""
-    hidden = get_rank_without_mpi_import() > 0
-    return tqdm(disable=hidden, mininterval=0.5, dynamic_ncols=True, smoothing=0.05, **kwargs)
-
-
-def get_rank_without_mpi_import():
-    """Return this process's rank in torch's process group; without a group, 0."""
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return tqdm(disable=dist_util.get_rank() > 0, mininterval=0.5, dynamic_ncols=True, smoothing=0.05, **kwargs)
 
 
 def reset():

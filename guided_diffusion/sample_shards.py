@@ -125,7 +125,7 @@ class SampleStore:
             with suppress(OSError):  # a run that was killed here has removed some already
                 files.remove(files.join(self.shards, JOB))
             with suppress(OSError):
-                files.remove_dir(self.shards)
+                files.rmdir(self.shards)
 
     def explained(self, path):
         """A context that turns an error of the disk into one line."""
@@ -147,8 +147,8 @@ class SampleStore:
             wanted = self.labels[slice(*span)]  # a shard of a run with more samples may have more
             if not np.array_equal(labels[: len(wanted)], wanted):
                 raise InputError(
-                    f"{path}: these samples have other labels than this job's: the file of classes, or the class "
-                    f"names, have changed: give another --log_dir"
+                    f"{path}: these samples have other labels than this job's: the classes have changed: give another "
+                    f"--log_dir"
                 )
         return images.dtype == np.uint8 and images.shape == (span[1] - span[0], *self.shape[1:])
 
@@ -161,16 +161,11 @@ class SampleStore:
             with files.open_file(path) as f:
                 return dict(json.loads(f.read()))
         except (OSError, ValueError, TypeError):
-            return None
+            return {}
 
     def _check_job(self, path):
-        """Refuse to mix samples with those of another job."""
+        """Refuse to mix samples with those of another job, or with samples of an unknown one."""
         job = self._read_job(path)
-        if job is None:
-            raise InputError(
-                f"{path}: the record of what these samples belong to is missing or damaged, so they cannot be reused: "
-                f"give another --log_dir"
-            )
         for name in {**job, **self.job}:
             if job.get(name) != self.job.get(name):
                 raise InputError(

@@ -21,14 +21,6 @@ TINY_CLASSIFIER = dict(
     image_size=16, num_classes=10, classifier_width=64, classifier_depth=1, classifier_attention_resolutions="8"
 )
 
-# Goes before a command: a Ctrl-C comes when its first progress bar is about to be made.
-BAR_INTERRUPTED = """
-import tqdm
-def interrupted(*args, **options):
-    raise KeyboardInterrupt
-tqdm.tqdm.__init__ = interrupted
-"""
-
 
 @dataclass
 class Outcome:

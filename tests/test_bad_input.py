@@ -257,7 +257,7 @@ CASES = {
         ["{stage}/conditional.pt", "do not fit the model"],
     ),
     "another program's weights": (sample("{stage}/stranger.pt"), ["{stage}/stranger.pt"]),
-    "an optimiser's file": (sample("{stage}/opt.pt"), ["{stage}/opt.pt", "optimizer"]),
+    "an optimiser's file": (sample("{stage}/opt.pt"), ["{stage}/opt.pt", "param_groups"]),
     "a pickle": (sample("{stage}/pickle.pt"), ["{stage}/pickle.pt"]),
     "a pickle in torch's format": (sample("{stage}/zipped_pickle.pt"), ["{stage}/zipped_pickle.pt"]),
     "a text file": (sample("{stage}/text.pt"), ["{stage}/text.pt"]),
@@ -331,7 +331,7 @@ CASES = {
     ),
     "upsampling with batch_size 0": (pipeline(upsampler_batch_size=0), ["--upsampler_batch_size 0"]),
     # Where to log
-    "log_dir below a file": (train(log_dir="{stage}/model.pt/log"), ["--log_dir", "{stage}/model.pt/log"]),
+    "log_dir below a file": (train(log_dir="{stage}/model.pt/log"), ["{stage}/model.pt/log"]),
 }
 
 

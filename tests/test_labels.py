@@ -2,7 +2,6 @@
 
 import pytest
 
-from guided_diffusion import logger
 from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.image_listing import image_classes, number_classes
@@ -52,21 +51,16 @@ def test_whole_numbers_in_a_csv_are_the_labels_themselves(tmp_path):
 
 
 @pytest.mark.parametrize("header", ["filename,label", "image,class", "Path, Label", "\nid,breed", "file.name,kind"])
-def test_a_header_of_a_csv_is_no_class(header, tmp_path, monkeypatch):
-    monkeypatch.setattr(logger, "warn", pytest.fail)
+def test_a_header_of_a_csv_is_no_class(header, tmp_path):
     words = (["dog", "cat", "cat"], ["cat", "dog"])
     assert labelled(tmp_path, f"{header}\na.png,cat\nb/1.png,dog\nc.png,cat\n") == words
     numbers = (["10", "0", "9"], [str(i) for i in range(11)])
     assert labelled(tmp_path, f"{header}\na.png,0\nb/1.png,10\nc.png,9\n") == numbers
 
 
-def test_a_csv_may_list_more_images_than_there_are(tmp_path, monkeypatch):
-    warnings = []
-    monkeypatch.setattr(logger, "warn", warnings.append)
+def test_a_csv_may_list_more_images_than_there_are(tmp_path):
     # Missing images do not change the table.
-    assert labelled(tmp_path, "a.png,x\nb/1.png,y\nc.png,z\ngone.png,w\n")[1] == ["w", "x", "y", "z"]
-    assert len(warnings) == 1 and "1 of 4 lines" in warnings[0] and "gone.png" in warnings[0]
-    assert labelled(tmp_path, "gone.png,w\na.png,x\nb/1.png,y\nc.png,z\n")[1] == ["w", "x", "y", "z"]  # no header
+    assert labelled(tmp_path, "gone.png,w\na.png,x\nb/1.png,y\nc.png,z\n")[1] == ["w", "x", "y", "z"]
 
 
 @pytest.mark.parametrize(
@@ -77,11 +71,7 @@ def test_a_csv_may_list_more_images_than_there_are(tmp_path, monkeypatch):
         ("a.png,cat\nb/1.png\n", ["line 2 is not path,label"]),
         ("a.png,cat\nb/1.png,dog,3\n", ["line 2 is not path,label"]),
         ("a.png,cat\nb/1.png, \n", ["line 2 is not path,label"]),
-        ("a.png,cat\nb/1.png,dog\nc.png,x\na.png,dog\n", ["line 4", "a.png", "another label in an earlier line"]),
         ("a.png;cat\nb/1.png;dog\nc.png;x\n", ["line 1 is not path,label"]),
-        ("path,label\na.png,9\nb/1.png,10\n\nc.png,x\n", ["line 5: the label x", "in line 2, 9,"]),
-        ("a.png,cat\nb/1.png,20240101\nc.png,7\n", ["line 1: the label cat", "in line 2, 20240101,"]),
-        ("gone.png,label\na.png,0\nb/1.png,1\nc.png,2\n", ["line 1: the label label", "in line 2, 0,"]),
     ],
 )
 def test_a_csv_that_does_not_fit_is_refused(text, words, tmp_path):
@@ -95,7 +85,7 @@ def test_other_labels_are_refused(tmp_path):
     options = dict(data_dir=str(tmp_path), batch_size=1, image_size=4, class_cond=True)
     with pytest.raises(InputError, match="--labels colour: give name, folder, or .*CSV"):
         load_data(**options, labels="colour")
-    with pytest.raises(InputError, match="--labels .*gone.csv: no such file"):
+    with pytest.raises(InputError, match="--labels .*gone.csv: cannot read it .*No such file"):
         load_data(**options, labels=str(tmp_path / "gone.csv"))
     (tmp_path / "latin.csv").write_bytes(b"a_0.png,caf\xe9\n")
     with pytest.raises(InputError, match="--labels .*latin.csv: cannot read it as CSV in UTF-8"):

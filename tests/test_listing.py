@@ -3,7 +3,6 @@
 import errno
 import os
 import time
-from types import SimpleNamespace
 
 import blobfile
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from launch import run
 from PIL import Image
 
-from guided_diffusion import files, logger
+from guided_diffusion import files
 from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import _list_image_files_recursively, load_data
 from guided_diffusion.image_listing import list_images
@@ -62,28 +61,25 @@ def test_paths_start_with_the_folder_as_it_was_given(ending, tmp_path, monkeypat
     assert list_images("data" + ending) == ["data/a/x.png", "data/y.png"]
 
 
-def test_links_to_folders_are_followed_except_in_circles(tmp_path, monkeypatch):
+def test_links_to_folders_are_followed_except_in_circles(tmp_path):
     make_files(tmp_path, ["data/a/1.png", "else/2.png", "else/notes.txt", "data/a/deep/3.png"])
     links = {"linked": "else", "file_link.png": "else/2.png", "text_link": "else/notes.txt", "dangling": "gone"}
     for name, target in {**links, "a/deep/up": "data", "here": "data", "itself": "data/itself"}.items():
         os.symlink(tmp_path / target, tmp_path / "data" / name)
-    warnings = []
-    monkeypatch.setattr(logger, "warn", warnings.append)
     assert listed(tmp_path / "data") == ["a/1.png", "a/deep/3.png", "file_link.png", "linked/2.png"]
-    assert {w.split(": ")[0] for w in warnings} == {str(tmp_path / "data" / n) for n in ("here", "a/deep/up")}
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     make_files(tmp_path, ["a/1.png", "secret/2.png"])
-    scandir = os.scandir
+    listdir = os.listdir
 
     def guarded(path):
         if os.path.basename(path) == "secret":
             raise PermissionError(errno.EACCES, "Permission denied", path)
-        return scandir(path)
+        return listdir(path)
 
-    monkeypatch.setattr(os, "scandir", guarded)  # root may read any folder
-    with pytest.raises(InputError, match=r"--data_dir .*Permission denied.*secret"):
+    monkeypatch.setattr(os, "listdir", guarded)  # root may read any folder
+    with pytest.raises(InputError, match=r"--data_dir .*secret .Permission denied"):
         list_images(str(tmp_path))
 
 
@@ -102,8 +98,8 @@ def test_a_slow_listing_shows_progress_and_a_quick_one_does_not(tmp_path, monkey
     make_files(tmp_path, [f"{i}/x.png" for i in range(6)])
     assert len(list_images(str(tmp_path))) == 6
     assert capfd.readouterr().err == ""
-    scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: [time.sleep(0.3), scandir(path)][1])
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: [time.sleep(0.3), listdir(path)][1])
     assert len(list_images(str(tmp_path))) == 6
     assert "listing images: 6 images" in capfd.readouterr().err
 
@@ -119,15 +115,9 @@ def bucket(tmp_path, monkeypatch):
         assert url.startswith("gs://bucket/")
         return str(tmp_path / "bucket" / url.removeprefix("gs://bucket/"))
 
-    fake = SimpleNamespace(
-        isdir=lambda url: blobfile.isdir(local(url)),
-        exists=lambda url: blobfile.exists(local(url)),
-        scandir=lambda url: blobfile.scandir(local(url)),
-        BlobFile=lambda url, mode: blobfile.BlobFile(local(url), mode),
-        join=blobfile.join,
-        Error=blobfile.Error,
-    )
-    monkeypatch.setattr(files, "_blobfile", lambda: fake)
+    served = {"is_dir": blobfile.isdir, "exists": blobfile.exists, "open_file": files.open_file}
+    for name, function in {**served, "list_dir": files.list_dir}.items():
+        monkeypatch.setattr(files, name, lambda url, function=function: function(local(url)))
     return tmp_path / "bucket"
 
 
@@ -151,7 +141,7 @@ def test_a_url_that_fails_is_named(bucket, monkeypatch):
     def fail(url):
         raise blobfile.Error("no credentials\nand more lines")
 
-    monkeypatch.setattr(files._blobfile(), "isdir", fail)
+    monkeypatch.setattr(files, "is_dir", fail)
     with pytest.raises(InputError) as caught:
         list_images("gs://bucket/data")
     assert str(caught.value) == "--data_dir gs://bucket/data: cannot list it (no credentials)"
@@ -162,17 +152,17 @@ def test_a_url_that_fails_is_named(bucket, monkeypatch):
 EPOCHS = """
 import os, sys
 import numpy as np
-scans, scandir = [], os.scandir
+scans, listdir = [], os.listdir
 def counting(*args):
     scans.append(args)
-    return scandir(*args)
+    return listdir(*args)
 from guided_diffusion import dist_util
 from guided_diffusion.image_datasets import load_data
 dist_util.setup_dist()
-os.scandir = counting
+os.listdir = counting
 folder, out = sys.argv[1:]
 data = load_data(data_dir=folder, batch_size=7, image_size=2, class_cond=True, random_flip=False, num_workers=1)
-os.scandir = scandir
+os.listdir = listdir
 seen = []
 for _ in range(2 * 1050 // 21):
     x, cond = next(data)

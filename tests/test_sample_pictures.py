@@ -3,6 +3,7 @@
 import os
 import re
 from itertools import groupby
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,6 +127,6 @@ def test_progress_shows_samples_pace_remaining_time_and_steps(tmp_path, capsys, 
 def test_progress_is_shown_now_and_then_and_by_rank_0(tmp_path, capsys, monkeypatch):
     known_job(tmp_path / "a", 100, 1)
     assert 2 <= len(progress_lines(capsys)) < 20
-    monkeypatch.setattr("guided_diffusion.logger.get_rank_without_mpi_import", lambda: 1)
+    monkeypatch.setattr("guided_diffusion.logger.dist_util", SimpleNamespace(get_rank=lambda: 1))
     known_job(tmp_path / "b", 10, 4)
     assert not capsys.readouterr().err

@@ -101,7 +101,7 @@ def test_classes_from_files(tmp_path):
     for name in ("floats.npy", "objects.npy", "words.txt", "none.txt", "none.npy", "bytes.txt"):
         path = str(tmp_path / name)
         refused(lambda p=path: choose_labels(p, 5, 4, 0), f"--classes {path}", "class numbers")
-    refused(lambda: choose_labels(str(tmp_path / "gone.txt"), 5, 4, 0), "gone.txt", "cannot be read")
+    refused(lambda: choose_labels(str(tmp_path / "gone.txt"), 5, 4, 0), "gone.txt", "No such file")
 
 
 def test_class_tables(tmp_path):
@@ -111,7 +111,7 @@ def test_class_tables(tmp_path):
         refused(lambda: read_class_table(path), f"--class_table {path}", "label", "name")
     (tmp_path / "table.csv").write_text("label,name\n1,bee\n0,ant\n")
     assert read_class_table(path) == ["ant", "bee"]
-    refused(lambda: read_class_table(f"{path}.gone"), "--class_table", "cannot be read")
+    refused(lambda: read_class_table(f"{path}.gone"), "--class_table", "No such file")
 
 
 def test_names_come_from_a_table_or_from_the_config_beside_the_checkpoint(networks, monkeypatch, tmp_path):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 from helpers import as_rank, refused
-from launch import BAR_INTERRUPTED, RUN_SCRIPT, flags, run_ranks, script
+from launch import flags, run_ranks, script
 from sampling import (
     KnownSampler,
     known_job,
@@ -74,13 +74,6 @@ def test_a_sample_that_is_not_finite_on_one_rank_ends_all(tmp_path):
     assert not os.path.exists(tmp_path / "shards/000000004-000000008.npz")
     known_job_on_ranks(3, tmp_path, 20, 4).check()
     assert (read_npz(tmp_path)["arr_0"] == pictures(range(20))).all()
-
-
-def test_ctrl_c_while_a_progress_bar_is_made(networks, tmp_path):
-    argv = [script("classifier_sample"), *flags(**networks, log_dir=tmp_path)]
-    outcome, _ = run_ranks(2, argv, BAR_INTERRUPTED + RUN_SCRIPT)
-    assert outcome.returncode == 130 and "Traceback" not in outcome.output, outcome.output
-    assert outcome.output.splitlines()[-1] == "interrupted"
 
 
 def test_a_disk_that_fills_keeps_the_finished_samples(tmp_path):

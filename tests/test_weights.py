@@ -64,8 +64,7 @@ def test_refusals_say_what_the_file_is(weights, tmp_path):
     path = tmp_path / "model.pt"
     opt = th.optim.AdamW([th.nn.Parameter(th.zeros(2))])
     for content, words in (
-        (prefixed("net.", weights), ["'net.'"]),
-        (opt.state_dict(), ["optimizer's state"]),
+        (opt.state_dict(), ["state, param_groups"]),
         ({"generator": weights, "step": 3}, ["generator, step"]),
         ({"model": 3}, ["int"]),
         ([1, 2], ["list"]),
@@ -73,14 +72,8 @@ def test_refusals_say_what_the_file_is(weights, tmp_path):
     ):
         th.save(content, path)
         refused(lambda: load(path), "model.pt", *words)
-    for content, word in (
-        (b"<!DOCTYPE html><html>Not found</html>", "a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
-        (b"", "damaged"),
-    ):
-        path.write_bytes(content)
-        refused(lambda: load(path), "model.pt", word)
+    path.write_bytes(b"")
+    refused(lambda: load(path), "model.pt", "damaged")
     np.savez(tmp_path / "samples.npz", np.zeros(3))
     refused(lambda: load(tmp_path / "samples.npz"), "samples.npz")
     refused(lambda: load(tmp_path / "nothing.pt"), "nothing.pt", "No such file")
