@@ -27,9 +27,9 @@ import torch as th
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from evaluations.classifier_features import ClassifierFeatures  # noqa: E402
 from evaluations.metrics import frechet_distance  # noqa: E402
 from guided_diffusion.checkpoint_util import Checkpoint, load_weights  # noqa: E402
-from guided_diffusion.classifier_util import ClassifierFeatures  # noqa: E402
 from guided_diffusion.guidance import classifier_cond_fn, route_labels  # noqa: E402
 from guided_diffusion.image_datasets import each_once, image_dataset  # noqa: E402
 from guided_diffusion.pictures import to_uint8  # noqa: E402

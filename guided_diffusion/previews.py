@@ -3,12 +3,13 @@
 from contextlib import contextmanager
 
 import numpy as np
-import torch as th
 
 from . import dist_util, files, logger
 from .pictures import save_grid, to_uint8
-from .random_util import SampleNoise, random_labels
+from .random_util import random_labels
 from .respace import SpacedDiffusion, space_timesteps
+from .sample_job import BatchSampler
+from .solvers import SAMPLERS
 
 
 def average_is_ready(rate, steps):
@@ -78,17 +79,10 @@ class Preview:
             save_grid(path, np.stack([by_index[i] for i in range(self.count)]))
         return path
 
-    @th.no_grad()
     def _sample(self, model, indices):
-        device = dist_util.dev()
-        noise = SampleNoise(self.seed, indices, device)
-        steps = self.diffusion.ddim_sample_loop_progressive(
-            model,
-            (len(indices), *self.shape),
-            noise=noise.randn(*self.shape),
-            model_kwargs={name: values[list(indices)].to(device) for name, values in self.conditions.items()},
-            device=device,
-            randn_like=noise.randn_like,
+        conditions = {name: values[list(indices)] for name, values in self.conditions.items()}
+        sampler = BatchSampler(
+            self.diffusion, model, self.shape, self.seed, lambda _: conditions, sampler=SAMPLERS["ddim"]
         )
-        *_, last = steps
+        *_, last = sampler.steps(indices)
         return to_uint8(last["sample"].nan_to_num())  # grey if a diverging network gives NaN

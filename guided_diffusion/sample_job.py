@@ -140,8 +140,6 @@ def sample_job(sampler, job, num_samples, batch_size, labels=None, rows_by_class
     done = num_samples - sum(map(len, batches))
     if done:
         logger.log(f"{done} of {num_samples} samples exist already")
-    if progress_grid and not (batches and batches[0].start == 0):
-        logger.log("no new progress grid: the first samples exist already")
     if save_images:
         for start, images, rows in store.parts():
             if start // batch_size % world_size == rank:

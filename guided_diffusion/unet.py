@@ -111,18 +111,9 @@ class ResBlock(TimestepBlock):
     """
 
     def __init__(
-        self,
-        channels,
-        emb_channels,
-        dropout,
-        out_channels=None,
-        use_conv=False,
-        use_scale_shift_norm=False,
-        dims=2,
-        use_checkpoint=False,
-        up=False,
-        down=False,
-    ):
+        self, channels, emb_channels, dropout, out_channels=None, use_conv=False, use_scale_shift_norm=False, dims=2,
+        use_checkpoint=False, up=False, down=False,
+    ):  # fmt: skip
         super().__init__()
         self.channels = channels
         self.emb_channels = emb_channels
@@ -316,28 +307,11 @@ class _Encoder(nn.Module):
     TORSO = ("input_blocks", "middle_block")  # what convert_to_fp16 and convert_to_bf16 convert
 
     def __init__(
-        self,
-        image_size,
-        in_channels,
-        model_channels,
-        out_channels,
-        num_res_blocks,
-        attention_resolutions,
-        dropout=0,
-        channel_mult=(1, 2, 4, 8),
-        conv_resample=True,
-        dims=2,
-        num_classes=None,
-        use_checkpoint=False,
-        use_fp16=False,
-        num_heads=1,
-        num_head_channels=-1,
-        num_heads_upsample=-1,
-        use_scale_shift_norm=False,
-        resblock_updown=False,
-        use_new_attention_order=False,
-        use_bf16=False,
-    ):
+        self, image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout=0,
+        channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2, num_classes=None, use_checkpoint=False, use_fp16=False,
+        num_heads=1, num_head_channels=-1, num_heads_upsample=-1, use_scale_shift_norm=False, resblock_updown=False,
+        use_new_attention_order=False, use_bf16=False,
+    ):  # fmt: skip
         super().__init__()
         if use_fp16 and use_bf16:
             raise InputError("use_fp16 and use_bf16 exclude each other: choose one")
@@ -564,28 +538,11 @@ class EncoderUNetModel(_Encoder):
     """
 
     def __init__(
-        self,
-        image_size,
-        in_channels,
-        model_channels,
-        out_channels,
-        num_res_blocks,
-        attention_resolutions,
-        dropout=0,
-        channel_mult=(1, 2, 4, 8),
-        conv_resample=True,
-        dims=2,
-        use_checkpoint=False,
-        use_fp16=False,
-        num_heads=1,
-        num_head_channels=-1,
-        num_heads_upsample=-1,
-        use_scale_shift_norm=False,
-        resblock_updown=False,
-        use_new_attention_order=False,
-        pool="adaptive",
-        use_bf16=False,
-    ):
+        self, image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout=0,
+        channel_mult=(1, 2, 4, 8), conv_resample=True, dims=2, use_checkpoint=False, use_fp16=False, num_heads=1,
+        num_head_channels=-1, num_heads_upsample=-1, use_scale_shift_norm=False, resblock_updown=False,
+        use_new_attention_order=False, pool="adaptive", use_bf16=False,
+    ):  # fmt: skip
         super().__init__(
             image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout,
             channel_mult, conv_resample, dims, None, use_checkpoint, use_fp16, num_heads, num_head_channels,

@@ -14,11 +14,11 @@ from dataclasses import replace
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from evaluations.batches import Batch  # noqa: E402
+from evaluations.classifier_features import ClassifierFeatures  # noqa: E402
 from evaluations.evaluator import DTYPES, load_inception  # noqa: E402
 from evaluations.features import FEWEST, Features, check_batches, compare, reference_features  # noqa: E402
 from evaluations.sweep import SWEPT, draw, format_table, write_table  # noqa: E402
 from guided_diffusion import dist_util, files, logger  # noqa: E402
-from guided_diffusion.classifier_util import ClassifierFeatures  # noqa: E402
 from guided_diffusion.errors import InputError, check_at_least, choose  # noqa: E402
 from guided_diffusion.sample_job import BatchSampler, sample_job  # noqa: E402
 from guided_diffusion.sampler_flags import classifier_guidance_flags, guide, guide_flags  # noqa: E402

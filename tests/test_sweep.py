@@ -16,8 +16,8 @@ from PIL import Image
 from sampling import CLASSIFIER, MODEL, new_network, prefixed, read_npz, run_here, save_network
 
 from evaluations import evaluator
+from evaluations.classifier_features import ClassifierFeatures
 from evaluations.metrics import frechet_distance, precision_recall
-from guided_diffusion.classifier_util import ClassifierFeatures
 from guided_diffusion.sample_job import BatchSampler
 from guided_diffusion.script_util import classifier_defaults, create_classifier
 
