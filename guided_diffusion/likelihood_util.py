@@ -9,7 +9,6 @@ import torch as th
 from . import dist_util, files, logger
 from .errors import check_at_least
 from .image_datasets import each_once
-from .logger import progress_bar
 from .random_util import SampleNoise
 
 TERMS = ("vb", "xstart_mse", "mse")  # by timestep, from the last to the first
@@ -32,7 +31,7 @@ def bits_per_dim(diffusion, model, dataset, batch_size, count=None, seed=0, clip
     device, total = dist_util.dev(), min(len(dataset), count or len(dataset))
     found = th.zeros(0, 3, dtype=th.float64)  # an image's index, total and prior
     sums = th.zeros(1, len(TERMS), diffusion.num_timesteps, dtype=th.float64)
-    with progress_bar(total=total, desc="likelihood", unit="image") as bar:
+    with logger.progress_bar(total=total, desc="likelihood", unit="image") as bar:
         for indices, batch, cond in each_once(dataset, batch_size, num_workers, count):
             noise = SampleNoise(seed, indices, device)
             terms = diffusion.calc_bpd_loop(

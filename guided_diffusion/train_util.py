@@ -264,8 +264,9 @@ class TrainLoop:
 def noting_signals():
     """Collect the SIGTERM and SIGUSR1 that arrive in a `with` block in a list. Clusters send them to end a job."""
     signals = []
+    # Other threads than the main one may not set handlers.
     numbers = (signal.SIGTERM, signal.SIGUSR1) if threading.current_thread() is threading.main_thread() else ()
-    before = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in numbers}  # allowed in the main thread only
+    before = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in numbers}
     try:
         yield signals
     finally:
