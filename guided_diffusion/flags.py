@@ -125,7 +125,7 @@ HELP = {
         "eval_dtype": "precision of the Inception network: fp32 or bf16",
     },
     "run": {
-        "seed": "seed of all random numbers; -1 in training: unseeded",
+        "seed": "seed of all random numbers; -1 in training: draw one, and record it in config.json",
         "compile": "compile the networks with torch.compile; meant for GPUs",
     },
 }

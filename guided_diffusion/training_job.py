@@ -1,6 +1,7 @@
 """The set-up of a training script: its flags, ranks, folder, seed, checkpoint to resume, data, and config.json."""
 
 import os
+import secrets
 
 from . import dist_util, files, logger
 from .checkpoint_util import (
@@ -58,7 +59,7 @@ def set_up_training(parser, network_flags):
         if args.seed < 0:
             checkpoint.adopt_flags(args, {}, ["seed"])
     if args.seed < 0:
-        args.seed = dist_util.job_seed()
+        args.seed = dist_util.broadcast_object(secrets.randbits(48))
     seed_everything(args.seed)
     if same_folder:
         step = parse_resume_step_from_filename(args.resume_checkpoint)
