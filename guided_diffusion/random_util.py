@@ -37,23 +37,30 @@ class TrainingRandomness:
     """Training's random numbers: timesteps, noise and dropout, as functions of (seed, step, position in the batch).
 
     Image j of rank r's batch has position j * (number of ranks) + r in the global batch, as in ImageStream: timesteps
-    and noise do not depend on how the batch is split into ranks and microbatches. Each step seeds numpy's and torch's
-    global generators, which timesteps and dropout draw from; dropout differs between ranks.
+    and noise do not depend on how the batch is split into ranks and microbatches. Each step seeds torch's global
+    generator for dropout, which differs between ranks.
 
-    :param seed: a negative seed leaves the global generators as they are, and noise comes from torch's.
+    :param seed: with a negative seed, all numbers come from numpy's and torch's global generators as they are.
+    :param for_dropout: False leaves torch's global generator alone.
     """
 
-    def __init__(self, seed):
+    def __init__(self, seed, for_dropout=True):
         self.seed = seed
+        self.for_dropout = for_dropout
 
     def start_step(self, step, batch_size, sampler):
         """Draw the timesteps of a step of `batch_size` images on each rank from a ScheduleSampler."""
         rank, num_ranks = dist_util.get_rank(), dist_util.get_world_size()
         global_batch = batch_size * num_ranks
+        before = np.random.get_state()  # schedule samplers draw from numpy's global generator
         if self.seed >= 0:
             np.random.seed(_mix(self.seed, 1, step) % 2**32)  # the same on all ranks: each draws for the global batch
-            th.manual_seed(_mix(self.seed, 0, step, rank))
-        self.timesteps, self.factors = (v[rank::num_ranks] for v in sampler.sample(global_batch, dist_util.dev()))
+        timesteps, factors = sampler.sample(global_batch, dist_util.dev())
+        if self.seed >= 0:
+            np.random.set_state(before)
+            if self.for_dropout:
+                th.manual_seed(_mix(self.seed, 0, step, rank))
+        self.timesteps, self.factors = timesteps[rank::num_ranks], factors[rank::num_ranks]
         self.positions = range(step * global_batch + rank, (step + 1) * global_batch, num_ranks)  # in the whole run
         self.used = 0
 

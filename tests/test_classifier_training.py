@@ -7,6 +7,7 @@ from helpers import as_rank, batch_of, copies, new_loop, randomize
 
 from guided_diffusion import classifier_util, dist_util, logger
 from guided_diffusion.classifier_util import ClassifierTrainLoop, accuracy_by_noise, accuracy_table, correct_in_top_k
+from guided_diffusion.random_util import seed_everything
 from guided_diffusion.script_util import (
     classifier_and_diffusion_defaults,
     create_classifier_and_diffusion,
@@ -67,10 +68,12 @@ def test_the_loss_is_the_cross_entropy_of_noised_images(noised):
 # Validation
 
 
-def test_validation_does_not_touch_training():
+@pytest.mark.parametrize("seed", [4, -1])
+def test_validation_does_not_touch_training(seed):
     ends = []
     for val_data in (None, labelled(100)):
-        loop = new_classifier_loop(data=labelled(), val_data=val_data, eval_interval=1, seed=4)
+        seed_everything(0)
+        loop = new_classifier_loop(data=labelled(), val_data=val_data, eval_interval=1, seed=seed)
         loop.run_loop()
         assert loop.model.training and all(p.grad is not None for p in loop.model.parameters())
         ends.append(copies(loop.model.parameters()))
