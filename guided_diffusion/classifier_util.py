@@ -37,8 +37,7 @@ class ClassifierTrainLoop(TrainLoop):
         check_at_least(1, iterations=iterations, eval_interval=eval_interval)
         self.noised = noised
         self.val_data = val_data
-        # An unseeded run must not have its global generators seeded by evaluations.
-        self.val_randomness = TrainingRandomness(VALIDATION_SEED if kwargs.get("seed", -1) >= 0 else -1)
+        self.val_randomness = TrainingRandomness(VALIDATION_SEED, for_dropout=False)
         self.eval_interval = eval_interval
         kwargs = {"ema_rate": "", "initial_lg_loss_scale": 16.0, **kwargs}
         super().__init__(total_steps=iterations, lr_anneal_steps=iterations if anneal_lr else 0, **kwargs)
@@ -72,7 +71,7 @@ class ClassifierTrainLoop(TrainLoop):
 
     @th.no_grad()
     def evaluate(self):
-        """Log loss and accuracy on a held-out batch. In a seeded run, its noise is the same whatever the seed."""
+        """Log loss and accuracy on a held-out batch, with noise that does not depend on training's random numbers."""
         self.model.eval()
         batch, cond = next(self.val_data)
         self.val_randomness.start_step(self.steps_done, len(batch), self.schedule_sampler)
