@@ -257,7 +257,7 @@ CASES = {
         ["{stage}/conditional.pt", "do not fit the model"],
     ),
     "another program's weights": (sample("{stage}/stranger.pt"), ["{stage}/stranger.pt"]),
-    "an optimiser's file": (sample("{stage}/opt.pt"), ["{stage}/opt.pt", "param_groups"]),
+    "an optimiser's file": (sample("{stage}/opt.pt"), ["{stage}/opt.pt", "an optimizer's state"]),
     "a pickle": (sample("{stage}/pickle.pt"), ["{stage}/pickle.pt"]),
     "a pickle in torch's format": (sample("{stage}/zipped_pickle.pt"), ["{stage}/zipped_pickle.pt"]),
     "a text file": (sample("{stage}/text.pt"), ["{stage}/text.pt"]),
@@ -319,7 +319,7 @@ CASES = {
     "base samples that are not there": (upsample("{stage}/gone.npz"), ["--base_samples {stage}/gone.npz", "no such"]),
     "base samples of another size": (
         upsample("{stage}/large.npz"),
-        ["{stage}/large.npz", "3x16x16x3", "--small_size 8"],
+        ["{stage}/large.npz", "3x16x16x3", "Nx8x8x3", "--small_size"],
     ),
     "base samples of another type": (upsample("{stage}/floats.npz"), ["{stage}/floats.npz", "float64", "uint8"]),
     "base samples without labels": (upsample("{stage}/unlabelled.npz"), ["{stage}/unlabelled.npz", "no labels"]),
@@ -387,9 +387,8 @@ def test_the_stage_itself_is_sound(stage, tmp_path):
         outcome.check()
 
 
-@pytest.mark.parametrize("name", ["no data_dir", "no boolean", "another architecture"])
-def test_two_ranks_say_it_once(name, stage, tmp_path):
-    argv, words = staged(name, stage, tmp_path)
+def test_two_ranks_say_it_once(stage, tmp_path):
+    argv, words = staged("another architecture", stage, tmp_path)
     check_refused(run(argv, ranks=2), words)
 
 

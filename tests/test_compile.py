@@ -75,14 +75,13 @@ def test_a_compiled_job_makes_the_same_images(compiled_once, without_codegen, ne
     assert np.array_equal(made[0]["arr_1"], made[1]["arr_1"])
 
 
-@pytest.mark.parametrize("microbatch", [-1, 3])
-def test_compiled_training_takes_the_same_steps(without_codegen, quiet, microbatch):
+def test_compiled_training_takes_the_same_steps(without_codegen, quiet):
     th._dynamo.reset()
     weights = []
     for compiled in (False, True):
         th.manual_seed(0)
         model, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **MODEL})
-        loop = TrainLoop(model=model, diffusion=diffusion, data=None, batch_size=4, microbatch=microbatch, lr=1e-3,
+        loop = TrainLoop(model=model, diffusion=diffusion, data=None, batch_size=4, microbatch=3, lr=1e-3,
                          ema_rate="0.9", log_interval=10, save_interval=10, resume_checkpoint="", seed=0,
                          compile=compiled)  # fmt: skip
         for step in range(3):

@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch as th
-from launch import run_forked
+from launch import run_ranks
 from PIL import Image
 
 from guided_diffusion import dist_util, logger
@@ -224,7 +224,7 @@ def test_processes_with_workers_end_soon_and_quietly(tmp_path):
     for name, end in ENDS.items():
         (tmp_path / f"{name}.py").write_text(SCRIPT + end)
     jobs = {name: [str(tmp_path / f"{name}.py"), str(tmp_path / "data")] for name in ENDS}
-    done = run_forked(jobs)
+    done = {name: run_ranks(None, argv)[0] for name, argv in jobs.items()}
     for name in ("SIGTERM to all", "the end"):
         assert (done[name].returncode, done[name].output) == (0, ""), name
     assert done["Ctrl-C"].returncode in (130, -signal.SIGINT) and done["Ctrl-C"].output == "interrupted\n"

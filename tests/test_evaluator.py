@@ -65,7 +65,8 @@ def evaluate(stage, graph, size, *args, ranks=None):
     return run([EVALUATOR, *pair, "--inception_path", str(graph), *cache, *args], ranks=ranks, timeout=400)
 
 
-@pytest.mark.parametrize("size", [32, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [32, 64])
 def test_figures_are_the_original_s(size, stage, inception_graph):
     """On two ranks. A second run, by plain python, uses the kept features of the reference."""
     done = evaluate(stage, inception_graph, size, "--json", str(stage / "figures.json"), ranks=2).check()

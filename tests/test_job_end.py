@@ -32,7 +32,6 @@ KILLED = "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)"
     "launcher, failure, line",
     [
         ("mpiexec", BAD_FLAG, "error: --flag 7: too many"),
-        ("torchrun", BAD_FLAG, "error: --flag 7: too many"),
         ("mpiexec", BUG, "RuntimeError: the disk is on fire"),
         ("torchrun", BAD_IMAGE, "rank 1: error: image.png: broken"),
         ("mpiexec", KILLED, "signal 9"),  # the launcher's words

@@ -7,7 +7,7 @@ import time
 import blobfile
 import numpy as np
 import pytest
-from launch import run
+from launch import run_ranks
 from PIL import Image
 
 from guided_diffusion import files
@@ -180,7 +180,7 @@ def test_three_ranks_share_each_epoch(tmp_path):
         (tmp_path / "data" / f"{i % 7}" / f"{i % 3}").mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(np.full((2, 2, 3), (i // 256, i % 256, 0), np.uint8))
         image.save(tmp_path / "data" / f"{i % 7}" / f"{i % 3}" / f"{names[i % 6]}_{i}.png")
-    run(["-c", EPOCHS, str(tmp_path / "data"), str(tmp_path)], ranks=3, timeout=120).check()
+    run_ranks(3, [tmp_path / "data", tmp_path], EPOCHS)[0].check()
     ranks = [dict(np.load(tmp_path / f"{rank}.npz")) for rank in range(3)]
     assert [int(r["scans"]) for r in ranks] == [1 + 7 + 7 * 3, 0, 0]
     assert all(r["classes"].tolist() == names for r in ranks)

@@ -272,13 +272,13 @@ def test_float16_learns_as_float32_does(monkeypatch):
     def learn(**precision):
         th.manual_seed(0)
         np.random.seed(0)
-        loop = new_loop(*new_model(), lr=3e-3, batch_size=16, seed=1, **precision)
+        loop = new_loop(*new_model(), lr=3e-3, batch_size=8, seed=1, **precision)
         losses = []
-        for step in range(150):
-            loop.run_step(batch_of(16, seed=step % 4), {})
+        for step in range(75):
+            loop.run_step(batch_of(8, seed=step % 4), {})
             loop.step += 1
             losses.append(logger.dumpkvs()["loss"])
-        return loop, sum(losses[-30:]) / 30
+        return loop, sum(losses[-20:]) / 20
 
     single, want = learn()
     with quick_half_convolutions(monkeypatch):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import batch_of, copies, new_loop, new_model, randomize
-from launch import run
 from PIL import Image
 from sampling import CLASSIFIER, run_ranks
 from torch.nn.parallel import DistributedDataParallel
@@ -182,13 +181,13 @@ TRAININGS = {
 # The tests
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def ranks(request, tmp_path_factory):
-    """What each rank of a job of 2, and of 3, has in the end."""
-    out = str(tmp_path_factory.mktemp(f"ranks{request.param}"))
-    snippet = f"import sys; sys.path.insert(0, {TESTS!r}); import test_ranks; test_ranks.on_ranks({out!r})"
-    run(["-c", snippet], ranks=request.param).check()
-    return [th.load(os.path.join(out, f"rank{r}.pt")) for r in range(request.param)]
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each rank of a job of 3 has in the end."""
+    out = str(tmp_path_factory.mktemp("ranks"))
+    snippet = f"import test_ranks; test_ranks.on_ranks({out!r})"
+    run_ranks(3, [], snippet, quick_end=True)[0].check()
+    return [th.load(os.path.join(out, f"rank{r}.pt")) for r in range(3)]
 
 
 @pytest.fixture(scope="module")

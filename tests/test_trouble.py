@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import batch_of, copies, endless, new_loop, new_model, quick_half_convolutions, refused
-from launch import clean_environment, run
+from launch import run_ranks
 
 from guided_diffusion import logger
 from guided_diffusion.errors import RunStopped
@@ -179,8 +179,7 @@ print(f"\\nrank {rank} skipped {skipped} and ended with {digest!r}", flush=True)
 
 def train_planted(folder, planted, **options):
     """Train on two ranks, where rank 1 gets bad batches in the steps `planted`."""
-    env = {"PYTHONPATH": os.path.dirname(__file__) + os.pathsep + clean_environment()["PYTHONPATH"]}
-    return run(["-c", PLANTED, str(folder), json.dumps(planted), json.dumps(options)], ranks=2, env=env)
+    return run_ranks(2, [folder, json.dumps(planted), json.dumps(options)], PLANTED)[0]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch as th
-from launch import flags, run, script
+from launch import flags, run_forked, run_ranks, script
 from PIL import Image
 
 from guided_diffusion.script_util import sr_create_model_and_diffusion, sr_model_and_diffusion_defaults
@@ -50,9 +50,9 @@ def test_the_script_trains_resumes_and_shows(images, tmp_path):
     options = dict(TINY_UPSAMPLER, data_dir=images, log_dir=tmp_path / "run", large_size=24, small_size=16,
                    class_cond=True, num_classes=3, batch_size=2, num_workers=0, log_interval=1, seed=0,
                    save_interval=2, sample_interval=2)  # fmt: skip
-    run([script("super_res_train"), *flags(**options, total_steps=2)], ranks=2).check()
-    again = run([script("super_res_train"), *flags(**options, total_steps=4, resume_checkpoint="auto")], ranks=2)
-    again.check()
+    for steps in (2, 4):
+        argv = [script("super_res_train"), *flags(**options, total_steps=steps, resume_checkpoint="auto")]
+        run_ranks(2, argv, quick_end=True)[0].check()
     saved = sorted(path.name for path in (tmp_path / "run").glob("*.pt"))
     assert saved == sorted(f"{k}{s:06d}.pt" for k in ("ema_0.9999_", "model", "opt", "state") for s in (2, 4))
     previews = sorted(path.name for path in (tmp_path / "run/preview").iterdir())
@@ -64,6 +64,6 @@ def test_the_script_trains_resumes_and_shows(images, tmp_path):
 
 def test_sizes_that_make_no_upsampler(images, tmp_path):
     options = dict(TINY_UPSAMPLER, data_dir=images, log_dir=tmp_path, large_size=16, small_size=32)
-    done = run([script("super_res_train"), *flags(**options)])
+    done = run_forked({"train": [script("super_res_train"), *flags(**options)]})["train"]
     assert done.returncode == 1 and "Traceback" not in done.output
     assert "error: --small_size 32 must be from 1 to --large_size 16" in done.output

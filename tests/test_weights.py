@@ -64,7 +64,7 @@ def test_refusals_say_what_the_file_is(weights, tmp_path):
     path = tmp_path / "model.pt"
     opt = th.optim.AdamW([th.nn.Parameter(th.zeros(2))])
     for content, words in (
-        (opt.state_dict(), ["state, param_groups"]),
+        (opt.state_dict(), ["an optimizer's state"]),
         ({"generator": weights, "step": 3}, ["generator, step"]),
         ({"model": 3}, ["int"]),
         ([1, 2], ["list"]),
