@@ -142,7 +142,7 @@ def load(path, create, defaults):
     flags = {**defaults, **{name: value for name, value in checkpoint.flags.items() if name in defaults}}
     network, _ = create(**flags)
     load_weights(network, path)
-    return flags, network.to(DEVICE, memory_format=th.channels_last).eval().requires_grad_(False)
+    return flags, network.to(DEVICE).eval().requires_grad_(False)
 
 
 def moments(pool):
