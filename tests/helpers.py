@@ -66,14 +66,6 @@ def relative_error(got, want):
     return float((got - want).norm() / want.norm().clamp(min=1e-12))
 
 
-def output_and_gradients(function, inputs, wanted=None):
-    """function(*inputs), and the gradients, to the inputs at the `wanted` positions, of its product with noise."""
-    wanted = range(len(inputs)) if wanted is None else wanted
-    inputs = [v.detach().clone().requires_grad_(i in wanted) for i, v in enumerate(inputs)]
-    y = function(*inputs)
-    return [y, *th.autograd.grad(y, [inputs[i] for i in wanted], randn(9, *y.shape).to(y.dtype))]
-
-
 def assert_near(got, want, tolerance):
     """Compare lists of tensors, each by its largest element's size."""
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
@@ -81,14 +73,6 @@ def assert_near(got, want, tolerance):
         g, w = g.detach().double(), w.detach().double()
         error, size = float((g - w).abs().max()), float(w.abs().max())
         assert error <= tolerance * max(size, 1), (i, error, size)
-
-
-def all_gradients(module, function, inputs, seed=0):
-    """function(*inputs) and the gradients to the inputs and the module's parameters, with a seed for dropout."""
-    inputs = [v.detach().clone().requires_grad_(True) for v in inputs]
-    th.manual_seed(seed)
-    y = function(*inputs)
-    return [y, *th.autograd.grad(y.float().square().mean(), [*inputs, *module.parameters()])]
 
 
 def per_sample(t, like):

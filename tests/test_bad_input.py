@@ -15,14 +15,10 @@ from guided_diffusion.script_util import (
     create_classifier,
     create_model_and_diffusion,
     model_and_diffusion_defaults,
-    sr_create_model_and_diffusion,
-    sr_model_and_diffusion_defaults,
 )
 
 TRAIN = dict(batch_size=2, num_workers=0, total_steps=2)
 CONDITIONAL = dict(TINY, class_cond=True, num_classes=4)
-TINY_UPSAMPLER = dict(large_size=16, small_size=8, num_channels=32, num_res_blocks=1, num_heads=2,
-                      attention_resolutions="8", class_cond=True, num_classes=4)  # fmt: skip
 
 
 class Payload:
@@ -59,25 +55,17 @@ def stage(tmp_path_factory):
     """A folder with good and bad data sets and checkpoints."""
     stage = tmp_path_factory.mktemp("stage")
     write_images(stage / "good", [f"{i % 4}_{i}.png" for i in range(8)])
-    write_images(stage / "unlabelled", [f"{i}.png" for i in range(8)])
     (stage / "empty").mkdir()
     (stage / "no_images").mkdir()
     (stage / "no_images" / "notes.txt").write_text("no image")
     write_images(stage / "broken", ["0_0.png", "0_1.png"])
     (stage / "broken" / "0_1.png").write_text("no image")
-    write_images(stage / "truncated", ["0_0.png", "0_1.png"])
-    whole = (stage / "truncated" / "0_1.png").read_bytes()
-    (stage / "truncated" / "0_1.png").write_bytes(whole[: len(whole) // 2])
 
     model = new_model(**TINY)
     th.save(model.state_dict(), stage / "model.pt")
     th.save(new_model(**CONDITIONAL).state_dict(), stage / "conditional.pt")
     classifier = create_classifier(**{**classifier_defaults(), **TINY_CLASSIFIER})
     th.save(classifier.state_dict(), stage / "classifier.pt")
-    th.save(new_optimizer(model), stage / "opt.pt")
-    th.save({"layer.weight": th.zeros(3)}, stage / "stranger.pt")
-    (stage / "text.pt").write_text("a page that says 404, perhaps\n" * 20)
-    (stage / "nothing.pt").write_bytes(b"")
     (stage / "half.pt").write_bytes((stage / "model.pt").read_bytes()[:5000])
     with open(stage / "pickle.pt", "wb") as f:
         pickle.dump(Payload(str(stage / "ran")), f)
@@ -86,36 +74,13 @@ def stage(tmp_path_factory):
     (stage / "described").mkdir()
     th.save(model.state_dict(), stage / "described" / "model000001.pt")
     (stage / "described" / "config.json").write_text(json.dumps({"kind": "diffusion", "flags": TINY}))
-    (stage / "misdescribed").mkdir()
-    th.save(model.state_dict(), stage / "misdescribed" / "model000001.pt")
-    (stage / "misdescribed" / "config.json").write_text("{not json")
     (stage / "foreign_opt").mkdir()
     th.save(model.state_dict(), stage / "foreign_opt" / "model000001.pt")
     th.save(new_optimizer(new_model(**{**TINY, "num_channels": 64})), stage / "foreign_opt" / "opt000001.pt")
-    stage_sampling(stage, model)
     (stage / "foreign_ema").mkdir()
     th.save(model.state_dict(), stage / "foreign_ema" / "model000001.pt")
     th.save(new_model(**{**TINY, "num_channels": 64}).state_dict(), stage / "foreign_ema" / "ema_0.9999_000001.pt")
     return stage
-
-
-def stage_sampling(stage, model):
-    """Add what sampling takes beyond a model: small images, class tables, a folder in use, weights that are broken."""
-    upsampler = sr_create_model_and_diffusion(**{**sr_model_and_diffusion_defaults(), **TINY_UPSAMPLER})[0]
-    th.save(upsampler.state_dict(), stage / "upsampler.pt")
-    images, labels = np.zeros((3, 8, 8, 3), np.uint8), np.arange(3)
-    np.savez(stage / "small.npz", images, labels)
-    np.savez(stage / "unlabelled.npz", images)
-    np.savez(stage / "floats.npz", images / 255, labels)
-    np.savez(stage / "large.npz", np.zeros((3, 16, 16, 3), np.uint8), labels)
-    np.savez(stage / "outside.npz", images, labels + 2)
-    (stage / "table.csv").write_text("label,name\n0,ant\n1,bee\n2,cow\n3,dog\n")
-    (stage / "list.csv").write_text("ant\nbee\n")
-    (stage / "others" / "shards").mkdir(parents=True)
-    (stage / "others" / "shards" / "job.json").write_text(json.dumps({"seed": 7}))
-    (stage / "others" / "shards" / "000000000-000000002.npz").write_bytes(b"")
-    broken = {name: value * np.nan if name == "out.2.bias" else value for name, value in model.state_dict().items()}
-    th.save(broken, stage / "broken.pt")
 
 
 def train(data="{stage}/good", model=TINY, **extra):
@@ -138,17 +103,6 @@ def sample_guided(path="{stage}/conditional.pt", classifier="{stage}/classifier.
     return [script("classifier_sample"), *flags(model_path=path, classifier_path=classifier, **options)]
 
 
-def upsample(base="{stage}/small.npz", **extra):
-    options = dict(TINY_UPSAMPLER, model_path="{stage}/upsampler.pt", num_samples=2, timestep_respacing=2, **extra)
-    return [script("super_res_sample"), *flags(base_samples=base, **options)]
-
-
-def pipeline(**extra):
-    upsampler = {f"upsampler_{name}": value for name, value in TINY_UPSAMPLER.items()}
-    options = {**upsampler, "upsampler_small_size": 16, "upsampler_path": "{stage}/upsampler.pt", **extra}
-    return [script("pipeline_sample"), *sample_guided(num_classes=4)[1:], *flags(**options)]
-
-
 # What is wrong: (the command, what its last line has to hold). {stage} stands for the stage's folder.
 CASES = {
     # Data
@@ -159,14 +113,11 @@ CASES = {
     "data_dir without images": (train("{stage}/no_images"), ["--data_dir", "{stage}/no_images", "no image", "png"]),
     "fewer images than a batch": (train(batch_size=9), ["--batch_size 9", "has 8"]),
     "unreadable image": (train("{stage}/broken"), ["{stage}/broken/0_1.png"]),
-    "unreadable image in a worker": (train("{stage}/broken", num_workers=1), ["{stage}/broken/0_1.png"]),
-    "truncated image": (train("{stage}/truncated"), ["{stage}/truncated/0_1.png"]),
     "more classes than num_classes": (
         train(model={**CONDITIONAL, "num_classes": 3}),
         ["4 classes", "--num_classes 3"],
     ),
     "more classes than the classifier's": (train_classifier(num_classes=2), ["4 classes", "--num_classes 2"]),
-    "no labels in names": (train("{stage}/unlabelled", model=CONDITIONAL), ["{stage}/unlabelled/0.png", "label"]),
     "unknown number of channels": (train(in_channels=2), ["--in_channels", "2", "1, 3"]),
     # Flags with a choice
     "unknown schedule": (train(noise_schedule="sine"), ["--noise_schedule", "'sine'", "linear", "cosine"]),
@@ -178,7 +129,6 @@ CASES = {
         train_classifier(classifier_pool="max"),
         ["classifier_pool", "'max'", "adaptive", "attention", "spatial", "spatial_v2"],
     ),
-    "unknown spacing": (train(timestep_respacing="often"), ["--timestep_respacing", "'often'", "ddim25"]),
     "unknown flag": (train(learning_rate=1), ["--learning_rate"]),
     # Values that do not parse
     "no boolean": (train(class_cond="maybe"), ["--class_cond", "maybe"]),
@@ -191,14 +141,16 @@ CASES = {
         train(model={**TINY, "attention_resolutions": "8,4.5"}),
         ["--attention_resolutions", "8,4.5"],
     ),
+    "a resolution of 0": (
+        train(model={**TINY, "attention_resolutions": "16,0"}),
+        ["--attention_resolutions", "16,0"],
+    ),
     "no list of rates": (train(ema_rate="0.9,slow"), ["--ema_rate", "0.9,slow"]),
-    "no list of classes": (sample("{stage}/conditional.pt", CONDITIONAL, classes="1,two"), ["--classes", "1,two"]),
     # Numbers that cannot be
     "ddim without an integer stride": (
         sample(timestep_respacing="ddim300"),
         ["--timestep_respacing", "ddim300", "ddim334"],
     ),
-    "more steps than there are": (sample(timestep_respacing="2000"), ["--timestep_respacing", "2000", "1000"]),
     "training with batch_size 0": (train(batch_size=0), ["--batch_size", "0"]),
     "negative warm-up": (train(warmup_steps=-1), ["--warmup_steps -1", "at least 0"]),
     "an annealing that would raise the rate": (train(lr_anneal_steps=-10), ["--lr_anneal_steps -10"]),
@@ -215,7 +167,6 @@ CASES = {
     "sampling with batch_size 0": (sample(batch_size=0), ["--batch_size", "0"]),
     "a negative seed": (sample(seed=-1), ["--seed", "-1"]),
     "num_channels 0": (train(model={**TINY, "num_channels": 0}), ["num_channels"]),
-    "num_channels of no 32 groups": (train(model={**TINY, "num_channels": 40}), ["num_channels", "40"]),
     "image_size that cannot be halved": (
         train(model={**TINY, "image_size": 18, "channel_mult": "1,1,1"}),
         ["18", "channel_mult"],
@@ -225,7 +176,6 @@ CASES = {
         sample("{stage}/conditional.pt", CONDITIONAL, classes="1,4"),
         ["--classes 1,4", "class 4", "0..3"],
     ),
-    "negative class": (sample("{stage}/conditional.pt", CONDITIONAL, classes="-1"), ["--classes -1", "0..3"]),
     # Checkpoints
     "no model_path": (sample(""), ["--model_path is missing"]),
     "model_path does not exist": (sample("{stage}/gone.pt"), ["--model_path", "{stage}/gone.pt"]),
@@ -239,35 +189,21 @@ CASES = {
         sample(model={**TINY, "num_channels": 64, "learn_sigma": True, "num_res_blocks": 2}),
         ["{stage}/model.pt", "time_embed.0.weight is (128, 32) in the file and (256, 64) here"],
     ),
-    "another num_res_blocks": (
-        sample(model={**TINY, "num_res_blocks": 2}),
-        ["{stage}/model.pt", "input_blocks.2.0.in_layers.0.weight is missing in the file"],
-    ),
-    "an unconditional checkpoint": (sample(model=CONDITIONAL), ["{stage}/model.pt", "label_emb.weight is missing"]),
     "resuming another architecture": (
         train(model={**TINY, "num_channels": 64}, resume_checkpoint="{stage}/described/model000001.pt"),
         ["{stage}/described/config.json", "--num_channels 64", "num_channels 32"],
-    ),
-    "a classifier as the model": (
-        sample("{stage}/classifier.pt"),
-        ["{stage}/classifier.pt", "do not fit the model"],
     ),
     "a model as the classifier": (
         sample_guided(classifier="{stage}/conditional.pt", num_classes=4),
         ["{stage}/conditional.pt", "do not fit the model"],
     ),
-    "another program's weights": (sample("{stage}/stranger.pt"), ["{stage}/stranger.pt"]),
-    "an optimiser's file": (sample("{stage}/opt.pt"), ["{stage}/opt.pt", "an optimizer's state"]),
     "a pickle": (sample("{stage}/pickle.pt"), ["{stage}/pickle.pt"]),
     "a pickle in torch's format": (sample("{stage}/zipped_pickle.pt"), ["{stage}/zipped_pickle.pt"]),
-    "a text file": (sample("{stage}/text.pt"), ["{stage}/text.pt"]),
-    "an empty file": (sample("{stage}/nothing.pt"), ["{stage}/nothing.pt"]),
     "half a file": (sample("{stage}/half.pt"), ["{stage}/half.pt"]),
     "a flag that contradicts the record": (
         sample("{stage}/described/model000001.pt", {"num_channels": 64}),
         ["--num_channels 64", "{stage}/described/config.json", "num_channels 32"],
     ),
-    "a damaged record": (sample("{stage}/misdescribed/model000001.pt"), ["{stage}/misdescribed/config.json"]),
     "an optimiser's state of another width": (
         train(resume_checkpoint="{stage}/foreign_opt/model000001.pt"),
         ["{stage}/foreign_opt/opt000001.pt"],
@@ -284,52 +220,10 @@ CASES = {
     ),
     "a preset without its file": (
         [script("image_sample"), *flags(preset="imagenet64", models_dir="{stage}/good")],
-        ["--preset imagenet64", "{stage}/good/64x64_diffusion.pt", "--models_dir"],
+        ["--preset imagenet64", "{stage}/good/64x64_diffusion.pt", "--models_dir", "--model_path"],
     ),
-    "a flag that contradicts the preset": (
-        sample("{stage}/model.pt", {"num_heads": 8}, preset="imagenet128"),
-        ["--num_heads 8", "--preset imagenet128", "num_heads 4"],
-    ),
-    "heads that contradict the record": (
-        sample("{stage}/described/model000001.pt", {"num_heads": 4}),
-        ["--num_heads 4", "{stage}/described/config.json", "num_heads 2"],
-    ),
-    "unknown class": (
-        sample("{stage}/conditional.pt", CONDITIONAL, classes="bee,whale", class_table="{stage}/table.csv"),
-        ["--classes bee,whale", "'whale'", "ant, bee"],
-    ),
-    "a table of classes without labels": (
-        sample("{stage}/conditional.pt", CONDITIONAL, classes="bee", class_table="{stage}/list.csv"),
-        ["--class_table", "{stage}/list.csv", "label", "name"],
-    ),
-    "classes of a model without": (sample(classes="1"), ["--classes 1", "not class-conditional"]),
-    "no steps": (sample(timestep_respacing="0"), ["--timestep_respacing 0", "no timestep"]),
-    "fewer steps than none": (sample(timestep_respacing="-5"), ["--timestep_respacing -5"]),
-    "no steps of DDIM": (sample(timestep_respacing="ddim0"), ["--timestep_respacing", "ddim0"]),
+    "too few steps for the schedule": (sample(diffusion_steps=10), ["--diffusion_steps 10", "cosine"]),
     "a process without steps": (sample(diffusion_steps=0), ["--diffusion_steps 0"]),
-    "num_samples below 0": (sample(num_samples=-3), ["--num_samples -3"]),
-    "sampling with batch_size below 0": (sample(batch_size=-1), ["--batch_size -1"]),
-    "an interval backwards": (
-        sample_guided("{stage}/model.pt", class_cond=False, guidance_interval="0.8,0.2"),
-        ["--guidance_interval 0.8,0.2"],
-    ),
-    "a folder of another run's samples": (sample(log_dir="{stage}/others"), ["{stage}/others", "--seed 7", "not 0"]),
-    "a sample that is no number": (sample("{stage}/broken.pt"), ["sample 0 is not finite"]),
-    "no base samples": (upsample(""), ["--base_samples is missing"]),
-    "base samples that are not there": (upsample("{stage}/gone.npz"), ["--base_samples {stage}/gone.npz", "no such"]),
-    "base samples of another size": (
-        upsample("{stage}/large.npz"),
-        ["{stage}/large.npz", "3x16x16x3", "Nx8x8x3", "--small_size"],
-    ),
-    "base samples of another type": (upsample("{stage}/floats.npz"), ["{stage}/floats.npz", "float64", "uint8"]),
-    "base samples without labels": (upsample("{stage}/unlabelled.npz"), ["{stage}/unlabelled.npz", "no labels"]),
-    "base samples of other classes": (upsample("{stage}/outside.npz"), ["{stage}/outside.npz", "outside", "0..3"]),
-    "base samples that are no archive": (upsample("{stage}/text.pt"), ["{stage}/text.pt", "arr_0"]),
-    "an upsampler that does not fit": (
-        pipeline(upsampler_small_size=8),
-        ["--upsampler_small_size 8", "--image_size 16"],
-    ),
-    "upsampling with batch_size 0": (pipeline(upsampler_batch_size=0), ["--upsampler_batch_size 0"]),
     # Where to log
     "log_dir below a file": (train(log_dir="{stage}/model.pt/log"), ["{stage}/model.pt/log"]),
 }
@@ -397,9 +291,3 @@ def test_one_rank_of_two_speaks_for_itself(stage, tmp_path):
     argv, words = staged("unreadable image", stage, tmp_path)
     done = run([*argv, "--batch_size", "1"], ranks=2)
     check_refused(done, words, start=("error: ", "rank 1: error: "))
-
-
-def test_unknown_log_format_is_refused(stage, tmp_path):
-    argv = [text.replace("{stage}", str(stage)) for text in train(log_dir=tmp_path)]
-    done = run_forked({"case": argv}, env={"OPENAI_LOG_FORMAT": "stdout,xml"})["case"]
-    check_refused(done, ["'xml'", "stdout", "log", "json", "csv", "tensorboard"])

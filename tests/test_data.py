@@ -12,10 +12,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch as th
+from helpers import as_rank
 from launch import run_ranks
 from PIL import Image
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import logger
 from guided_diffusion.errors import InputError
 from guided_diffusion.image_datasets import ImageDataset, center_crop_arr, load_data, random_crop_arr
 
@@ -39,11 +40,6 @@ def load(folder, batch_size, **options):
 
 def take(data, count):
     return list(itertools.islice(data, count))
-
-
-def as_rank(monkeypatch, rank, num_ranks):
-    monkeypatch.setattr(dist_util, "get_rank", lambda: rank)
-    monkeypatch.setattr(dist_util, "get_world_size", lambda: num_ranks)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
@@ -76,11 +72,6 @@ def test_batches_are_float_in_minus_one_to_one(tmp_path):
     assert x.shape == (1, 3, 8, 8) and x.dtype == th.float32
     assert cond["y"].tolist() == [0] and cond["y"].dtype == th.int64
     assert th.allclose(x[0], th.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1, atol=1e-6)
-
-
-def test_unknown_number_of_channels():
-    with pytest.raises(InputError, match="--in_channels"):
-        ImageDataset(8, [], channels=2)
 
 
 # Flips and crops

@@ -26,10 +26,6 @@ def covariance(dim, rank=None, seed=0):
 # Frechet distance
 
 
-def test_distance_of_gaussians_in_one_dimension():
-    assert frechet_distance([1.0], [[4.0]], [4.0], [[9.0]]) == pytest.approx((1 - 4) ** 2 + (2 - 3) ** 2, rel=1e-12)
-
-
 def test_distance_of_gaussians_that_commute():
     """With common axes it is the sum over them of (difference of means)^2 + (difference of deviations)^2."""
     q, _ = np.linalg.qr(RNG.standard_normal((40, 40)))
@@ -39,16 +35,8 @@ def test_distance_of_gaussians_that_commute():
     assert frechet_distance(mu_a, q * a**2 @ q.T, mu_b, q * b**2 @ q.T) == pytest.approx(want, rel=1e-10)
 
 
-def test_distance_by_a_known_optimal_map():
-    """x -> T x with T symmetric and positive is the optimal map: the distance is that of each point from its image."""
-    sigma, t = covariance(30, seed=1), covariance(30, seed=2) + 0.1 * np.eye(30)
-    moved = (t - np.eye(30)) @ sigma @ (t - np.eye(30)).T
-    zero = np.zeros(30)
-    assert frechet_distance(zero, sigma, zero, t @ sigma @ t) == pytest.approx(np.trace(moved), rel=1e-10)
-
-
-@pytest.mark.parametrize("ranks", [(5, 5), (5, 40), (40, 7), (1, 1)])
-def test_distance_without_full_rank(ranks):
+@pytest.mark.parametrize("ranks", [(5, 5), (5, 40), (40, 7), (1, 1), (40, 40)])
+def test_distance_of_any_ranks(ranks):
     """tr (S1 S2)^(1/2) is the nuclear norm of A1^T A2, computed here from the factors that made the covariances."""
     a, b = (np.random.default_rng(seed).standard_normal((40, rank)) for seed, rank in enumerate(ranks))
     zero = np.zeros(40)

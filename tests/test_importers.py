@@ -188,17 +188,22 @@ def test_overridden_and_patched_methods_are_used(method, use, monkeypatch):
     assert bool(calls) == expected
 
 
+def assert_same_results(use, kind):
+    """Check that a subclass computes what SpacedDiffusion does."""
+    th.manual_seed(0)
+    got = USES[use](process(kind))
+    th.manual_seed(0)
+    want = USES[use](process())
+    assert th.equal(got, want) if isinstance(want, th.Tensor) else all(th.equal(got[k], want[k]) for k in want)
+
+
 @pytest.mark.parametrize("use", USES)
 def test_options_of_p_mean_variance_are_passed_by_keyword(use):
     class Own(respace.SpacedDiffusion):
         def p_mean_variance(self, model, x, t, *, clip_denoised=True, denoised_fn=None, model_kwargs=None):
             return super().p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
 
-    th.manual_seed(0)
-    got = USES[use](process(Own))
-    th.manual_seed(0)
-    want = USES[use](process())
-    assert th.equal(got, want) if isinstance(want, th.Tensor) else all(th.equal(got[k], want[k]) for k in want)
+    assert_same_results(use, Own)
 
 
 @pytest.mark.parametrize("use", USES)
@@ -210,11 +215,7 @@ def test_a_subclass_that_wraps_the_model_itself_maps_timesteps_once(use):
         def training_losses(self, model, *args, **kwargs):
             return super().training_losses(self._wrap_model(model), *args, **kwargs)
 
-    th.manual_seed(0)
-    got = USES[use](process(Own))
-    th.manual_seed(0)
-    want = USES[use](process())
-    assert th.equal(got, want) if isinstance(want, th.Tensor) else all(th.equal(got[k], want[k]) for k in want)
+    assert_same_results(use, Own)
 
 
 OTHER_PROCESS = '''

@@ -17,11 +17,6 @@ def test_classes_are_names_up_to_the_underscore_in_sorted_order():
         image_classes("", ["cat_0.png", "some_folder/plain.png"])
 
 
-def test_more_classes_than_the_model_has_are_refused():
-    with pytest.raises(InputError, match="--num_classes 1"):
-        number_classes(["a_0.png", "b_0.png"], ["a", "b"], ["a", "b"], num_classes=1)
-
-
 def test_classes_by_folder():
     paths = ["data/10/a.png", "data/9/b_0.png", "data/more/cat/c.png", "data/9/d.png"]
     assert image_classes("data", paths, "folder") == (["10", "9", "cat", "9"], ["10", "9", "cat"])

@@ -5,7 +5,6 @@ import torch as th
 from helpers import load_json
 
 from guided_diffusion import script_util
-from guided_diffusion.errors import InputError
 from guided_diffusion.presets import PRESETS, get_preset
 from guided_diffusion.unet import AttentionBlock, QKVAttention, QKVAttentionLegacy
 
@@ -72,8 +71,3 @@ def test_released_attention(name):
         assert block.attention.n_heads == block.num_heads
         new_order = name == "64x64_diffusion"
         assert isinstance(block.attention, QKVAttention if new_order else QKVAttentionLegacy)
-
-
-def test_unknown_preset_lists_the_known():
-    with pytest.raises(InputError, match="256x256_diffusion_uncond"):
-        get_preset("256x256")

@@ -8,7 +8,6 @@ import pytest
 import torch as th
 from helpers import SIGMAS, assert_mean
 
-from guided_diffusion.errors import InputError
 from guided_diffusion.resample import LossSecondMomentResampler, create_named_schedule_sampler
 from guided_diffusion.script_util import create_gaussian_diffusion
 
@@ -97,8 +96,3 @@ def test_losses_of_another_process_are_ignored(eight_steps):
     other = LossSecondMomentResampler(SimpleNamespace(num_timesteps=4))
     other.load_state_dict(state)
     assert other.weights().shape == (4,)
-
-
-def test_unknown_samplers_are_refused(eight_steps):
-    with pytest.raises(InputError, match="uniform, loss-second-moment"):
-        create_named_schedule_sampler("importance", eight_steps)

@@ -141,13 +141,6 @@ def test_the_upsampler_s_flags_in_a_pipeline_have_a_prefix(settle):
     assert (args["timestep_respacing"], args["upsampler_timestep_respacing"]) == ("250", "27")
 
 
-def test_unknown_names_and_missing_files_are_named(settle, tmp_path):
-    refused(lambda: settle("image_sample", preset="lsun_cat", models_dir=tmp_path), tmp_path / "lsun_cat.pt",
-            "--models_dir", "--model_path")  # fmt: skip
-    refused(lambda: settle("image_sample", preset="imagenet255"), "'imagenet255'", "imagenet256", "lsun_cat")
-    refused(lambda: settle("super_res_sample", preset="imagenet256"), "--preset imagenet256", "upsampler")
-
-
 def test_a_config_contradicts_flags_presets_and_other_configs(settle, tmp_path):
     first = save_network(str(tmp_path / "a/model.pt"), MODEL, config={})
     other = {**CLASSIFIER, "noise_schedule": "cosine"}

@@ -305,15 +305,6 @@ def test_features_that_are_not_finite(stage, monkeypatch, tmp_path):
     refused(lambda: sweep(monkeypatch, tmp_path / "run", **options), "reference.npz: images 0 to 2", "not finite")
 
 
-def test_ranks_refuse_in_one_line(stage, references, tmp_path):
-    case = "a reference that is not there"
-    argv = [script("guidance_sweep"), *flags(**bad_flags(case, stage, references), log_dir=tmp_path / "run")]
-    outcome, _ = run_ranks(2, argv)
-    (line,) = [line for line in outcome.output.splitlines() if "error:" in line]
-    assert outcome.returncode == 1 and "Traceback" not in outcome.output, outcome.output
-    assert line.startswith("error: ") and "gone.npz: no such file" in line, outcome.output
-
-
 # A classifier in Inception's place
 
 

@@ -125,15 +125,6 @@ def test_base_samples_that_cannot_be_read_are_refused(upsampler, monkeypatch, tm
     refused(lambda: BaseSamples("", (8, 8), 3, 4, True), "--base_samples is missing")
 
 
-def test_the_conditions_of_a_range_of_samples(tmp_path):
-    base = BaseSamples(write_base(tmp_path / "base.npz"), (8, 8), 3, 4, True)
-    found = base.conditions(range(2, 6))
-    assert found["y"].tolist() == [3, 2, 0, 3] and found["low_res"].dtype == th.float32
-    back = (found["low_res"].permute(0, 2, 3, 1) + 1) * 127.5
-    assert np.abs(back.numpy() - pictures([2, 0, 1, 2], SMALL)).max() < 1e-4
-    assert base.labels_of(5).tolist() == [2, 0, 3, 2, 0]
-
-
 # The pipeline
 
 

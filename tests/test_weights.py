@@ -72,8 +72,9 @@ def test_refusals_say_what_the_file_is(weights, tmp_path):
     ):
         th.save(content, path)
         refused(lambda: load(path), "model.pt", *words)
-    path.write_bytes(b"")
-    refused(lambda: load(path), "model.pt", "damaged")
+    for content in (b"", b"a page that says 404, perhaps\n" * 20):
+        path.write_bytes(content)
+        refused(lambda: load(path), "model.pt", "damaged")
     np.savez(tmp_path / "samples.npz", np.zeros(3))
     refused(lambda: load(tmp_path / "samples.npz"), "samples.npz")
     refused(lambda: load(tmp_path / "nothing.pt"), "nothing.pt", "No such file")
