@@ -77,7 +77,7 @@ def planned(args):
 
 
 class Bench:
-    """The networks, the reference statistics, and the 1000-step paths."""
+    """The networks and the reference statistics."""
 
     def __init__(self, args):
         self.args = args
@@ -94,7 +94,6 @@ class Bench:
         batches = [batch for _, batch, _ in each_once(dataset, args.batch_size)]
         pool = th.cat([self.network(to_uint8(batch.to(DEVICE)))[0] for batch in batches])
         self.reference = moments(pool)
-        self.paths = {}
 
     def sample(self, sampler, respacing, scale, seed, count, **options):
         """Samples 0 to count - 1: float [count, C, H, W]."""
@@ -130,10 +129,11 @@ class Bench:
         return f"{frechet:.3f}", f"{agreement:.4f}", distance
 
     def path(self, scale, seed):
-        """The ends of the 1000-step paths of the first 16 samples."""
-        if (scale, seed) not in self.paths:
-            self.paths[scale, seed] = self.sample("ddim", "", scale, seed, 16, threshold="static")
-        return self.paths[scale, seed]
+        """The ends of the 1000-step paths of the first 16 samples, kept in --out_dir."""
+        kept = os.path.join(self.args.out_dir, f"path_{scale:g}_{seed}.npy")
+        if not os.path.exists(kept):
+            np.save(kept, self.sample("ddim", "", scale, seed, 16, threshold="static").cpu().numpy())
+        return th.from_numpy(np.load(kept)).to(DEVICE)
 
 
 def load(path, create, defaults):
