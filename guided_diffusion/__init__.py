@@ -34,6 +34,7 @@ Where things are; imports point down this list only.
     random_util           random numbers of a sample or training image
     nn, losses            layers; divergences and likelihoods
     npz_arrays            arrays in .npz files larger than memory
+    downloads             files from the web, resumable
     logger                metrics and messages
     dist_util             ranks, devices and collectives
     flags                 what each flag means; parsers

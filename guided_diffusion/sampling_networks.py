@@ -140,12 +140,16 @@ def _apply_preset(args, given, settled, networks):
             name = name if name == network.path_flag else network.prefix + name
             if hasattr(args, name) and name not in given:
                 setattr(args, name, value)
-        path = getattr(args, network.path_flag)
-        if network.path_flag not in given and not files.exists(path):
-            raise InputError(
-                f"--preset {args.preset} needs {path}, which does not exist: put the released file into --models_dir, "
-                f"or give --{network.path_flag}"
-            )
+        if network.path_flag not in given:
+            _require_released(preset, f"--preset {args.preset}", args.models_dir, network.path_flag)
+
+
+def _require_released(preset, option, models_dir, path_flag):
+    path = os.path.join(models_dir, preset.file_name)
+    if not files.exists(path):
+        command = f"python scripts/download_models.py {preset.file_name} --models_dir {models_dir}"
+        raise InputError(f"{option} needs {path}, which does not exist: {command} downloads it from {preset.address}; "
+                         f"or give --{path_flag}")  # fmt: skip
 
 
 def job_of(args, *networks, **more):
@@ -214,7 +218,9 @@ def load_guide(args):
     if args.guide_preset:
         known = {name: preset for name, preset in PRESETS.items() if preset.kind == "diffusion"}
         preset = choose("--guide_preset", args.guide_preset, known)
-        path = args.guide_model_path = path or os.path.join(args.models_dir, preset.file_name)
+        if not path:
+            _require_released(preset, f"--guide_preset {args.guide_preset}", args.models_dir, "guide_model_path")
+            path = args.guide_model_path = os.path.join(args.models_dir, preset.file_name)
     if not path:
         if args.guide_scale != 1:
             raise InputError(f"--guide_scale {args.guide_scale}: there is no guide: give --guide_model_path")
