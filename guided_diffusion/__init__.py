@@ -9,6 +9,7 @@ Where things are; imports point down this list only.
     training_state        what a checkpoint of a run holds: writing, finding and resuming it
     training_metrics      losses by quartile of the timesteps, throughput
     previews              pictures of samples during training
+    models                diffusion models ready to sample; load() for notebooks
     sample_job            sampling jobs over all ranks: batches, upsampling, restarts
     sample_shards         the files of a sampling job
     sampling_networks     sampling scripts: command line, presets, networks with weights, labels, guides

@@ -72,6 +72,7 @@ DIFFUSION = Network("diffusion", "model_path", model_and_diffusion_defaults())
 CLASSIFIER = Network(
     "classifier", "classifier_path", {**classifier_defaults(), **{k: DIFFUSION_FLAGS[k] for k in NOISE_FLAGS}}
 )
+OPTIONAL_CLASSIFIER = replace(CLASSIFIER, optional=True)
 UPSAMPLER = Network("upsampler", "model_path", sr_model_and_diffusion_defaults())
 PIPELINE_UPSAMPLER = replace(UPSAMPLER, path_flag="upsampler_path", prefix="upsampler_")
 
@@ -93,16 +94,25 @@ def sampling_parser(description, flags, *networks):
 def set_up_sampling(parser, *networks):
     """Parse the command line, join the other ranks, open the run's folder, and complete the networks' flags.
 
-    They come from --preset and from the config.json beside each checkpoint. Flags that contradict these are refused.
-
     :param parser: the script's parser, with sampling_flags.
     :param networks: the Networks that the script samples with.
-    :return: the complete flags.
+    :return: the complete flags: see complete_flags.
     """
     args = parser.parse_args()
     dist_util.setup_dist()
     logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
-    given = given_flags(parser)
+    complete_flags(args, given_flags(parser), *networks)
+    if dist_util.get_rank():
+        warnings.simplefilter("ignore")  # rank 0 shows them
+    return args
+
+
+def complete_flags(args, given, *networks):
+    """Set the networks' flags in `args` to those of --preset and of the config.json beside each checkpoint.
+
+    :param given: the flags given by hand, as given_flags returns them.
+    :raises InputError: if they contradict the preset or a config.json.
+    """
     settled = dict(given)
     if args.preset:
         _apply_preset(args, given, settled, networks)
@@ -115,9 +125,6 @@ def set_up_sampling(parser, *networks):
     for network in networks:
         if hasattr(args, f"{network.prefix}sampler"):
             sampler_name(args, network.prefix)
-    if dist_util.get_rank():
-        warnings.simplefilter("ignore")  # rank 0 shows them
-    return args
 
 
 def _apply_preset(args, given, settled, networks):
@@ -236,7 +243,7 @@ def load_guide(args):
         if getattr(flags, name) != getattr(args, name):
             raise InputError(f"--guide_model_path {path}: its {name} is {getattr(flags, name)}, but the model's is "
                              f"{getattr(args, name)}: a guide must fit the model that it guides")  # fmt: skip
-    if flags.class_cond and not args.class_cond and "classifier_path" not in args:
+    if flags.class_cond and not args.class_cond and not getattr(args, "classifier_path", ""):
         raise InputError(f"--guide_model_path {path}: it takes class labels, but the model takes none")
     logger.log("creating guide...")
     guide, _ = create_model_and_diffusion(**vars(flags))
