@@ -4,25 +4,14 @@ import argparse
 import io
 import os
 import re
-import sys
 import tarfile
 import zlib
 from contextlib import contextmanager
 
-from guided_diffusion.errors import InputError, describe_failure, reason
+from guided_diffusion.errors import InputError, reason, run  # noqa: F401  the scripts import run from here
 from guided_diffusion.files import disk_errors, write_atomically
 
 DAMAGE = (tarfile.TarError, EOFError, zlib.error)
-
-
-def run(main):
-    """Call a script's main. Errors that users can fix end in one line and a non-zero status."""
-    try:
-        main()
-    except (Exception, KeyboardInterrupt) as e:
-        message, status = describe_failure(e)
-        print(message, file=sys.stderr)
-        sys.exit(status)
 
 
 def write_file(path, data):

@@ -3,17 +3,17 @@
 The tensorboard package can read the graph's file format, so TensorFlow itself is not needed.
 """
 
-import http.client
 import os
-import urllib.request
+from pathlib import Path
 
 import numpy as np
 import torch as th
 import torch.nn.functional as F
 
+from guided_diffusion.downloads import download_file
 from guided_diffusion.errors import InputError
 
-from .output import say, write_output
+from .output import say
 
 FILE_NAME = "classify_image_graph_def.pb"
 ADDRESS = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{FILE_NAME}"
@@ -270,17 +270,13 @@ def find_graph(path=""):
 
 
 def download(address, path):
-    """Download the graph to `path`, if it is complete. It has 96 MB, so it is kept in memory until then."""
+    """Download the graph to `path`. See download_file."""
     say(f"downloading {FILE_NAME}, 96 MB, from {address}")
     try:
-        with urllib.request.urlopen(address, timeout=30) as response:
-            data = response.read()
-        parse_graph(data, address)
-    except (OSError, http.client.HTTPException, InputError) as e:
+        download_file(address, path, lambda part: parse_graph(Path(part).read_bytes(), FILE_NAME))
+    except InputError as e:
         raise InputError(
-            f"{FILE_NAME} is neither here nor can it be downloaded ({' '.join(str(e).split())}): get it from {ADDRESS} "
-            f"and put it at {path}, or give its path with --inception_path"
+            f"{FILE_NAME} is neither here nor can it be downloaded ({e}): get it from {ADDRESS} and put it at {path}, "
+            f"or give its path with --inception_path"
         ) from None
-    with write_output(path) as f:
-        f.write(data)
     return path

@@ -9,6 +9,7 @@ Where things are; imports point down this list only.
     training_state        what a checkpoint of a run holds: writing, finding and resuming it
     training_metrics      losses by quartile of the timesteps, throughput
     previews              pictures of samples during training
+    models                diffusion models ready to sample; load() for notebooks
     sample_job            sampling jobs over all ranks: batches, upsampling, restarts
     sample_shards         the files of a sampling job
     sampling_networks     sampling scripts: command line, presets, networks with weights, labels, guides
@@ -34,6 +35,7 @@ Where things are; imports point down this list only.
     random_util           random numbers of a sample or training image
     nn, losses            layers; divergences and likelihoods
     npz_arrays            arrays in .npz files larger than memory
+    downloads             files from the web, resumable
     logger                metrics and messages
     dist_util             ranks, devices and collectives
     flags                 what each flag means; parsers

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import traceback
 
 # Variables in which launchers give each process its rank: torchrun, Open MPI, MPICH and Intel MPI, MVAPICH, srun.
@@ -68,6 +69,16 @@ def describe_failure(error):
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     return "".join(traceback.format_exception(error)).rstrip(), 1
+
+
+def run(main):
+    """Call the main function of a script without ranks. Errors that users can fix end it in one line."""
+    try:
+        main()
+    except (Exception, KeyboardInterrupt) as e:
+        message, status = describe_failure(e)
+        print(message, file=sys.stderr)
+        sys.exit(status)
 
 
 def choose(what, name, known):

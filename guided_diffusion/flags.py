@@ -25,6 +25,7 @@ HELP = {
         "base_samples": ".npz of small images to upsample",
     },
     "model": {
+        "preset": "a released model: sets its flags, the paper's settings and, to sample, its path in --models_dir",
         "image_size": "side of the images",
         "large_size": "side of the upsampled images",
         "small_size": "side of the small images",
@@ -92,7 +93,6 @@ HELP = {
     },
     "sampling": {
         "model_path": "checkpoint of the diffusion model or upsampler",
-        "preset": "a released model: sets its flags, its path in --models_dir and the paper's sampling settings",
         "models_dir": "folder of the released checkpoints",
         "num_samples": "number of samples, or of images for the likelihood",
         "sampler": "ddpm, ddim, plms, dpmpp_2m, dpmpp_2m_sde or unipc; empty: ddpm, or ddim with --use_ddim True",

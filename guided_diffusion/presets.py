@@ -16,6 +16,7 @@ from .script_util import (
     sr_model_and_diffusion_defaults,
 )
 
+ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021"  # where the authors publish the files
 FACTORIES = {
     "diffusion": (create_model_and_diffusion, model_and_diffusion_defaults),
     "upsampler": (sr_create_model_and_diffusion, sr_model_and_diffusion_defaults),
@@ -45,6 +46,11 @@ class Preset:
     fast_sampling: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
 
+    @property
+    def address(self):
+        """Where the authors publish the file."""
+        return f"{ADDRESS}/{self.file_name}"
+
     def all_flags(self):
         """The flags with the defaults filled in. What the released flags leave unsaid the training recipe says."""
         defaults = FACTORIES[self.kind][1]()
@@ -68,13 +74,14 @@ def get_preset(name):
     return choose("preset", name, PRESETS)
 
 
-def presets_for(name):
+def presets_for(name, flag="--preset"):
     """What --preset NAME stands for: a dict of presets by kind.
 
     :param name: a released checkpoint's name, or one of MODELS, which go together.
+    :param flag: the flag with the name, for messages.
     """
     known = {**MODELS, **{name: (name,) for name in PRESETS}}
-    found = {PRESETS[checkpoint].kind: PRESETS[checkpoint] for checkpoint in choose("--preset", name, known)}
+    found = {PRESETS[checkpoint].kind: PRESETS[checkpoint] for checkpoint in choose(flag, name, known)}
     if name in GUIDANCE:
         found["classifier"] = replace(found["classifier"], sampling=GUIDANCE[name], ddim_sampling={}, fast_sampling={})
     return found

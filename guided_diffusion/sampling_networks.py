@@ -72,6 +72,7 @@ DIFFUSION = Network("diffusion", "model_path", model_and_diffusion_defaults())
 CLASSIFIER = Network(
     "classifier", "classifier_path", {**classifier_defaults(), **{k: DIFFUSION_FLAGS[k] for k in NOISE_FLAGS}}
 )
+OPTIONAL_CLASSIFIER = replace(CLASSIFIER, optional=True)
 UPSAMPLER = Network("upsampler", "model_path", sr_model_and_diffusion_defaults())
 PIPELINE_UPSAMPLER = replace(UPSAMPLER, path_flag="upsampler_path", prefix="upsampler_")
 
@@ -93,16 +94,25 @@ def sampling_parser(description, flags, *networks):
 def set_up_sampling(parser, *networks):
     """Parse the command line, join the other ranks, open the run's folder, and complete the networks' flags.
 
-    They come from --preset and from the config.json beside each checkpoint. Flags that contradict these are refused.
-
     :param parser: the script's parser, with sampling_flags.
     :param networks: the Networks that the script samples with.
-    :return: the complete flags.
+    :return: the complete flags: see complete_flags.
     """
     args = parser.parse_args()
     dist_util.setup_dist()
     logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
-    given = given_flags(parser)
+    complete_flags(args, given_flags(parser), *networks)
+    if dist_util.get_rank():
+        warnings.simplefilter("ignore")  # rank 0 shows them
+    return args
+
+
+def complete_flags(args, given, *networks):
+    """Set the networks' flags in `args` to those of --preset and of the config.json beside each checkpoint.
+
+    :param given: the flags given by hand, as given_flags returns them.
+    :raises InputError: if they contradict the preset or a config.json.
+    """
     settled = dict(given)
     if args.preset:
         _apply_preset(args, given, settled, networks)
@@ -115,9 +125,6 @@ def set_up_sampling(parser, *networks):
     for network in networks:
         if hasattr(args, f"{network.prefix}sampler"):
             sampler_name(args, network.prefix)
-    if dist_util.get_rank():
-        warnings.simplefilter("ignore")  # rank 0 shows them
-    return args
 
 
 def _apply_preset(args, given, settled, networks):
@@ -140,12 +147,16 @@ def _apply_preset(args, given, settled, networks):
             name = name if name == network.path_flag else network.prefix + name
             if hasattr(args, name) and name not in given:
                 setattr(args, name, value)
-        path = getattr(args, network.path_flag)
-        if network.path_flag not in given and not files.exists(path):
-            raise InputError(
-                f"--preset {args.preset} needs {path}, which does not exist: put the released file into --models_dir, "
-                f"or give --{network.path_flag}"
-            )
+        if network.path_flag not in given:
+            _require_released(preset, f"--preset {args.preset}", args.models_dir, network.path_flag)
+
+
+def _require_released(preset, option, models_dir, path_flag):
+    path = os.path.join(models_dir, preset.file_name)
+    if not files.exists(path):
+        command = f"python scripts/download_models.py {preset.file_name} --models_dir {models_dir}"
+        raise InputError(f"{option} needs {path}, which does not exist: {command} downloads it from {preset.address}; "
+                         f"or give --{path_flag}")  # fmt: skip
 
 
 def job_of(args, *networks, **more):
@@ -214,7 +225,9 @@ def load_guide(args):
     if args.guide_preset:
         known = {name: preset for name, preset in PRESETS.items() if preset.kind == "diffusion"}
         preset = choose("--guide_preset", args.guide_preset, known)
-        path = args.guide_model_path = path or os.path.join(args.models_dir, preset.file_name)
+        if not path:
+            _require_released(preset, f"--guide_preset {args.guide_preset}", args.models_dir, "guide_model_path")
+            path = args.guide_model_path = os.path.join(args.models_dir, preset.file_name)
     if not path:
         if args.guide_scale != 1:
             raise InputError(f"--guide_scale {args.guide_scale}: there is no guide: give --guide_model_path")
@@ -230,7 +243,7 @@ def load_guide(args):
         if getattr(flags, name) != getattr(args, name):
             raise InputError(f"--guide_model_path {path}: its {name} is {getattr(flags, name)}, but the model's is "
                              f"{getattr(args, name)}: a guide must fit the model that it guides")  # fmt: skip
-    if flags.class_cond and not args.class_cond and "classifier_path" not in args:
+    if flags.class_cond and not args.class_cond and not getattr(args, "classifier_path", ""):
         raise InputError(f"--guide_model_path {path}: it takes class labels, but the model takes none")
     logger.log("creating guide...")
     guide, _ = create_model_and_diffusion(**vars(flags))

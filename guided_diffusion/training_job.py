@@ -3,16 +3,20 @@
 import os
 import secrets
 
+import torch as th
+
 from . import dist_util, files, logger
 from .checkpoint_util import (
     Checkpoint,
     get_blob_logdir,
     parse_resume_step_from_filename,
     require_path,
+    settle_flags,
     write_config,
 )
 from .errors import InputError
 from .image_datasets import data_flags, load_data
+from .presets import FACTORIES, presets_for
 from .random_util import seed_everything
 from .script_util import RUNTIME_FLAGS, args_to_dict, given_flags, identity_flags
 from .training_state import continues_records, find_model_to_resume, refuse_later_checkpoints
@@ -32,11 +36,11 @@ def diffusion_training_flags():
     return {**flags, **common_training_flags(batch_size=1)}
 
 
-def set_up_training(parser, network_flags):
+def set_up_training(parser, kind):
     """Parse the command line, join the other ranks, open the run's folder, seed, and find the checkpoint to resume.
 
-    :param parser: the script's parser, with log_dir and the common training flags.
-    :param network_flags: the flags of the network and process, a dict by name.
+    :param parser: the script's parser, with log_dir, preset and the common training flags.
+    :param kind: what is trained: "diffusion", "upsampler" or "classifier".
     :return: the flags and a record for record_run. A resumed run has the network flags of its config.json, and a
         `batch_size` that keeps its global batch. A negative `seed` is replaced by that of the run to resume, or by a
         random one. The record is a dict. Its "classes" are those of the run that continues in its own folder, or None.
@@ -47,13 +51,17 @@ def set_up_training(parser, network_flags):
         raise InputError("--resume_checkpoint auto looks in --log_dir, which is missing: give it")
     logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
     files.make_dirs(get_blob_logdir())
+    given = given_flags(parser)
+    settled = dict(given)
+    if args.preset:
+        _apply_preset(args, settled, kind)
     args.resume_checkpoint = find_model_to_resume(args.resume_checkpoint)
     same_folder = continues_records(args.resume_checkpoint)
     checkpoint = Checkpoint(args.resume_checkpoint) if args.resume_checkpoint else None
     if checkpoint:
         require_path("resume_checkpoint", args.resume_checkpoint)
-        given = given_flags(parser)
-        checkpoint.adopt_flags(args, dict(given), identity_flags(network_flags))
+        network_flags = FACTORIES[kind][1]()
+        checkpoint.adopt_flags(args, settled, identity_flags(network_flags))
         # Flags of how the network runs may change from run to run: those given by hand hold.
         checkpoint.adopt_flags(args, {}, sorted(RUNTIME_FLAGS & network_flags.keys() - given.keys()))
         if args.seed < 0:
@@ -69,6 +77,31 @@ def set_up_training(parser, network_flags):
         _keep_global_batch(args, checkpoint)
     record["global_batch"] = args.batch_size * dist_util.get_world_size()
     return args, record
+
+
+def _apply_preset(args, settled, kind):
+    """Set the flags of a preset's network and training that are not given by hand. The ranks share its global batch.
+
+    :param settled: see settle_flags.
+    """
+    preset, ranks = presets_for(args.preset).get(kind), dist_util.get_world_size()
+    if preset is None:
+        raise InputError(f"--preset {args.preset} names no {kind}, which this script trains")
+    values = {**preset.training, **preset.flags}
+    total = values.pop("global_batch")
+    if total % ranks and "batch_size" not in settled:
+        raise InputError(
+            f"--preset {args.preset}: {ranks} ranks cannot share its global batch of {total} images evenly: start "
+            f"another number of ranks, or give --batch_size, the images of each rank"
+        )
+    values["batch_size"] = total // ranks
+    if not th.cuda.is_available():
+        values.pop("use_fp16", None)  # half precision is slow on most CPUs
+    values = {name: value for name, value in values.items() if name not in settled}
+    by_hand = " ".join(f"--{name} {value}" for name, (value, _) in settled.items())
+    logger.log(f"--preset {args.preset} sets {' '.join(f'--{name} {value}' for name, value in values.items())}")
+    logger.log(f"given by hand: {by_hand}")
+    settle_flags(args, settled, values, f"--preset {args.preset}")
 
 
 def _keep_global_batch(args, checkpoint):

@@ -20,7 +20,7 @@ from guided_diffusion.training_job import record_run, set_up_training, training_
 
 
 def main():
-    args, record = set_up_training(create_argparser(), classifier_and_diffusion_defaults())
+    args, record = set_up_training(create_argparser(), "classifier")
 
     logger.log("creating model and diffusion...")
     model, diffusion = create_classifier_and_diffusion(**args_to_dict(args, classifier_and_diffusion_defaults()))
@@ -54,7 +54,7 @@ def main():
 
 
 def create_argparser():
-    flags = dict(schedule_sampler="uniform", log_dir="", **data_flags())
+    flags = dict(schedule_sampler="uniform", log_dir="", preset="", **data_flags())
     flags.update(val_data_dir="", val_labels="", random_crop=True)
     parser = FlagParser(description=__doc__)
     add_dict_to_argparser(parser, {**flags, **classifier_training_flags(), **classifier_and_diffusion_defaults()})

@@ -20,23 +20,19 @@ from evaluations.features import FEWEST, Features, check_batches, compare, refer
 from evaluations.sweep import SWEPT, draw, format_table, write_table  # noqa: E402
 from guided_diffusion import dist_util, files, logger  # noqa: E402
 from guided_diffusion.errors import InputError, check_at_least, choose  # noqa: E402
-from guided_diffusion.sample_job import BatchSampler, sample_job  # noqa: E402
-from guided_diffusion.sampler_flags import classifier_guidance_flags, guide, guide_flags  # noqa: E402
+from guided_diffusion.models import GuidedModel  # noqa: E402
+from guided_diffusion.sample_job import sample_job  # noqa: E402
+from guided_diffusion.sampler_flags import classifier_guidance_flags, guide_flags  # noqa: E402
 from guided_diffusion.sampling_networks import (  # noqa: E402
     CLASSIFIER,
     DIFFUSION,
+    OPTIONAL_CLASSIFIER,
     class_flags,
     job_of,
-    labels_for,
     load_classifier,
-    load_diffusion,
-    load_guide,
-    load_guiding_classifier,
-    sampler_options,
     sampling_flags,
     sampling_parser,
     set_up_sampling,
-    with_guide,
     without_prefix,
 )
 from guided_diffusion.script_util import parse_numbers  # noqa: E402
@@ -46,16 +42,13 @@ SWEEP_FLAGS = dict(
     scales="0,1,2,4,8", guide_scales="", ref_batch="", features="inception", inception_path="", eval_batch_size=32,
     eval_dtype="fp32",
 )  # fmt: skip
-OPTIONAL_CLASSIFIER = replace(CLASSIFIER, optional=True)
 
 
 def main():
     args = set_up_sampling(create_argparser(), DIFFUSION, OPTIONAL_CLASSIFIER, FEATURES)
     swept, scales = parse_scales(args)
-    model, diffusion = load_diffusion(args)
-    guiding_model = load_guide(args)
-    classifier = load_guiding_classifier(args) if args.classifier_path else None
-    labels = labels_of(args)
+    model = GuidedModel(args)
+    labels = model.labels(args)
     evaluation = Evaluation(args)  # before the samples, so that mistakes show at once
 
     rows = []
@@ -63,15 +56,8 @@ def main():
         logger.log(f"{swept} {scale:g}")
         setattr(args, swept, scale)
         job = {k: v for k, v in vars(args).items() if k not in SWEEP_FLAGS and not k.startswith(FEATURES.prefix)}
-        sampler = BatchSampler(
-            diffusion,
-            with_guide(args, model, guiding_model, diffusion, args.guide_scale),
-            conditions=labels,
-            cond_fn=guide(classifier, diffusion, args.classifier_scale, args.guidance_interval),
-            **sampler_options(args),
-        )
         samples = sample_job(
-            sampler,
+            model.sampler(args, labels),
             job_of(Namespace(**job), DIFFUSION, CLASSIFIER, guide_model_path=args.guide_model_path),
             args.num_samples,
             args.batch_size,
@@ -82,13 +68,6 @@ def main():
         rows.append({swept: scale, **evaluation.figures(samples)})
         dist_util.from_rank_0(lambda: write(rows, evaluation.name))
     logger.log(format_table(rows, evaluation.name))
-
-
-def labels_of(args):
-    """The label of every sample. Without a classifier, only a class-conditional model has labels."""
-    if args.classifier_path:
-        return labels_for(args, args.num_classes, "classifier_path", "model_path")
-    return labels_for(args, args.num_classes if args.class_cond else None, "model_path")
 
 
 class Evaluation:

@@ -16,7 +16,7 @@ from guided_diffusion.training_job import diffusion_training_flags, record_run, 
 
 
 def main():
-    args, record = set_up_training(create_argparser(), model_and_diffusion_defaults())
+    args, record = set_up_training(create_argparser(), "diffusion")
 
     logger.log("creating model and diffusion...")
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
@@ -44,7 +44,7 @@ def main():
 
 
 def create_argparser():
-    flags = dict(schedule_sampler="uniform", log_dir="", **data_flags())
+    flags = dict(schedule_sampler="uniform", log_dir="", preset="", **data_flags())
     parser = FlagParser(description=__doc__)
     add_dict_to_argparser(parser, {**flags, **diffusion_training_flags(), **model_and_diffusion_defaults()})
     return parser

@@ -6,10 +6,10 @@ The upsampler's flags are those of super_res_sample.py with the prefix `upsample
 
 from guided_diffusion import files, logger
 from guided_diffusion.errors import InputError, check_at_least
+from guided_diffusion.models import GuidedModel
 from guided_diffusion.sample_job import UPSAMPLING, BaseSamples, BatchSampler, sample_job
 from guided_diffusion.sampler_flags import (
     classifier_guidance_flags,
-    guide,
     guide_flags,
     sample_shape,
     sampler_flags,
@@ -21,16 +21,11 @@ from guided_diffusion.sampling_networks import (
     PIPELINE_UPSAMPLER,
     class_flags,
     job_of,
-    labels_for,
-    load_diffusion,
-    load_guide,
-    load_guiding_classifier,
     load_upsampler,
     sampler_options,
     sampling_flags,
     sampling_parser,
     set_up_sampling,
-    with_guide,
     without_prefix,
 )
 from guided_diffusion.script_util import args_to_dict
@@ -67,15 +62,11 @@ def check_fit(args, flags):
 
 def sample_base(args, job):
     """The first stage, as in classifier_sample.py. Returns the path of its .npz."""
-    model, diffusion = load_diffusion(args)
-    model = with_guide(args, model, load_guide(args), diffusion, args.guide_scale)
-    classifier = load_guiding_classifier(args)
-    cond_fn = guide(classifier, diffusion, args.classifier_scale, args.guidance_interval)
-    labels = labels_for(args, args.num_classes, "classifier_path", "model_path")
-    sampler = BatchSampler(diffusion, model, conditions=labels, cond_fn=cond_fn, **sampler_options(args))
+    model = GuidedModel(args)
+    labels = model.labels(args)
     logger.log("sampling small images...")
     return sample_job(
-        sampler,
+        model.sampler(args, labels),
         job,
         labels=labels,
         rows_by_class=bool(args.classes),

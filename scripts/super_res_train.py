@@ -16,7 +16,7 @@ from guided_diffusion.upsampler_util import UpsamplerTrainLoop, check_sizes, fix
 
 
 def main():
-    args, record = set_up_training(create_argparser(), sr_model_and_diffusion_defaults())
+    args, record = set_up_training(create_argparser(), "upsampler")
     check_sizes(args.large_size, args.small_size)
 
     logger.log("creating model and diffusion...")
@@ -46,7 +46,7 @@ def main():
 
 
 def create_argparser():
-    flags = dict(schedule_sampler="uniform", log_dir="", **data_flags())
+    flags = dict(schedule_sampler="uniform", log_dir="", preset="", **data_flags())
     parser = FlagParser(description=__doc__)
     add_dict_to_argparser(parser, {**flags, **diffusion_training_flags(), **sr_model_and_diffusion_defaults()})
     return parser
