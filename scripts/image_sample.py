@@ -4,29 +4,35 @@ Run the same command again after a kill: it makes the missing samples.
 """
 
 from guided_diffusion import logger
-from guided_diffusion.models import GuidedModel
-from guided_diffusion.sample_job import sample_job
+from guided_diffusion.sample_job import BatchSampler, sample_job
 from guided_diffusion.sampler_flags import guide_flags
 from guided_diffusion.sampling_networks import (
     DIFFUSION,
     class_flags,
     job_of,
+    labels_for,
+    load_diffusion,
+    load_guide,
     output_flags,
+    sampler_options,
     sampling_flags,
     sampling_parser,
     set_up_sampling,
+    with_guide,
 )
 from guided_diffusion.script_util import args_to_dict
 
 
 def main():
     args = set_up_sampling(create_argparser(), DIFFUSION)
-    model = GuidedModel(args)
-    labels = model.labels(args)
+    model, diffusion = load_diffusion(args)
+    model = with_guide(args, model, load_guide(args), diffusion, args.guide_scale)
+    labels = labels_for(args, args.num_classes if args.class_cond else None, "model_path")
+    sampler = BatchSampler(diffusion, model, conditions=labels, **sampler_options(args))
 
     logger.log("sampling...")
     sample_job(
-        model.sampler(args, labels),
+        sampler,
         job_of(args, DIFFUSION, guide_model_path=args.guide_model_path),
         labels=labels,
         rows_by_class=bool(args.classes),
