@@ -74,7 +74,6 @@ HELP = {
         "rescale_learned_sigmas": "scale the bound's term of the loss by the number of timesteps / 1000",
     },
     "training": {
-        "batch_size": "images per batch, on each rank",
         "microbatch": "images that pass through the network at once; -1: the whole batch",
         "lr": "learning rate",
         "weight_decay": "AdamW's weight decay",
@@ -125,6 +124,7 @@ HELP = {
         "eval_dtype": "precision of the Inception network: fp32 or bf16",
     },
     "run": {
+        "batch_size": "images per batch, on each rank",
         "seed": "seed of all random numbers; -1 in training: draw one, and record it in config.json",
         "compile": "compile the networks with torch.compile; meant for GPUs",
     },
