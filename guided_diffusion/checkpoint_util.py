@@ -113,8 +113,7 @@ class Checkpoint:
             config["flags"].items()
             return config
         except (ValueError, KeyError, AttributeError, TypeError):
-            message = "not the config.json of a training run; restore it or remove it"
-            raise InputError(f"{self.config_path}: {message}") from None
+            raise InputError(f"{self.config_path}: not a training run's config.json; restore it or remove it") from None
 
     @property
     def flags(self):

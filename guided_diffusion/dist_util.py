@@ -243,11 +243,6 @@ def from_rank_0(function):
     return value
 
 
-def any_rank(flag):
-    """Whether `flag` is true on any rank. Every rank must call it. It does not synchronise with the GPU."""
-    return any(gather_objects(bool(flag)))
-
-
 def gather_objects(value):
     """Every rank's `value`, in the order of ranks, on every rank."""
     if get_world_size() == 1:

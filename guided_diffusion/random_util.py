@@ -1,7 +1,5 @@
 """Random numbers that belong to a sample or a training image, whichever rank and batch it falls into."""
 
-import random
-
 import numpy as np
 import torch as th
 
@@ -88,9 +86,8 @@ def check_seed(seed):
 
 
 def seed_everything(seed):
-    """Seed the global generators of this rank, differently on each."""
+    """Seed numpy's and torch's global generators on this rank, differently on each."""
     mixed = _mix(seed, dist_util.get_rank())
-    random.seed(mixed)
     np.random.seed(mixed % 2**32)
     th.manual_seed(mixed)
 

@@ -168,9 +168,8 @@ def job_of(args, *networks, **more):
     no_part = {*NOT_OF_THE_JOB, *paths, *more, *(net.prefix + name for net in networks for name in NOT_OF_THE_JOB)}
     job = {name: value for name, value in vars(args).items() if name not in no_part}
     for flag, path in {**paths, **more}.items():
-        if not path:
-            continue
-        job[flag] = f"with content {dist_util.from_rank_0(lambda p=path: checkpoint_util.fingerprint(p))}"
+        if path:
+            job[flag] = f"with content {dist_util.from_rank_0(lambda p=path: checkpoint_util.fingerprint(p))}"
     return job
 
 

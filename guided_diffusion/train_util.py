@@ -164,7 +164,7 @@ class TrainLoop:
                     saved, due = self.steps_done, False
                     if os.environ.get("DIFFUSION_TRAINING_TEST"):  # integration tests end after the first save
                         return
-                if dist_util.any_rank(bool(signals)):
+                if any(dist_util.gather_objects(bool(signals))):
                     logger.log(f"stopping after step {self.steps_done}, as a signal asked")
                     break
                 if self.sample_interval and self.steps_done % self.sample_interval == 0:

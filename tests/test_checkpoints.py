@@ -88,7 +88,7 @@ BAD_CONFIGS = ["", "{", "[]", "{}", '{"flags": 3}', "\x00\xff"]
 @pytest.mark.parametrize("content", BAD_CONFIGS)
 def test_damaged_config(content, tmp_path):
     (tmp_path / "config.json").write_text(content, encoding="latin-1")
-    refused(lambda: Checkpoint(str(tmp_path / "model.pt")).config, "config.json: not the config.json of a training run")
+    refused(lambda: Checkpoint(str(tmp_path / "model.pt")).config, "not a training run's config.json")
 
 
 def test_adopt_flags(tmp_path):

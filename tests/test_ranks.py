@@ -41,11 +41,14 @@ def global_batches():
     """(images, labels, timesteps and noise) of each step, the same on every rank."""
     g = th.Generator().manual_seed(7)
     for _ in range(STEPS):
-        yield th.rand(GLOBAL_BATCH, 3, 8, 8, generator=g) * 2 - 1, {
-            "y": th.randint(10, (GLOBAL_BATCH,), generator=g),
-            "t": th.randint(1000, (GLOBAL_BATCH,), generator=g),
-            "noise": th.randn(GLOBAL_BATCH, 3, 8, 8, generator=g),
-        }
+        yield (
+            th.rand(GLOBAL_BATCH, 3, 8, 8, generator=g) * 2 - 1,
+            {
+                "y": th.randint(10, (GLOBAL_BATCH,), generator=g),
+                "t": th.randint(1000, (GLOBAL_BATCH,), generator=g),
+                "noise": th.randn(GLOBAL_BATCH, 3, 8, 8, generator=g),
+            },
+        )
 
 
 def mean_loss(model, diffusion, x, cond):
