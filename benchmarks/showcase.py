@@ -186,8 +186,9 @@ class Showcase:
             table = csv.DictWriter(f, rows[0], lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
+        print("  ".join(f"{name:>12}" for name in rows[0]))
         for row in rows:
-            print("  ".join(f"{value:.4g}" if isinstance(value, float) else f"{value:9}" for value in row.values()))
+            print("  ".join(f"{value:>12}" if isinstance(value, str) else f"{value:12.4g}" for value in row.values()))
         self.neighbours(features, known.pool)
 
     def samples(self, name, folder="", size=0):
