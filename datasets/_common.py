@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from contextlib import contextmanager
 
-from guided_diffusion.errors import InputError, reason, run  # noqa: F401  the scripts import run from here
+from guided_diffusion.errors import InputError, reason
 from guided_diffusion.files import disk_errors, write_atomically
 
 DAMAGE = (tarfile.TarError, EOFError, zlib.error)

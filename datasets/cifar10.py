@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 
 import numpy as np
-from _common import check_count, files_in, open_tar, run, size_of, write_png
+from _common import check_count, files_in, open_tar, size_of, write_png
 from PIL import Image
 from tqdm import tqdm
 
-from guided_diffusion.errors import InputError
+from guided_diffusion.errors import InputError, run
 
 ARCHIVE = "cifar-10-binary.tar.gz"
 FOLDER = "cifar-10-batches-bin"

@@ -1,10 +1,10 @@
 """Write scikit-learn's handwritten digits as images to train on: 1,797 scans, named LABEL_INDEX.png."""
 
 import numpy as np
-from _common import run, split_parser, write_split
+from _common import split_parser, write_split
 from PIL import Image
 
-from guided_diffusion.errors import InputError, check_at_least
+from guided_diffusion.errors import InputError, check_at_least, run
 
 
 def main():

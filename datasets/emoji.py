@@ -9,11 +9,11 @@ import re
 import sys
 from pathlib import Path
 
-from _common import run, split_parser, write_split
+from _common import split_parser, write_split
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from guided_diffusion.errors import InputError, check_at_least
+from guided_diffusion.errors import InputError, check_at_least, run
 
 FONT = "NotoColorEmoji.ttf"  # Pillow searches the system's font folders for it
 FONT_SIZE = 109  # the only size of this font's bitmaps

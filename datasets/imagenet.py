@@ -13,10 +13,10 @@ import re
 import tarfile
 from collections import Counter
 
-from _common import DAMAGE, check_count, files_in, open_tar, run, size_of, write_file
+from _common import DAMAGE, check_count, files_in, open_tar, size_of, write_file
 from tqdm import tqdm
 
-from guided_diffusion.errors import InputError, reason
+from guided_diffusion.errors import InputError, reason, run
 
 ARCHIVES = "ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"

@@ -7,10 +7,9 @@ of the diffusion model and of the classifier that guides it.
 import argparse
 
 import numpy as np
-from _common import run
 from digits import load_digit_images
 
-from guided_diffusion.errors import InputError
+from guided_diffusion.errors import InputError, run
 from guided_diffusion.npz_arrays import DAMAGED, NpzArray
 
 

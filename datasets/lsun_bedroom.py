@@ -13,11 +13,11 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
-from _common import check_count, run, size_of, write_png
+from _common import check_count, size_of, write_png
 from PIL import Image
 from tqdm import tqdm
 
-from guided_diffusion.errors import InputError, check_at_least
+from guided_diffusion.errors import InputError, check_at_least, run
 from guided_diffusion.flags import str2bool
 
 CHUNK = 1024  # entries that the workers are given at a time

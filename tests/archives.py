@@ -19,13 +19,14 @@ from scipy.io import savemat
 DATASETS = os.path.join(ROOT, "datasets")
 sys.path.append(DATASETS)
 
-import _common  # noqa: E402
 import cifar10  # noqa: E402
 import digits  # noqa: E402, F401
 import emoji  # noqa: E402, F401
 import imagenet  # noqa: E402
 import judge_digits  # noqa: E402, F401
 import lsun_bedroom  # noqa: E402
+
+from guided_diffusion.errors import run  # noqa: E402
 
 # In the archives' order, which is not the sorted one.
 NAMES = {"n03000000": "crane", "n01000000": "tench, Tinca tinca", "n02000000": 'a "quoted" name'}
@@ -158,7 +159,7 @@ def call(module, *args):
         patch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
         status = 0
         try:
-            _common.run(module.main)
+            run(module.main)
         except SystemExit as e:  # a text is printed, and the status 1, as the interpreter would
             status = e.code
             if isinstance(status, str):
