@@ -51,7 +51,6 @@ def measure(args, preset_name, batch_size, precision, compiled, guided):
     """Time the step of one row."""
     import torch as th
 
-    from guided_diffusion.compile_util import CompiledNetwork
     from guided_diffusion.guidance import classifier_cond_fn, route_labels
     from guided_diffusion.presets import get_preset
 
@@ -90,7 +89,7 @@ def measure(args, preset_name, batch_size, precision, compiled, guided):
     for network in networks:
         {"fp32": network.convert_to_fp32, "bf16": network.convert_to_bf16, "fp16": network.convert_to_fp16}[precision]()
     if compiled == "True":
-        networks = [CompiledNetwork(network, len(x)) for network in networks]
+        networks = [th.compile(network, dynamic=False) for network in networks]
     step, images = sampler(networks)
     if device == "cuda":
         th.cuda.reset_peak_memory_stats()

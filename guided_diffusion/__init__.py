@@ -17,7 +17,6 @@ Where things are; imports point down this list only.
     likelihood_util       bits per dimension of a set of images
     class_labels          --classes: labels from numbers, names and files
     pictures              uint8 images, PNG files, grids
-    compile_util          torch.compile
     presets               the released models: flags, sampling settings, training recipes
     script_util           from flags to models and processes
     unet                  UNetModel, SuperResModel, EncoderUNetModel

@@ -5,7 +5,7 @@ launcher ends the others: mpiexec and torchrun always do, srun with --kill-on-ba
 """
 
 import atexit
-import hashlib
+import itertools
 import os
 import pickle
 import platform
@@ -29,6 +29,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 _patient_group = None  # of all ranks, without a timeout
+_group_numbers = itertools.count()  # a process may destroy its group and set up another one
 _mpi_comm = None  # MPI's communicator of all ranks, if MPI launched the job
 
 
@@ -103,26 +104,14 @@ def _ranks_of_slurm():
 
 
 def _meet(rank, world_size, gpu):
-    """Wait for all ranks. Returns a key-value store that they share, and the GPU of each.
-
-    torchrun keeps its store when it restarts ranks (--max_restarts), so the keys of dead ranks are still in it. Hence
-    each rank writes a random number with its GPU, and the ranks use a part of the store that is named after the numbers
-    of all. They have met when all of them have read the same numbers.
-    """
+    """Wait for all ranks. Returns a key-value store that they share, and the GPU of each."""
     if world_size == 1:
         return dist.HashStore(), [gpu]
     try:
         store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
-        store.set(f"rank {rank}", f"{os.urandom(8).hex()} {gpu}")
-        seen = None
-        while True:
-            found = store.multi_get([f"rank {r}" for r in range(world_size)])
-            if found != seen:
-                seen, part = found, hashlib.sha256(b"".join(found)).hexdigest()
-                store.add(part, 1)
-            if store.add(part, 0) == world_size:
-                return dist.PrefixStore(part, store), [text.decode().partition(" ")[2] for text in found]
-            time.sleep(0.05)
+        store = dist.PrefixStore(f"process group {next(_group_numbers)}", store)
+        store.set(f"GPU of rank {rank}", gpu)
+        return store, [store.get(f"GPU of rank {r}").decode() for r in range(world_size)]  # get waits for the key
     except (RuntimeError, ValueError) as e:
         advice = "check RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
         raise InputError(f"ranks cannot connect: {advice}: {reason(e)}") from None

@@ -54,6 +54,10 @@ def as_input_error(error):
         return InputError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     if type(error).__module__.split(".")[0] == "blobfile":
         return InputError(reason(error))
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        cause = reason(getattr(error, "inner_exception", error))  # torch before 2.7 wraps it
+        needs = "it needs a C++ compiler (g++), and on a GPU Triton; or leave --compile out"
+        return InputError(f"--compile True: torch cannot compile here ({cause}): {needs}")
     if isinstance(error, RuntimeError):
         for words, advice in ADVICE.items():
             if words in str(error):

@@ -10,7 +10,6 @@ import torch as th
 
 from . import checkpoint_util, dist_util, files, logger
 from .class_labels import choose_labels, read_class_table
-from .compile_util import CompiledNetwork
 from .errors import InputError, choose
 from .flags import FlagParser, add_dict_to_argparser
 from .guidance import guide_by_model, route_labels
@@ -190,11 +189,11 @@ def class_names_of(args, *path_flags):
 # Networks, labels and guidance
 
 
-def prepare_network(model, path, use_fp16=False, use_bf16=False, compile_for=0):
+def prepare_network(model, path, use_fp16=False, use_bf16=False, compile=False):
     """Load weights into a network and prepare it for sampling on this rank's device.
 
     :param use_fp16, use_bf16: reduce the torso's precision.
-    :param compile_for: compile it for batches of this size; 0 does not compile.
+    :param compile: compile it with torch.compile, in its first call, and again for a batch of another size.
     """
     checkpoint_util.load_weights(model, path)
     model.to(dist_util.dev(), memory_format=th.channels_last).eval().requires_grad_(False)
@@ -202,14 +201,17 @@ def prepare_network(model, path, use_fp16=False, use_bf16=False, compile_for=0):
         model.convert_to_fp16()
     elif use_bf16:
         model.convert_to_bf16()
-    return CompiledNetwork(model, compile_for) if compile_for else model
+    if compile:
+        logger.log("the network will be compiled (--compile True): the first batch can take minutes")
+        model = th.compile(model, dynamic=False)
+    return model
 
 
 def load_diffusion(args):
     """The diffusion model with its weights, a function of (x, t, y) that may ignore the labels y, and its process."""
     logger.log("creating model and diffusion...")
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
-    model = prepare_network(model, args.model_path, args.use_fp16, args.use_bf16, batch_to_compile(args))
+    model = prepare_network(model, args.model_path, args.use_fp16, args.use_bf16, args.compile)
     return route_labels(model, args.class_cond), diffusion
 
 
@@ -246,7 +248,7 @@ def load_guide(args):
         raise InputError(f"--guide_model_path {path}: it takes class labels, but the model takes none")
     logger.log("creating guide...")
     guide, _ = create_model_and_diffusion(**vars(flags))
-    guide = prepare_network(guide, path, flags.use_fp16, flags.use_bf16, batch_to_compile(args))
+    guide = prepare_network(guide, path, flags.use_fp16, flags.use_bf16, args.compile)
     return route_labels(guide, flags.class_cond)
 
 
@@ -257,20 +259,15 @@ def with_guide(args, model, guide, diffusion, scale):
     return guide_by_model(model, guide, scale, parse_interval(args.guidance_interval, diffusion))
 
 
-def batch_to_compile(args):
-    """The batch size to compile networks for, or 0."""
-    return args.batch_size if args.compile else 0
-
-
-def load_classifier(flags, path, compile_for=0):
+def load_classifier(flags, path, compile=False):
     """A classifier with its weights.
 
     :param flags: the classifier's flags, without prefix.
-    :param compile_for: see prepare_network.
+    :param compile: see prepare_network.
     """
     logger.log("creating classifier...")
     classifier = create_classifier(**args_to_dict(flags, classifier_defaults()))
-    return prepare_network(classifier, path, flags.classifier_use_fp16, flags.classifier_use_bf16, compile_for)
+    return prepare_network(classifier, path, flags.classifier_use_fp16, flags.classifier_use_bf16, compile)
 
 
 def load_guiding_classifier(args):
@@ -282,18 +279,18 @@ def load_guiding_classifier(args):
     config = checkpoint_util.Checkpoint(args.classifier_path).config or {}
     if config.get("flags", {}).get("noised") is False:
         logger.warn(f"{args.classifier_path} was trained on clean images (--noised False): it cannot guide well")
-    return load_classifier(args, args.classifier_path, batch_to_compile(args))
+    return load_classifier(args, args.classifier_path, args.compile)
 
 
-def load_upsampler(flags, path, compile_for=0):
+def load_upsampler(flags, path, compile=False):
     """The upsampler with its weights, a function of (x, t, low_res, y) that may ignore y, and its process.
 
     :param flags: the upsampler's flags, without prefix.
-    :param compile_for: see prepare_network.
+    :param compile: see prepare_network.
     """
     logger.log("creating upsampler...")
     model, diffusion = sr_create_model_and_diffusion(**args_to_dict(flags, sr_model_and_diffusion_defaults()))
-    model = prepare_network(model, path, flags.use_fp16, flags.use_bf16, compile_for)
+    model = prepare_network(model, path, flags.use_fp16, flags.use_bf16, compile)
     return route_labels(model, flags.class_cond), diffusion
 
 

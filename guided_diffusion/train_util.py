@@ -18,7 +18,6 @@ from .checkpoint_util import (  # other projects import these names from here
     get_blob_logdir,
     parse_resume_step_from_filename,
 )
-from .compile_util import compiling
 from .errors import InputError, check_at_least
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .nn import update_ema
@@ -107,15 +106,14 @@ class TrainLoop:
         )  # fmt: skip
         self.opt = AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, fused=True)
         self.ema_params = [copy.deepcopy(self.mp_trainer.master_params) for _ in self.ema_rate]
-        self.compile = compile
-        self._wrap_model()
+        self._wrap_model(compile)
         self.checkpoints = CheckpointIO(
             self.mp_trainer, self.opt, list(zip(self.ema_rate, self.ema_params)), self.resume_checkpoint,
             keep_checkpoints, **self.stateful(),
         )  # fmt: skip
         self.checkpoints.load()
 
-    def _wrap_model(self):
+    def _wrap_model(self, compile):
         """Set `ddp_model`: the network in DistributedDataParallel if there are several GPUs, and compiled if wanted."""
         self.ddp_model = self.model
         self.use_ddp = th.cuda.is_available() and dist_util.get_world_size() > 1
@@ -123,7 +121,8 @@ class TrainLoop:
             self.ddp_model = DistributedDataParallel(
                 self.model, device_ids=[dist_util.dev()], broadcast_buffers=False, bucket_cap_mb=128
             )
-        if self.compile:
+        if compile:
+            logger.log("compiling the network (--compile True): the first step can take minutes")
             if self.use_ddp and getattr(self.model, "use_checkpoint", False):
                 th._dynamo.config.optimize_ddp = False  # torch 2.6 cannot split such a graph at DDP's buckets
             self.ddp_model = th.compile(self.ddp_model, dynamic=False)
@@ -175,10 +174,7 @@ class TrainLoop:
     def run_step(self, batch, cond):
         """Take one optimizer step with a batch, unless the loss or the gradient is not finite."""
         self._anneal_lr()
-        if self.compile and self.step == 0:
-            compiling(lambda: self.forward_backward(batch, cond))
-        else:
-            self.forward_backward(batch, cond)
+        self.forward_backward(batch, cond)
         if self.mp_trainer.optimize(self.opt):
             self.bad_steps = 0
             for rate, params in zip(self.ema_rate, self.ema_params):

@@ -43,7 +43,7 @@ def main():
     flags.sample_size = ",".join(str(n * flags.large_size // flags.small_size) for n in size)
     job = job_of(args, DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER, guide_model_path=args.guide_model_path)
     # Before hours go into small images: a mistake in the upsampler's flags shows here.
-    upsampler = load_upsampler(flags, flags.path, flags.batch_size if args.compile else 0)
+    upsampler = load_upsampler(flags, flags.path, args.compile)
     base_samples = sample_base(args, {k: v for k, v in job.items() if not k.startswith(PIPELINE_UPSAMPLER.prefix)})
     upsample(args, flags, job, base_samples, *upsampler)
     logger.log("sampling complete")

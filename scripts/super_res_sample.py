@@ -8,7 +8,6 @@ from guided_diffusion.sample_job import UPSAMPLING, BaseSamples, BatchSampler, s
 from guided_diffusion.sampler_flags import small_shape
 from guided_diffusion.sampling_networks import (
     UPSAMPLER,
-    batch_to_compile,
     job_of,
     load_upsampler,
     output_flags,
@@ -24,7 +23,7 @@ def main():
     args = set_up_sampling(create_argparser(), UPSAMPLER)
     size = small_shape(args)
     base = BaseSamples(args.base_samples, size, args.in_channels, args.num_classes, args.class_cond)
-    model, diffusion = load_upsampler(args, args.model_path, batch_to_compile(args))
+    model, diffusion = load_upsampler(args, args.model_path, args.compile)
     sampler = BatchSampler(diffusion, model, conditions=base.conditions, stream=UPSAMPLING, **sampler_options(args))
 
     logger.log("sampling...")
