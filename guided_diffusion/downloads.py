@@ -27,8 +27,11 @@ def download_file(address, path, check):
         files.make_dirs(files.dirname(path) or ".")
         _fetch(address, part)
     except (OSError, http.client.HTTPException) as e:
+        cause = e.reason if type(e) is urllib.error.URLError else e
+        if getattr(e, "code", None) == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            os.remove(part)  # longer than the file at the address, so not a part of it
         advice = ": run this again to resume" if os.path.exists(part) else ""
-        raise InputError(f"{address}: cannot be downloaded to {path} ({reason(e)}){advice}") from None
+        raise InputError(f"{address}: cannot be downloaded to {path} ({reason(cause)}){advice}") from None
     try:
         check(part)
     except InputError as e:
@@ -38,33 +41,25 @@ def download_file(address, path, check):
 
 
 def _fetch(address, part):
-    """Append to the file `part` what it lacks. A server that does not offer ranges sends the whole file again."""
-    start = os.path.getsize(part) if os.path.exists(part) else 0
-    with _request(address, start) as response:
-        resumed = response.status in (206, 416)
-        length = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers["Content-Length"]
-        total = int(length) if length and length.isdigit() else None  # None: unknown
-        options = dict(desc=os.path.basename(address), unit="B", unit_scale=True)
-        bar = progress_bar(total=total, initial=start if resumed else 0, **options)
-        with bar, open(part, "ab" if resumed else "wb") as f:
-            while response.status != 416 and (chunk := response.read1(CHUNK)):  # 416: nothing is missing
+    """Complete the file `part`. A server that does not offer ranges sends the whole file again."""
+    # From the last byte that is there: for none after the last byte of all, a server would answer with an error.
+    start = max(0, os.path.getsize(part) - 1) if os.path.exists(part) else 0
+    request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        resumed = response.status == http.client.PARTIAL_CONTENT
+        start = start if resumed else 0
+        length = response.headers["Content-Length"]
+        total = start + int(length) if length else None  # None: unknown
+        bar = progress_bar(total=total, initial=start, desc=os.path.basename(address), unit="B", unit_scale=True)
+        with bar, open(part, "r+b" if resumed else "wb") as f:
+            f.seek(start)
+            while chunk := response.read1(CHUNK):
                 f.write(chunk)
                 bar.update(len(chunk))
             f.flush()
             os.fsync(f.fileno())
     size = os.path.getsize(part)
     if size > (total or size):
-        os.remove(part)  # another process wrote to it, or the file at the address is another one now
+        os.remove(part)  # another process wrote to it, or the file at the address has changed
     if size != (total or size):
         raise OSError(f"it has {total:,} bytes, of which {size:,} arrived")
-
-
-def _request(address, start):
-    """Ask for the content from byte `start`. Status 416 is returned like the others: there is none after `start`."""
-    request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        return urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as e:
-        if e.code == 416:
-            return e
-        raise

@@ -31,19 +31,9 @@ def data_flags():
 
 
 def load_data(
-    *,
-    data_dir,
-    batch_size,
-    image_size,
-    class_cond=False,
-    deterministic=False,
-    random_crop=False,
-    random_flip=True,
-    num_workers=1,
-    seed=None,
-    skip_bad_images=False,
-    **dataset_options,
-):
+    *, data_dir, batch_size, image_size, class_cond=False, deterministic=False, random_crop=False, random_flip=True,
+    num_workers=1, seed=None, skip_bad_images=False, **dataset_options,
+):  # fmt: skip
     """An endless iterator over batches of this rank's share of a folder of images. Every rank must call it.
 
     :param data_dir: a folder, or a blob URL, searched recursively.
@@ -73,15 +63,9 @@ def load_data(
             f"--batch_size {batch_size}: a batch on each of {num_ranks} ranks takes {batch_size * num_ranks} images, "
             f"but {data_dir} has {len(dataset)}; use a smaller batch or more images"
         )
-    return ImageStream(
-        dataset,
-        batch_size,
-        seed=dist_util.broadcast_object(secrets.randbits(48)) if seed is None or seed < 0 else seed,
-        shuffle=not deterministic,
-        num_workers=num_workers,
-        classes=classes,
-        skip_bad_images=skip_bad_images,
-    )
+    seed = dist_util.broadcast_object(secrets.randbits(48)) if seed is None or seed < 0 else seed
+    reading = dict(num_workers=num_workers, skip_bad_images=skip_bad_images)
+    return ImageStream(dataset, batch_size, seed=seed, shuffle=not deterministic, classes=classes, **reading)
 
 
 def image_dataset(

@@ -1,12 +1,8 @@
 """The variational bound on a model's likelihood of a set of images, in bits a dimension, over all ranks."""
 
-import math
-from contextlib import contextmanager
-
-import numpy as np
 import torch as th
 
-from . import dist_util, files, logger
+from . import dist_util, logger
 from .errors import check_at_least
 from .image_datasets import each_once
 from .random_util import SampleNoise
@@ -49,42 +45,3 @@ def bits_per_dim(diffusion, model, dataset, batch_size, count=None, seed=0, clip
     found = found[found[:, 0].argsort()].numpy()
     means = th.cat(dist_util.all_gather_uneven(sums)).sum(dim=0).numpy() / len(found)
     return {"total_bpd": found[:, 1], "prior_bpd": found[:, 2], **dict(zip(TERMS, means))}
-
-
-def mean_and_error(values):
-    """The mean of independent values [N] and its standard error; nan for a single one."""
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), float(error)
-
-
-def save_likelihood(result):
-    """Write what bits_per_dim found to the run's folder. Not a collective: rank 0 calls it.
-
-    bpd.npz holds all of it by name; vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz, as the original wrote them,
-    hold a term by timestep as arr_0; terms.png shows the terms.
-    """
-    for name, arrays in [("bpd", result), *((f"{name}_terms", {"arr_0": result[name]}) for name in TERMS)]:
-        with _writing(f"{name}.npz") as f:
-            np.savez(f, **arrays)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warn("no plot of the terms: pip install matplotlib")
-        return
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    labels = ("variational bound, bits/dim", "error of x_start", "error of eps")
-    for axes, name, label in zip(figure.subplots(1, len(TERMS)), TERMS, labels):
-        values = result[name][::-1]
-        axes.plot(np.arange(len(values)), values)
-        axes.set(xlabel="timestep, from clean to noise", title=label)
-        if (values > 0).all():
-            axes.set_yscale("log")
-    with _writing("terms.png") as f:
-        figure.savefig(f, format="png", dpi=100)
-
-
-@contextmanager
-def _writing(name):
-    path = files.join(logger.get_dir(), name)
-    with files.disk_errors(path, "the result is the last line before this"), files.write_atomically(path) as f:
-        yield f

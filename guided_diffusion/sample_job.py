@@ -179,19 +179,21 @@ def _in_batches(gaps, batch_size):
 
 
 def _finish(store, rows_by_class):
-    """Write the picture and the .npz, and remove the shards. Not a collective: rank 0 calls it."""
+    """Write the .npz and the picture, and remove the shards. Not a collective: rank 0 calls it."""
     if files.exists(store.path):
         logger.log(f"{store.path} is complete")
-        return
-    if gaps := store.missing():
-        raise InputError(
-            f"{store.shards}: samples {gaps[0][0]} to {gaps[0][1] - 1} are not there, although every rank has written "
-            f"its own: give a --log_dir that all nodes share, and run this again"
-        )
+    else:
+        if gaps := store.missing():
+            raise InputError(
+                f"{store.shards}: samples {gaps[0][0]} to {gaps[0][1] - 1} are not there, although every rank has "
+                f"written its own: give a --log_dir that all nodes share, and run this again"
+            )
+        store.assemble()
+        store.remove_shards()
+        logger.log(f"wrote {store.path}")
     picture = f"{store.stem}.png"
-    chosen = grid_indices(store.shape[0], store.labels if rows_by_class else None)
-    with store.explained(picture):
-        save_grid(picture, store.images(chosen), store.labels[chosen] if rows_by_class else None)
-    store.assemble()
-    store.remove_shards()
-    logger.log(f"wrote {store.path} and .png")
+    if not files.exists(picture):
+        chosen = grid_indices(store.shape[0], store.labels if rows_by_class else None)
+        with store.explained(picture):
+            images = NpzArray(store.path, "arr_0")[chosen]
+            save_grid(picture, images, store.labels[chosen] if rows_by_class else None)

@@ -5,7 +5,7 @@
     samples_50000x64x64x3.npz         all samples; the shards are removed once it is complete
     samples_50000x64x64x3.json        a copy of shards/job.json
 
-Every rank writes shards. `SampleStore.open`, `assemble` and `remove_shards` are called by rank 0 alone.
+Every rank writes shards. Rank 0 alone calls `SampleStore.open`, `assemble` and `remove_shards`.
 """
 
 import json
@@ -97,15 +97,6 @@ class SampleStore:
             if first < last:
                 yield first, NpzArray(path, "arr_0"), slice(first - start, last - start)
                 position = last
-
-    def images(self, indices):
-        """Some samples: uint8 [len(indices), H, W, C]."""
-        out = np.empty((len(indices), *self.shape[1:]), np.uint8)
-        for (start, stop), path in self._spans():
-            inside = (start <= indices) & (indices < stop)
-            if inside.any():
-                out[inside] = NpzArray(path, "arr_0")[indices[inside] - start]
-        return out
 
     def assemble(self):
         """Stream all shards into one .npz. The shards stay until remove_shards()."""

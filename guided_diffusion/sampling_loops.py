@@ -13,25 +13,10 @@ from .errors import InputError
 
 
 def sample(
-    self,
-    step,
-    model,
-    shape,
-    noise=None,
-    clip_denoised=True,
-    denoised_fn=None,
-    cond_fn=None,
-    model_kwargs=None,
-    device=None,
-    progress=False,
-    skip_timesteps=0,
-    init_image=None,
-    randomize_class=False,
-    cond_fn_with_grad=False,
-    transformation_fn=None,
-    transformation_percent=(),
-    **step_options,
-):
+    self, step, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
+    device=None, progress=False, skip_timesteps=0, init_image=None, randomize_class=False, cond_fn_with_grad=False,
+    transformation_fn=None, transformation_percent=(), **step_options,
+):  # fmt: skip
     """Sample from noise to data, yielding the dict of "sample" and "pred_xstart" that each step returns.
 
     :param shape: (N, C, ...) of the samples.

@@ -8,14 +8,7 @@ import math
 
 from . import gaussian_diffusion as gd
 from .errors import InputError
-from .flags import (  # noqa: F401  others import these from here
-    ADDED_FLAGS,
-    FlagParser,
-    add_dict_to_argparser,
-    args_to_dict,
-    given_flags,
-    str2bool,
-)
+from .flags import ADDED_FLAGS, FlagParser, add_dict_to_argparser, args_to_dict, given_flags, str2bool  # noqa: F401  others import these from here
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 

@@ -124,9 +124,7 @@ class ResBlock(TimestepBlock):
         self.use_scale_shift_norm = use_scale_shift_norm
 
         self.in_layers = nn.Sequential(
-            normalization(channels),
-            SiLU(),
-            conv_nd(dims, channels, self.out_channels, 3, padding=1),
+            normalization(channels), SiLU(), conv_nd(dims, channels, self.out_channels, 3, padding=1)
         )
         self.updown = up or down
         if up:
@@ -136,8 +134,7 @@ class ResBlock(TimestepBlock):
         else:
             self.h_upd = self.x_upd = nn.Identity()
         self.emb_layers = nn.Sequential(
-            SiLU(),
-            linear(emb_channels, 2 * self.out_channels if use_scale_shift_norm else self.out_channels),
+            SiLU(), linear(emb_channels, 2 * self.out_channels if use_scale_shift_norm else self.out_channels)
         )
         self.out_layers = nn.Sequential(
             normalization(self.out_channels),
@@ -182,12 +179,7 @@ class AttentionBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        channels,
-        num_heads=1,
-        num_head_channels=-1,
-        use_checkpoint=False,
-        use_new_attention_order=False,
+        self, channels, num_heads=1, num_head_channels=-1, use_checkpoint=False, use_new_attention_order=False
     ):
         super().__init__()
         self.channels = channels
@@ -347,9 +339,7 @@ class _Encoder(nn.Module):
             use_new_attention_order=use_new_attention_order,
         )
         self.time_embed = nn.Sequential(
-            linear(model_channels, self.emb_channels),
-            SiLU(),
-            linear(self.emb_channels, self.emb_channels),
+            linear(model_channels, self.emb_channels), SiLU(), linear(self.emb_channels, self.emb_channels)
         )
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, self.emb_channels)
@@ -488,9 +478,7 @@ class UNetModel(_Encoder):
                     ds //= 2
                 self.output_blocks.append(block)
         self.out = nn.Sequential(
-            normalization(ch),
-            SiLU(),
-            zero_module(conv_nd(self.dims, ch, self.out_channels, 3, padding=1)),
+            normalization(ch), SiLU(), zero_module(conv_nd(self.dims, ch, self.out_channels, 3, padding=1))
         )
 
     def forward(self, x, timesteps, y=None):

@@ -1,8 +1,13 @@
 """Bound a diffusion model's likelihood of images: bits a dimension, with its terms by timestep."""
 
-from guided_diffusion import dist_util, logger
+import math
+from contextlib import contextmanager
+
+import numpy as np
+
+from guided_diffusion import dist_util, files, logger
 from guided_diffusion.image_datasets import image_dataset
-from guided_diffusion.likelihood_util import bits_per_dim, mean_and_error, save_likelihood
+from guided_diffusion.likelihood_util import TERMS, bits_per_dim
 from guided_diffusion.sampling_networks import (
     DIFFUSION,
     class_names_of,
@@ -39,6 +44,45 @@ def main():
     mean, error = mean_and_error(result["total_bpd"])
     logger.log(f"{len(result['total_bpd'])} images: {mean:.4f} +- {error:.4f} bits/dim (one standard error)")
     dist_util.from_rank_0(lambda: save_likelihood(result))
+
+
+def mean_and_error(values):
+    """The mean of independent values [N] and its standard error; nan for a single one."""
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
+
+
+def save_likelihood(result):
+    """Write what bits_per_dim found to the run's folder. Not a collective: rank 0 calls it.
+
+    bpd.npz holds all of it by name; vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz, as the original wrote them,
+    hold a term by timestep as arr_0; terms.png shows the terms.
+    """
+    for name, arrays in [("bpd", result), *((f"{name}_terms", {"arr_0": result[name]}) for name in TERMS)]:
+        with _writing(f"{name}.npz") as f:
+            np.savez(f, **arrays)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warn("no plot of the terms: pip install matplotlib")
+        return
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    labels = ("variational bound, bits/dim", "error of x_start", "error of eps")
+    for axes, name, label in zip(figure.subplots(1, len(TERMS)), TERMS, labels):
+        values = result[name][::-1]
+        axes.plot(np.arange(len(values)), values)
+        axes.set(xlabel="timestep, from clean to noise", title=label)
+        if (values > 0).all():
+            axes.set_yscale("log")
+    with _writing("terms.png") as f:
+        figure.savefig(f, format="png", dpi=100)
+
+
+@contextmanager
+def _writing(name):
+    path = files.join(logger.get_dir(), name)
+    with files.disk_errors(path, "the result is the last line before this"), files.write_atomically(path) as f:
+        yield f
 
 
 def create_argparser():
