@@ -5,9 +5,9 @@ BIN := .venv/bin
 RUN := $(BIN)/mpiexec -n 2 $(BIN)/python
 OUT := quickstart
 
-.PHONY: quickstart showcase test test-slow
+.PHONY: quickstart showcase lint test test-slow
 
-.venv/installed: requirements.txt setup.py
+.venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
@@ -16,6 +16,9 @@ OUT := quickstart
 # Two processes with a thread each: small networks gain little from more threads.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile tests
+
+lint: .venv/installed
+	$(BIN)/ruff check .
 
 # The evaluator's figures on both golden pairs: 810 images through Inception, more than a minute.
 test-slow: .venv/installed
