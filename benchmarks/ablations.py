@@ -28,10 +28,9 @@ import os
 import threading
 import time
 
-import few_steps  # puts the repository's root on sys.path
 import numpy as np
 import torch as th
-from few_steps import DEVICE, load, moments, read_rows, summary
+from few_steps import DEVICE, append_row, load, moments, read_rows, summary  # puts the root on sys.path
 
 from evaluations.classifier_features import ClassifierFeatures
 from evaluations.metrics import frechet_distance
@@ -78,7 +77,6 @@ def main():
     args = create_argparser().parse_args()
     os.makedirs(args.out_dir, exist_ok=True)
     path = os.path.join(args.out_dir, "ablations.csv")
-    few_steps.COLUMNS = KEY + FIGURES  # of append_row
     keys = [(name, int(seed), args.steps, args.num_samples) for seed in args.seeds.split(",") for name in VARIANTS]
     done = {tuple(row[name] for name in KEY) for row in read_rows(path)}
     todo = [key for key in keys if tuple(map(str, key)) not in done]
@@ -107,7 +105,7 @@ def measure(args, keys, path):
         for key, figures, samples in pool.imap_unordered(train_and_sample, keys):
             figures["frechet"] = f"{frechet_distance(*statistics(samples), *reference):.3f}"
             row = dict(zip(KEY, key), **figures)
-            few_steps.append_row(path, row)
+            append_row(path, row)
             print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 

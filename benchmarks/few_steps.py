@@ -160,7 +160,7 @@ def read_rows(path):
 def append_row(path, row):
     is_new = not os.path.exists(path)
     with open(path, "a", newline="") as f:
-        table = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        table = csv.DictWriter(f, row, lineterminator="\n")
         if is_new:
             table.writeheader()
         table.writerow(row)
@@ -197,20 +197,25 @@ def summary(values):
 
 def draw(path, rows):
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     found = by_curve(rows)
+    names = sorted({curve for curves in found.values() for curve in curves})
     figure = Figure(figsize=(15, 4.5 * len(found)), layout="constrained")
     panels = figure.subplots(len(found), 3, squeeze=False)
     for line, (scale, curves) in zip(panels, sorted(found.items())):
+        counts = sorted({n for curve in curves.values() for n in curve})
         for axes, name in zip(line, COLUMNS[5:]):
-            for curve, by_count in curves.items():
+            for curve, by_count in sorted(curves.items()):
                 points = [(n, [float(row[name]) for row in of_n if row[name]]) for n, of_n in sorted(by_count.items())]
                 points = [(n, np.mean(values)) for n, values in points if values]
                 if points:
-                    axes.plot(*zip(*points), marker="o", markersize=3, label=curve)
+                    color = f"C{names.index(curve)}"  # the same in all panels
+                    axes.plot(*zip(*points), marker="o", markersize=3, label=curve, color=color)
             axes.set(xscale="log", xlabel="evaluations", title=f"{name}, {f'scale {scale:g}' if scale else 'unguided'}")
-            if name != "agreement":
-                axes.set_yscale("log")
+            axes.set_yscale("linear" if name == "agreement" else "log")
+            axes.set_xticks(counts, list(map(str, counts)))
+            axes.xaxis.set_minor_locator(NullLocator())
         line[0].legend(fontsize=7)
     figure.savefig(path, dpi=90)
 
