@@ -113,10 +113,7 @@ CASES = {
     "data_dir without images": (train("{stage}/no_images"), ["--data_dir", "{stage}/no_images", "no image", "png"]),
     "fewer images than a batch": (train(batch_size=9), ["--batch_size 9", "has 8"]),
     "unreadable image": (train("{stage}/broken"), ["{stage}/broken/0_1.png"]),
-    "more classes than num_classes": (
-        train(model={**CONDITIONAL, "num_classes": 3}),
-        ["4 classes", "--num_classes 3"],
-    ),
+    "more classes than num_classes": (train(model={**CONDITIONAL, "num_classes": 3}), ["4 classes", "--num_classes 3"]),
     "more classes than the classifier's": (train_classifier(num_classes=2), ["4 classes", "--num_classes 2"]),
     "unknown number of channels": (train(in_channels=2), ["--in_channels", "2", "1, 3"]),
     # Flags with a choice
@@ -141,10 +138,7 @@ CASES = {
         train(model={**TINY, "attention_resolutions": "8,4.5"}),
         ["--attention_resolutions", "8,4.5"],
     ),
-    "a resolution of 0": (
-        train(model={**TINY, "attention_resolutions": "16,0"}),
-        ["--attention_resolutions", "16,0"],
-    ),
+    "a resolution of 0": (train(model={**TINY, "attention_resolutions": "16,0"}), ["--attention_resolutions", "16,0"]),
     "no list of rates": (train(ema_rate="0.9,slow"), ["--ema_rate", "0.9,slow"]),
     # Numbers that cannot be
     "ddim without an integer stride": (

@@ -344,10 +344,7 @@ def test_training_steps(prefix, tmp_path, monkeypatch):
         return float(p.detach().double().norm())
 
     names = [name for name, _ in model.named_parameters()]
-    got = {
-        "params": by_name(model, norm),
-        "probe": th.cat(by_name(model, lambda p: p.detach().flatten()[:3])),
-    }
+    got = {"params": by_name(model, norm), "probe": th.cat(by_name(model, lambda p: p.detach().flatten()[:3]))}
     for rate, average in zip((0.5, 0.9), loop.ema_params):
         got[f"ema{rate}"] = [norm(p) for _, p in sorted(zip(names, average), key=lambda pair: pair[0])]
     check(prefix, got)

@@ -10,16 +10,7 @@ import pytest
 import torch as th
 from helpers import DATA, fill_by_name, refused
 from launch import flags, run_ranks, script
-from sampling import (
-    MODEL,
-    check_alike,
-    known_job_on_ranks,
-    pictures,
-    read_npz,
-    run_here,
-    save_network,
-    shard_files,
-)
+from sampling import MODEL, check_alike, known_job_on_ranks, pictures, read_npz, run_here, save_network, shard_files
 
 from guided_diffusion import sample_job
 from guided_diffusion.random_util import random_labels

@@ -16,14 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion.nn import GroupNorm32, SiLU
 from guided_diffusion.script_util import create_gaussian_diffusion
-from guided_diffusion.unet import (
-    POOLS,
-    EncoderUNetModel,
-    QKVAttention,
-    QKVAttentionLegacy,
-    SuperResModel,
-    UNetModel,
-)
+from guided_diffusion.unet import POOLS, EncoderUNetModel, QKVAttention, QKVAttentionLegacy, SuperResModel, UNetModel
 
 STYLES = {
     "film": dict(use_scale_shift_norm=True),
