@@ -1,6 +1,5 @@
 """What users get wrong ends in one line that names the flag or file, without a traceback, on one rank for all."""
 
-import json
 import os
 import pickle
 
@@ -9,13 +8,7 @@ import pytest
 import torch as th
 from launch import TINY, TINY_CLASSIFIER, flags, run, run_forked, script
 from PIL import Image
-
-from guided_diffusion.script_util import (
-    classifier_defaults,
-    create_classifier,
-    create_model_and_diffusion,
-    model_and_diffusion_defaults,
-)
+from sampling import new_network, save_network
 
 TRAIN = dict(batch_size=2, num_workers=0, total_steps=2)
 CONDITIONAL = dict(TINY, class_cond=True, num_classes=4)
@@ -37,19 +30,6 @@ def write_images(folder, names):
         Image.fromarray(np.full((16, 16, 3), 20 * i, np.uint8)).save(folder / name)
 
 
-def new_model(**options):
-    return create_model_and_diffusion(**{**model_and_diffusion_defaults(), **options})[0]
-
-
-def new_optimizer(model):
-    """An optimiser's state after a step."""
-    opt = th.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
-    for p in model.parameters():
-        p.grad = th.zeros_like(p)
-    opt.step()
-    return opt.state_dict()
-
-
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
     """A folder with good and bad data sets and checkpoints."""
@@ -61,25 +41,23 @@ def stage(tmp_path_factory):
     write_images(stage / "broken", ["0_0.png", "0_1.png"])
     (stage / "broken" / "0_1.png").write_text("no image")
 
-    model = new_model(**TINY)
-    th.save(model.state_dict(), stage / "model.pt")
-    th.save(new_model(**CONDITIONAL).state_dict(), stage / "conditional.pt")
-    classifier = create_classifier(**{**classifier_defaults(), **TINY_CLASSIFIER})
-    th.save(classifier.state_dict(), stage / "classifier.pt")
+    for name, network in {"model": TINY, "conditional": CONDITIONAL, "classifier": TINY_CLASSIFIER}.items():
+        save_network(f"{stage}/{name}.pt", network)
     (stage / "half.pt").write_bytes((stage / "model.pt").read_bytes()[:5000])
     with open(stage / "pickle.pt", "wb") as f:
         pickle.dump(Payload(str(stage / "ran")), f)
     th.save({"weights": Payload(str(stage / "ran"))}, stage / "zipped_pickle.pt")
 
-    (stage / "described").mkdir()
-    th.save(model.state_dict(), stage / "described" / "model000001.pt")
-    (stage / "described" / "config.json").write_text(json.dumps({"kind": "diffusion", "flags": TINY}))
-    (stage / "foreign_opt").mkdir()
-    th.save(model.state_dict(), stage / "foreign_opt" / "model000001.pt")
-    th.save(new_optimizer(new_model(**{**TINY, "num_channels": 64})), stage / "foreign_opt" / "opt000001.pt")
-    (stage / "foreign_ema").mkdir()
-    th.save(model.state_dict(), stage / "foreign_ema" / "model000001.pt")
-    th.save(new_model(**{**TINY, "num_channels": 64}).state_dict(), stage / "foreign_ema" / "ema_0.9999_000001.pt")
+    for folder, config in ("described", {"kind": "diffusion"}), ("foreign_opt", None), ("foreign_ema", None):
+        save_network(f"{stage}/{folder}/model000001.pt", TINY, config=config)
+    wider = {**TINY, "num_channels": 64}
+    save_network(f"{stage}/foreign_ema/ema_0.9999_000001.pt", wider)
+    parameters = list(new_network(wider).parameters())
+    optimizer = th.optim.AdamW(parameters)
+    for p in parameters:
+        p.grad = th.zeros_like(p)
+    optimizer.step()
+    th.save(optimizer.state_dict(), stage / "foreign_opt" / "opt000001.pt")
     return stage
 
 
