@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch as th
-from launch import TINY, TINY_CLASSIFIER, flags, run, run_forked, script
+from launch import TINY, TINY_CLASSIFIER, check_refused, flags, run, run_forked, script
 from PIL import Image
 from sampling import new_network, save_network
 
@@ -210,17 +210,6 @@ def staged(name, stage, log_dir):
     return argv, [word.replace("{stage}", str(stage)) for word in words]
 
 
-def check_refused(done, words, start=("error: ", "image_train.py: error: ")):
-    """It failed, and all it said of that is one line with all the words."""
-    assert done.returncode > 0, done.output
-    assert "Traceback" not in done.output, done.output
-    lines = [line.strip() for line in done.output.splitlines() if "error: " in line]
-    assert len(lines) == 1, done.output
-    assert lines[0].startswith(start), lines[0]
-    assert all(word in lines[0] for word in words), lines[0]
-    assert len(lines[0]) < 500  # clear: a handful of facts, no dump
-
-
 @pytest.fixture(scope="module")
 def outcomes(stage):
     return run_forked({name: staged(name, stage, stage / "log")[0] for name in CASES})
@@ -229,7 +218,6 @@ def outcomes(stage):
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_is_refused_in_one_line(name, outcomes, stage):
     check_refused(outcomes[name], staged(name, stage, stage)[1])
-    assert outcomes[name].output.rstrip().splitlines()[-1].count("error: ") == 1  # nothing comes after it
 
 
 def test_pickled_code_did_not_run(outcomes, stage):
@@ -255,11 +243,10 @@ def test_the_stage_itself_is_sound(stage, tmp_path):
 
 def test_two_ranks_say_it_once(stage, tmp_path):
     argv, words = staged("another architecture", stage, tmp_path)
-    check_refused(run(argv, ranks=2), words)
+    check_refused(run(argv, ranks=2), words, last=False)
 
 
 def test_one_rank_of_two_speaks_for_itself(stage, tmp_path):
     # The broken image, one of two, is read by one rank only: which one, the shuffle says.
     argv, words = staged("unreadable image", stage, tmp_path)
-    done = run([*argv, "--batch_size", "1"], ranks=2)
-    check_refused(done, words, start=("error: ", "rank 1: error: "))
+    check_refused(run([*argv, "--batch_size", "1"], ranks=2), words, r"(rank 1: )?error: ", last=False)
