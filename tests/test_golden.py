@@ -359,16 +359,6 @@ def test_every_array_is_checked_once():
     assert len(GOLDEN) == 256
 
 
-def test_comparison_notices_small_errors():
-    for name, want in GOLDEN.items():
-        whole, _ = next(tolerance for prefix, tolerance in TOLERANCES.items() if name.startswith(prefix))
-        assert_golden(name, want)
-        size = np.abs(want) + np.sqrt(np.mean(want**2.0))
-        off = want + (2 * whole * size if whole else 1)
-        with pytest.raises(AssertionError):
-            assert_golden(name, off)
-
-
 def test_quick_half_convolutions_match_the_kernels(monkeypatch):
     x, weight, bias = randn(0, 2, 32, 8, 8).half(), (0.1 * randn(1, 32, 32, 3, 3)).half(), randn(2, 32).half()
     options = dict(stride=2, padding=1)
