@@ -4,14 +4,12 @@ import json
 
 import numpy as np
 import pytest
-import torch as th
 from helpers import refused
 from launch import check_refused, flags, run_ranks, script
 from PIL import Image
-from sampling import run_here
+from sampling import run_here, settled_flags
 
 from guided_diffusion import training_job
-from guided_diffusion.training_job import set_up_training
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
@@ -31,23 +29,14 @@ RECIPES = [  # from the tables of hyperparameters in the appendix of the paper
 ]  # fmt: skip
 
 
-class Settled(Exception):
-    """Ends a script once its flags are complete."""
-
-
 @pytest.fixture
 def settle(monkeypatch, tmp_path):
     """A function that returns a training script's complete flags, and what it logs."""
 
-    def stop(*args):
-        raise Settled(set_up_training(*args)[0])
-
-    def settled(name, cuda=False, **values):
-        with monkeypatch.context() as patch, pytest.raises(Settled) as caught:
-            patch.setattr(training_job, "set_up_training", stop)
-            patch.setattr(th.cuda, "is_available", lambda: cuda)
-            run_here(monkeypatch, name, log_dir=tmp_path / "log", **values)
-        return vars(caught.value.args[0]), (tmp_path / "log" / "log.txt").read_text()
+    def settled(name, **values):
+        values["log_dir"] = tmp_path / "log"
+        args = settled_flags(monkeypatch, training_job, "set_up_training", name, **values)
+        return args, (tmp_path / "log" / "log.txt").read_text()
 
     return settled
 
