@@ -4,6 +4,7 @@ import atexit
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,20 @@ class Outcome:
         """Fail with the output unless the command succeeded."""
         assert self.returncode == 0, self.output
         return self
+
+
+def check_refused(done, words, start=r"(\w+\.py: )?error: ", last=True):
+    """Check that a command failed, and that a single line, with all of the words, says why.
+
+    :param start: a pattern for the line's beginning.
+    :param last: whether the output ends with that line. Launchers and other ranks may add lines of their own.
+    """
+    assert done.returncode > 0 and "Traceback" not in done.output, done.output
+    lines = [line.strip() for line in done.output.rstrip().splitlines()]
+    assert done.output.count("error: ") == 1 and (not last or "error: " in lines[-1]), done.output
+    (line,) = [line for line in lines if "error: " in line]
+    assert re.match(start, line) and len(line) < 500, line  # clear: a handful of facts, no dump
+    assert all(str(word) in line for word in words), line
 
 
 def flags(**values):

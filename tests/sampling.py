@@ -7,6 +7,7 @@ import runpy
 import sys
 
 import numpy as np
+import pytest
 import torch as th
 from helpers import fill_by_name, randn
 from launch import flags, run_ranks, script
@@ -89,6 +90,29 @@ def run_here(monkeypatch, name, **values):
             runpy.run_path(script(name), run_name="__main__")
         finally:
             logger.reset()
+
+
+class Settled(Exception):
+    """Ends a script once its flags are complete."""
+
+
+def settled_flags(monkeypatch, module, set_up, name, cuda=False, **values):
+    """Run a script until its flags are complete, and return them by name.
+
+    :param set_up: the name of the function of `module` that completes them. It returns them alone or first.
+    :param cuda: whether the script is to find a GPU.
+    """
+    complete = getattr(module, set_up)
+
+    def stop(*args):
+        raise Settled(complete(*args))
+
+    with monkeypatch.context() as patch, pytest.raises(Settled) as caught:
+        patch.setattr(module, set_up, stop)
+        patch.setattr(th.cuda, "is_available", lambda: cuda)
+        run_here(monkeypatch, name, **values)
+    (found,) = caught.value.args
+    return vars(found[0] if isinstance(found, tuple) else found)
 
 
 def read_npz(folder):

@@ -1,21 +1,14 @@
 """What users get wrong ends in one line that names the flag or file, without a traceback, on one rank for all."""
 
-import json
 import os
 import pickle
 
 import numpy as np
 import pytest
 import torch as th
-from launch import TINY, TINY_CLASSIFIER, flags, run, run_forked, script
+from launch import TINY, TINY_CLASSIFIER, check_refused, flags, run, run_forked, script
 from PIL import Image
-
-from guided_diffusion.script_util import (
-    classifier_defaults,
-    create_classifier,
-    create_model_and_diffusion,
-    model_and_diffusion_defaults,
-)
+from sampling import new_network, save_network
 
 TRAIN = dict(batch_size=2, num_workers=0, total_steps=2)
 CONDITIONAL = dict(TINY, class_cond=True, num_classes=4)
@@ -37,19 +30,6 @@ def write_images(folder, names):
         Image.fromarray(np.full((16, 16, 3), 20 * i, np.uint8)).save(folder / name)
 
 
-def new_model(**options):
-    return create_model_and_diffusion(**{**model_and_diffusion_defaults(), **options})[0]
-
-
-def new_optimizer(model):
-    """An optimiser's state after a step."""
-    opt = th.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
-    for p in model.parameters():
-        p.grad = th.zeros_like(p)
-    opt.step()
-    return opt.state_dict()
-
-
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
     """A folder with good and bad data sets and checkpoints."""
@@ -61,25 +41,23 @@ def stage(tmp_path_factory):
     write_images(stage / "broken", ["0_0.png", "0_1.png"])
     (stage / "broken" / "0_1.png").write_text("no image")
 
-    model = new_model(**TINY)
-    th.save(model.state_dict(), stage / "model.pt")
-    th.save(new_model(**CONDITIONAL).state_dict(), stage / "conditional.pt")
-    classifier = create_classifier(**{**classifier_defaults(), **TINY_CLASSIFIER})
-    th.save(classifier.state_dict(), stage / "classifier.pt")
+    for name, network in {"model": TINY, "conditional": CONDITIONAL, "classifier": TINY_CLASSIFIER}.items():
+        save_network(f"{stage}/{name}.pt", network)
     (stage / "half.pt").write_bytes((stage / "model.pt").read_bytes()[:5000])
     with open(stage / "pickle.pt", "wb") as f:
         pickle.dump(Payload(str(stage / "ran")), f)
     th.save({"weights": Payload(str(stage / "ran"))}, stage / "zipped_pickle.pt")
 
-    (stage / "described").mkdir()
-    th.save(model.state_dict(), stage / "described" / "model000001.pt")
-    (stage / "described" / "config.json").write_text(json.dumps({"kind": "diffusion", "flags": TINY}))
-    (stage / "foreign_opt").mkdir()
-    th.save(model.state_dict(), stage / "foreign_opt" / "model000001.pt")
-    th.save(new_optimizer(new_model(**{**TINY, "num_channels": 64})), stage / "foreign_opt" / "opt000001.pt")
-    (stage / "foreign_ema").mkdir()
-    th.save(model.state_dict(), stage / "foreign_ema" / "model000001.pt")
-    th.save(new_model(**{**TINY, "num_channels": 64}).state_dict(), stage / "foreign_ema" / "ema_0.9999_000001.pt")
+    for folder, config in ("described", {"kind": "diffusion"}), ("foreign_opt", None), ("foreign_ema", None):
+        save_network(f"{stage}/{folder}/model000001.pt", TINY, config=config)
+    wider = {**TINY, "num_channels": 64}
+    save_network(f"{stage}/foreign_ema/ema_0.9999_000001.pt", wider)
+    parameters = list(new_network(wider).parameters())
+    optimizer = th.optim.AdamW(parameters)
+    for p in parameters:
+        p.grad = th.zeros_like(p)
+    optimizer.step()
+    th.save(optimizer.state_dict(), stage / "foreign_opt" / "opt000001.pt")
     return stage
 
 
@@ -113,10 +91,7 @@ CASES = {
     "data_dir without images": (train("{stage}/no_images"), ["--data_dir", "{stage}/no_images", "no image", "png"]),
     "fewer images than a batch": (train(batch_size=9), ["--batch_size 9", "has 8"]),
     "unreadable image": (train("{stage}/broken"), ["{stage}/broken/0_1.png"]),
-    "more classes than num_classes": (
-        train(model={**CONDITIONAL, "num_classes": 3}),
-        ["4 classes", "--num_classes 3"],
-    ),
+    "more classes than num_classes": (train(model={**CONDITIONAL, "num_classes": 3}), ["4 classes", "--num_classes 3"]),
     "more classes than the classifier's": (train_classifier(num_classes=2), ["4 classes", "--num_classes 2"]),
     "unknown number of channels": (train(in_channels=2), ["--in_channels", "2", "1, 3"]),
     # Flags with a choice
@@ -141,10 +116,7 @@ CASES = {
         train(model={**TINY, "attention_resolutions": "8,4.5"}),
         ["--attention_resolutions", "8,4.5"],
     ),
-    "a resolution of 0": (
-        train(model={**TINY, "attention_resolutions": "16,0"}),
-        ["--attention_resolutions", "16,0"],
-    ),
+    "a resolution of 0": (train(model={**TINY, "attention_resolutions": "16,0"}), ["--attention_resolutions", "16,0"]),
     "no list of rates": (train(ema_rate="0.9,slow"), ["--ema_rate", "0.9,slow"]),
     # Numbers that cannot be
     "ddim without an integer stride": (
@@ -238,17 +210,6 @@ def staged(name, stage, log_dir):
     return argv, [word.replace("{stage}", str(stage)) for word in words]
 
 
-def check_refused(done, words, start=("error: ", "image_train.py: error: ")):
-    """It failed, and all it said of that is one line with all the words."""
-    assert done.returncode > 0, done.output
-    assert "Traceback" not in done.output, done.output
-    lines = [line.strip() for line in done.output.splitlines() if "error: " in line]
-    assert len(lines) == 1, done.output
-    assert lines[0].startswith(start), lines[0]
-    assert all(word in lines[0] for word in words), lines[0]
-    assert len(lines[0]) < 500  # clear: a handful of facts, no dump
-
-
 @pytest.fixture(scope="module")
 def outcomes(stage):
     return run_forked({name: staged(name, stage, stage / "log")[0] for name in CASES})
@@ -257,7 +218,6 @@ def outcomes(stage):
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_is_refused_in_one_line(name, outcomes, stage):
     check_refused(outcomes[name], staged(name, stage, stage)[1])
-    assert outcomes[name].output.rstrip().splitlines()[-1].count("error: ") == 1  # nothing comes after it
 
 
 def test_pickled_code_did_not_run(outcomes, stage):
@@ -283,11 +243,10 @@ def test_the_stage_itself_is_sound(stage, tmp_path):
 
 def test_two_ranks_say_it_once(stage, tmp_path):
     argv, words = staged("another architecture", stage, tmp_path)
-    check_refused(run(argv, ranks=2), words)
+    check_refused(run(argv, ranks=2), words, last=False)
 
 
 def test_one_rank_of_two_speaks_for_itself(stage, tmp_path):
     # The broken image, one of two, is read by one rank only: which one, the shuffle says.
     argv, words = staged("unreadable image", stage, tmp_path)
-    done = run([*argv, "--batch_size", "1"], ranks=2)
-    check_refused(done, words, start=("error: ", "rank 1: error: "))
+    check_refused(run([*argv, "--batch_size", "1"], ranks=2), words, r"(rank 1: )?error: ", last=False)

@@ -91,19 +91,6 @@ def test_damaged_config(content, tmp_path):
     refused(lambda: Checkpoint(str(tmp_path / "model.pt")).config, "not a training run's config.json")
 
 
-def test_adopt_flags(tmp_path):
-    path = write_record(tmp_path / "model", width=10, depth=20, seed=30, levels="1,2")
-    args = SimpleNamespace(width=1, depth=2, seed=3, levels="1, 2")
-    settled = {"depth": (20, "on the command line"), "levels": ("1, 2", "on the command line")}
-    Checkpoint(path).adopt_flags(args, settled, ["width", "depth", "levels", "unrecorded"])
-    assert (args.width, args.depth, args.seed) == (10, 20, 3)  # seed was not among the names
-    assert settled["width"][0] == 10
-    (tmp_path / "model" / "config.json").unlink()
-    args.width = 1
-    Checkpoint(path).adopt_flags(args, {}, ["width"])
-    assert args.width == 1
-
-
 def test_flags_that_contradict_the_config_are_named(tmp_path):
     path = write_record(tmp_path / "model", a=1, b=2, c=3, d=4, e=5)
     args = SimpleNamespace(a=9, b=2, c=9, d=9, e=9)

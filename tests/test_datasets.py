@@ -18,7 +18,6 @@ from archives import (
     NAMES,
     VAL_TRUTH,
     call,
-    check_refused,
     cifar10,
     cifar_pixels,
     command,
@@ -34,7 +33,7 @@ from archives import (
     val_images,
     write_lmdb,
 )
-from launch import ROOT, run
+from launch import ROOT, check_refused, run
 from PIL import Image, ImageFont, ImageOps
 
 from guided_diffusion.image_listing import image_classes, list_images, number_classes

@@ -6,15 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch as th
-from helpers import (
-    FIXED_LARGE,
-    Tables,
-    assert_moments,
-    exact_model,
-    process,
-    quick_half_convolutions,
-    refused,
-)
+from helpers import FIXED_LARGE, Tables, assert_moments, exact_model, process, quick_half_convolutions, refused
 from sampling import read_npz, run_here, save_network
 from test_analytic_truth import MIXTURE
 

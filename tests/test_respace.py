@@ -13,9 +13,7 @@ from guided_diffusion.script_util import create_gaussian_diffusion
 
 
 @pytest.mark.parametrize(
-    "counts",
-    [[250], [1000], [1], [2], [10, 10, 15, 20], [90, 60, 60, 20, 20], [3, 1, 333], [5, 0, 2]],
-    ids=str,
+    "counts", [[250], [1000], [1], [2], [10, 10, 15, 20], [90, 60, 60, 20, 20], [3, 1, 333], [5, 0, 2]], ids=str
 )
 def test_spacing_takes_its_share_of_each_section(counts):
     steps = sorted(space_timesteps(1000, counts))

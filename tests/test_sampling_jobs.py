@@ -8,28 +8,13 @@ import re
 import numpy as np
 import pytest
 import torch as th
-from helpers import DATA, fill_by_name, refused
+from helpers import DATA, refused
 from launch import flags, run_ranks, script
-from sampling import (
-    MODEL,
-    check_alike,
-    known_job_on_ranks,
-    pictures,
-    read_npz,
-    run_here,
-    save_network,
-    shard_files,
-)
+from sampling import MODEL, check_alike, known_job_on_ranks, pictures, read_npz, run_here, save_network, shard_files
 
 from guided_diffusion import sample_job
 from guided_diffusion.random_util import random_labels
 from guided_diffusion.sample_shards import SampleStore
-from guided_diffusion.script_util import (
-    classifier_defaults,
-    create_classifier,
-    create_model_and_diffusion,
-    model_and_diffusion_defaults,
-)
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
@@ -86,17 +71,13 @@ def test_the_script_s_samples_are_the_original_s(loop, monkeypatch, tmp_path):
     model = dict(image_size=64, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="32",
                  class_cond=True, learn_sigma=True, resblock_updown=True)  # fmt: skip
     classifier = dict(classifier_width=64, classifier_depth=1)
-    networks = {
-        "model": create_model_and_diffusion(**{**model_and_diffusion_defaults(), **model})[0],
-        "classifier": create_classifier(**{**classifier_defaults(), **classifier}),
-    }
-    for name, network in networks.items():
-        th.save(fill_by_name(network).state_dict(), tmp_path / f"{name}.pt")
+    paths = {f"{name}_path": save_network(str(tmp_path / name / "model.pt"), flags)
+             for name, flags in (("model", model), ("classifier", classifier))}  # fmt: skip
     monkeypatch.setattr(sample_job, "SampleNoise", OriginalNoise)
     run_here(
-        monkeypatch, "classifier_sample", model_path=tmp_path / "model.pt", classifier_path=tmp_path / "classifier.pt",
-        **model, **classifier, timestep_respacing="ddim5", use_ddim=loop.startswith("ddim"), classifier_scale=2.0,
-        classes="5,250", num_samples=2, batch_size=2, log_dir=tmp_path / "out",
+        monkeypatch, "classifier_sample", **paths, **model, **classifier, timestep_respacing="ddim5",
+        use_ddim=loop.startswith("ddim"), classifier_scale=2.0, classes="5,250", num_samples=2, batch_size=2,
+        log_dir=tmp_path / "out",
     )  # fmt: skip
     found = read_npz(tmp_path / "out")
     assert found["arr_1"].tolist() == [5, 250]

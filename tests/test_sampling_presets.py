@@ -1,14 +1,14 @@
 """Models by --preset and by the config.json beside their checkpoint: the flags that sampling takes from them."""
 
+from functools import partial
+
 import numpy as np
 import pytest
-import torch as th
 from helpers import load_json, refused
-from sampling import CLASSIFIER, MODEL, UPSAMPLER, prefixed, read_npz, run_here, save_network
+from sampling import CLASSIFIER, MODEL, UPSAMPLER, prefixed, read_npz, run_here, save_network, settled_flags
 
 from guided_diffusion import logger, presets, sampling_networks
 from guided_diffusion.presets import MODELS, Preset
-from guided_diffusion.sampling_networks import set_up_sampling
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
@@ -28,26 +28,12 @@ def models_dir(tmp_path_factory):
     return str(folder)
 
 
-class Settled(Exception):
-    """Ends a script once its flags are complete."""
-
-
 @pytest.fixture
 def settle(monkeypatch, models_dir):
     """A function that returns a script's complete flags for a command line with --models_dir."""
 
-    def stop(*args):
-        raise Settled(set_up_sampling(*args))
-
-    def settled(name, cuda=False, **values):
-        with monkeypatch.context() as patch, pytest.raises(Settled) as caught:
-            patch.setattr(sampling_networks, "set_up_sampling", stop)
-            patch.setattr(th.cuda, "is_available", lambda: cuda)
-            patch.setattr(logger, "configure", lambda **kwargs: None)
-            run_here(monkeypatch, name, **{"models_dir": models_dir, **values})
-        return vars(caught.value.args[0])
-
-    return settled
+    monkeypatch.setattr(logger, "configure", lambda **kwargs: None)
+    return partial(settled_flags, monkeypatch, sampling_networks, "set_up_sampling", models_dir=models_dir)
 
 
 def released_flags(name):

@@ -5,16 +5,7 @@ import os
 import pytest
 from helpers import as_rank, refused
 from launch import flags, run_ranks, script
-from sampling import (
-    KnownSampler,
-    known_job,
-    known_job_on_ranks,
-    pictures,
-    read_npz,
-    run_here,
-    save_broken,
-    shard_files,
-)
+from sampling import KnownSampler, known_job, known_job_on_ranks, pictures, read_npz, run_here, save_broken, shard_files
 
 from guided_diffusion import dist_util
 

@@ -9,13 +9,9 @@ import pytest
 import torch as th
 from launch import ROOT, TINY, TINY_CLASSIFIER, flags, run, run_forked, run_ranks, script
 from PIL import Image
+from sampling import new_network
 
-from guided_diffusion.script_util import (
-    classifier_defaults,
-    create_classifier,
-    create_model_and_diffusion,
-    model_and_diffusion_defaults,
-)
+from guided_diffusion.script_util import model_and_diffusion_defaults
 
 NUM_IMAGES = 48
 MODEL = dict(TINY, class_cond=True, num_classes=10, learn_sigma=True)
@@ -54,10 +50,6 @@ def load(folder, name):
     return th.load(os.path.join(folder, name), weights_only=True)
 
 
-def new_model(**extra):
-    return create_model_and_diffusion(**{**model_and_diffusion_defaults(), **MODEL, **extra})[0]
-
-
 def read_rows(folder):
     with open(os.path.join(folder, "progress.csv"), newline="") as f:
         return list(csv.DictReader(f))
@@ -69,7 +61,7 @@ def check_checkpoints(folder, step, rates=("0.5", "0.9")):
     assert {*names, f"opt{step:06d}.pt"} <= set(checkpoints(folder))
     for name in names:
         state_dict = load(folder, name)
-        new_model().load_state_dict(state_dict, strict=True)
+        new_network(MODEL).load_state_dict(state_dict, strict=True)
         assert all(v.dtype == th.float32 and v.isfinite().all() for v in state_dict.values())
     assert all(s["step"] == step for s in load(folder, f"opt{step:06d}.pt")["state"].values())
 
@@ -168,8 +160,7 @@ def classifier(digits, tmp_path_factory):
 
 def test_classifier_checkpoints_load(classifier):
     assert checkpoints(classifier) == [f"{kind}{step:06d}.pt" for kind in ("model", "opt", "state") for step in (2, 3)]
-    network = create_classifier(**{**classifier_defaults(), **TINY_CLASSIFIER})
-    network.load_state_dict(load(classifier, "model000003.pt"), strict=True)
+    new_network(TINY_CLASSIFIER).load_state_dict(load(classifier, "model000003.pt"), strict=True)
     with open(os.path.join(classifier, "config.json")) as f:
         config = json.load(f)
     assert config["kind"] == "classifier"

@@ -16,14 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion.nn import GroupNorm32, SiLU
 from guided_diffusion.script_util import create_gaussian_diffusion
-from guided_diffusion.unet import (
-    POOLS,
-    EncoderUNetModel,
-    QKVAttention,
-    QKVAttentionLegacy,
-    SuperResModel,
-    UNetModel,
-)
+from guided_diffusion.unet import POOLS, EncoderUNetModel, QKVAttention, QKVAttentionLegacy, SuperResModel, UNetModel
 
 STYLES = {
     "film": dict(use_scale_shift_norm=True),
@@ -163,16 +156,12 @@ def test_dynamic_quantization_finds_every_linear_layer():
     assert relative_error(quantized(*inputs), model(*inputs)) < 0.05
 
 
-def other_batch(inputs, size=5):
-    return tuple(th.cat([v, v, v])[:size] for v in inputs)
-
-
 @pytest.mark.parametrize("kind, options", [("diffusion", {}), ("attention", {"resblock_updown": True})])
 def test_export_with_a_dynamic_batch(kind, options):
     model, inputs = network(kind, **(options or ONE_LEVEL))
     batch = th.export.Dim("batch", min=1, max=64)
     program = th.export.export(model, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
-    others = other_batch(inputs)
+    others = tuple(th.cat([v, v, v])[:5] for v in inputs)
     assert relative_error(program.module()(*others), model(*others)) < 1e-5
 
 
@@ -264,7 +253,7 @@ def test_double_backward():
     assert abs(float((got.double() * v).sum()) - slope) < 1e-3 * abs(slope)
 
 
-# Precisions, layouts and wrappers
+# Precisions and layouts
 
 
 def test_double_half_and_bfloat16():
@@ -297,11 +286,6 @@ def test_autocast(kind):
         got.float().square().sum().backward()
     assert relative_error(got, model(*inputs)) < 6e-2
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_data_parallel_wrapper():
-    model, inputs = network()
-    assert th.equal(nn.DataParallel(model)(*inputs), model(*inputs))
 
 
 # The process

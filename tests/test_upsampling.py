@@ -5,15 +5,7 @@ import pytest
 import torch as th
 from helpers import refused
 from launch import flags, run_ranks, script
-from sampling import (
-    UPSAMPLER,
-    new_network,
-    pictures,
-    prefixed,
-    read_npz,
-    run_here,
-    save_network,
-)
+from sampling import UPSAMPLER, new_network, pictures, prefixed, read_npz, run_here, save_network
 
 from guided_diffusion.random_util import SampleNoise
 from guided_diffusion.sample_job import UPSAMPLING, BaseSamples

@@ -1,10 +1,6 @@
 """Seeded synthetic uint8 image batches: smooth random colour blobs."""
 
-import os
-
 import numpy as np
-
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def blobs(n, size, seed, n_blobs=6, sharp=1.0, tint=0.0):
@@ -30,18 +26,3 @@ def blobs(n, size, seed, n_blobs=6, sharp=1.0, tint=0.0):
         img[..., 0] += tint
         out[i] = np.clip(img * 255, 0, 255).astype(np.uint8)
     return out
-
-
-SPECS = {64: (400, 300), 32: (60, 50)}
-
-
-def main():
-    for size, (nr, ns) in SPECS.items():
-        np.savez(os.path.join(HERE, f"ref{size}.npz"), arr_0=blobs(nr, size, [1, size]))
-        np.savez(
-            os.path.join(HERE, f"sample{size}.npz"), arr_0=blobs(ns, size, [2, size], n_blobs=9, sharp=1.5, tint=0.05)
-        )
-
-
-if __name__ == "__main__":
-    main()
