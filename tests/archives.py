@@ -8,12 +8,10 @@ import tarfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import lmdb
 import numpy as np
 import pytest
 from launch import ROOT, Outcome
 from PIL import Image
-from scipy.io import savemat
 
 DATASETS = os.path.join(ROOT, "datasets")
 sys.path.append(DATASETS)
@@ -72,7 +70,7 @@ def devkit():
         synset["ILSVRC2012_ID"], synset["WNID"], synset["num_children"] = number, wnid, children
         synset["words"], synset["gloss"] = NAMES.get(wnid, "entity"), "that which is"
     meta = io.BytesIO()
-    savemat(meta, {"synsets": synsets})
+    pytest.importorskip("scipy.io").savemat(meta, {"synsets": synsets})
     truth = "".join(f"{number}\n" for number in VAL_TRUTH).encode()
     folder = "ILSVRC2012_devkit_t12/data/"
     return gzip.compress(
@@ -117,6 +115,7 @@ def noise(seed, *shape):
 
 
 def write_lmdb(path, entries):
+    lmdb = pytest.importorskip("lmdb")
     with lmdb.open(str(path), map_size=2**24) as env, env.begin(write=True) as transaction:
         for key, value in entries.items():
             transaction.put(key, value)

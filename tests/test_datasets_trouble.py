@@ -110,6 +110,7 @@ def test_the_judge_refuses_bad_samples(tmp_path, monkeypatch):
 
 
 def test_digits_that_cannot_be_written(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
     (tmp_path / "file").write_text("")
     check_refused(call(digits, tmp_path / "file"), [str(tmp_path / "file"), "File exists"])
     check_refused(call(digits, tmp_path, "--size", 0), ["--size 0"])
@@ -118,6 +119,7 @@ def test_digits_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_digits_to_validate_on_are_not_trained_on(tmp_path):
+    pytest.importorskip("sklearn")
     out, held_out, link = tmp_path / "out", tmp_path / "held_out", tmp_path / "link"
     link.symlink_to(out)
     for within in (out, f"{out}/", link, out / "held_out"):

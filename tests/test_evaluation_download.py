@@ -20,6 +20,7 @@ def write_graph(path, leave_out=(), **values):
 
     :param values: of constants, by their names with __ for /.
     """
+    pytest.importorskip("tensorboard")
     from tensorboard.compat.proto.graph_pb2 import GraphDef
     from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 

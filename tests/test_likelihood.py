@@ -44,6 +44,7 @@ def read_result(folder):
 
 def test_the_script_finds_the_entropy_and_its_terms(monkeypatch, tmp_path):
     """With the exact model of DATA in place of the network that the flags describe."""
+    pytest.importorskip("matplotlib")
     diffusion = process(STEPS, var=LEARNED)
     exact = exact_model(DATA, diffusion)
     monkeypatch.setattr(sampling_networks, "create_model_and_diffusion", lambda **_: (exact, diffusion))

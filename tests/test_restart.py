@@ -23,6 +23,7 @@ GLOBAL_BATCH = 12
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
+    pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("digits")
     argv = [os.path.join(ROOT, "datasets", "digits.py"), str(folder), "--size", "8"]
     run_forked({"digits": argv})["digits"].check()

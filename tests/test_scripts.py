@@ -23,6 +23,7 @@ SAMPLE = dict(num_samples=10, timestep_respacing=4, seed=3)
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """A folder of a few dozen digits."""
+    pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("digits")
     argv = [os.path.join(ROOT, "datasets", "digits.py"), str(folder), "--size", "16"]
     run_forked({"digits": argv})["digits"].check()

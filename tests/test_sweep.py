@@ -214,6 +214,7 @@ def test_the_reference_s_statistics_are_inception_s(stage, done, monkeypatch, tm
 
 
 def test_the_picture_needs_matplotlib(stage, done, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
     with Image.open(done[0] / "sweep.png") as image:
         image.load()
         assert image.size[0] > 1000 and len(np.unique(np.asarray(image))) > 50
@@ -236,6 +237,7 @@ def check_same(folder, done):
 
 
 def test_a_killed_sweep_goes_on_with_other_ranks(stage, done, tmp_path):
+    pytest.importorskip("matplotlib")
     argv = [script("guidance_sweep"), *flags(**stage, log_dir=tmp_path / "run")]
     outcome, killed = run_ranks(2, argv, kill_at=(tmp_path / "run" / "scale-2" / "shards" / "job.json", 1, 0))
     assert killed and outcome.returncode != 0
