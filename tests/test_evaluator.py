@@ -99,6 +99,7 @@ def rows_error(found, want):
 
 def test_features_are_the_original_s(inception_graph):
     """Whatever the number of threads and the size of the batch: small batches on one thread have other kernels."""
+    pytest.importorskip("tensorboard")
     network, want = network_of(inception_graph), golden(64)
     images = th.from_numpy(np.concatenate([blobs(8, 64), blobs(8, 64, samples=True)]))
     found = network(images)
@@ -116,6 +117,7 @@ def test_features_are_the_original_s(inception_graph):
 
 def test_float32_is_not_rounded_to_tf32_on_a_gpu(inception_graph, monkeypatch):
     """torch's default allows TF32 in convolutions. The setting belongs to the process, so it is restored."""
+    pytest.importorskip("tensorboard")
     convolve, seen = inception._convolve, []
 
     def recording(*args):
@@ -145,6 +147,7 @@ def test_a_missing_file_ends_all_ranks(stage, tmp_path):
 
 
 def test_bad_graphs(inception_graph, tmp_path):
+    pytest.importorskip("tensorboard")
     (tmp_path / "cut.pb").write_bytes(inception_graph.read_bytes()[:1_000_000])
     (tmp_path / "text.pb").write_text("an error page, perhaps")
     (tmp_path / "folder.pb").mkdir()
