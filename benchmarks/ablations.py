@@ -10,7 +10,7 @@ All variants train for the same number of steps, with the same images, timesteps
     loss          the training loss of held-out images, at timesteps and noise that are the same for all models
     frechet       the Frechet distance of unguided samples to the images of --data_dir, in features of a classifier that
                   was trained on clean images (--clean_path); samples take 15 evaluations by dpmpp_2m_sde
-    seconds       the wall time of training, with the other workers beside it
+    seconds       the CPU time of training and sampling, on one core
 
 Loss and samples are those of the moving average of the weights. Rows are appended to ablations.csv in --out_dir as they
 are done, and the same command continues after a kill. At the end it prints a table (mean over seeds and half their
@@ -130,15 +130,15 @@ def exit_with_parent():
 
 def train_and_sample(key):
     """Return the key, its figures except the Frechet distance, and samples uint8 [N, H, W, C]."""
+    start = time.process_time()
     (name, seed, steps, count), (images, held_out, batch_size) = key, data
     flags = {**model_and_diffusion_defaults(), **BASE, **VARIANTS[name]}
-    start = time.perf_counter()
     model, diffusion = train(flags, images, steps, seed)
-    seconds = time.perf_counter() - start
     loss = held_out_loss(model, diffusion, held_out, batch_size)
     _, spaced = create_model_and_diffusion(**{**flags, "timestep_respacing": "15"})
     samples = sample(model, spaced, seed, count, batch_size)
     parameters = sum(p.numel() for p in model.parameters())
+    seconds = time.process_time() - start
     return key, dict(parameters=parameters, loss=f"{loss:.5f}", seconds=f"{seconds:.0f}"), samples
 
 
