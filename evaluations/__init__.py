@@ -1,1 +1,1 @@
-"""FID, sFID, Inception Score, precision and recall, as ADM's evaluator computes them, in PyTorch."""
+"""FID, sFID, Inception Score, precision and recall in PyTorch, computed as in ADM's evaluator."""

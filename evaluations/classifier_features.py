@@ -1,13 +1,13 @@
-"""Features of a classifier of clean images, for data that Inception does not suit."""
+"""Features from a classifier of noise-free images, for data sets on which Inception features are not meaningful."""
 
 import torch as th
 import torch.nn.functional as F
 
 
 class ClassifierFeatures:
-    """Features of images from a classifier that was trained on clean images, to evaluate with in place of Inception's.
+    """Replaces InceptionV3 as the feature network, using a classifier that was trained on noise-free images.
 
-    Its pool features are the inputs of its last layer, which is linear. It has no spatial features.
+    The pool features are the inputs of the classifier's last layer, which is linear. There are no spatial features.
 
     :param classifier: an EncoderUNetModel.
     """
@@ -22,7 +22,7 @@ class ClassifierFeatures:
 
     @th.inference_mode()
     def __call__(self, images):
-        """Return the features of uint8 images [N, H, W, C]: float32 [N, pool_dim] and [N, 0]."""
+        """Return the pool features, float32 [N, pool_dim], and empty spatial features [N, 0] of uint8 images [N, H, W, C]."""
         seen = []
         hook = self.last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
@@ -35,5 +35,5 @@ class ClassifierFeatures:
 
     @th.inference_mode()
     def logits(self, pool):
-        """Return the logits [N, classes] for pool features."""
+        """Return the logits [N, classes] of pool features [N, pool_dim]."""
         return F.linear(pool, self.last.weight.float().flatten(1), self.last.bias.float())

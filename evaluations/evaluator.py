@@ -3,8 +3,8 @@
     python evaluations/evaluator.py REF.npz SAMPLES.npz
     mpiexec -n 8 python evaluations/evaluator.py REF.npz SAMPLES.npz
 
-Both are .npz files with images arr_0 uint8 [N, H, W, 3]; the reference may have statistics of the whole data set. The
-figures go to stdout, messages to stderr.
+Both files hold images arr_0, uint8 [N, H, W, 3]. The reference may also hold statistics of the whole data set. The
+metrics are printed to stdout, and messages to stderr.
 """
 
 import argparse
@@ -37,13 +37,13 @@ def main():
     check_batches(reference, samples, min(len(samples), args.num_samples or len(samples)))
     network, identity = load_inception(args.inception_path, args.dtype, args.device)
 
-    say("reference batch...")
+    say("computing features of the reference batch...")
     of_reference = reference_features(network, reference, args.batch_size, wanted, args.cache_dir, identity)
-    say("sample batch...")
+    say("computing features of the sample batch...")
     of_samples = Features(network, samples, args.batch_size, wanted, args.num_samples)
     if dist_util.get_rank() != 0:
         return
-    say("metrics...")
+    say("computing metrics...")
     figures = compare(wanted, reference, of_reference, of_samples, network.device)
     for name, value in figures.items():
         print(f"{METRICS[name]}: {value}")
@@ -62,11 +62,11 @@ def parse_metrics(text):
 
 
 def load_inception(path, dtype, device=""):
-    """Return the Inception network, and a text that identifies it. Every rank must call it.
+    """Return the Inception network, and a string that identifies its weights and dtype. Every rank must call this.
 
-    :param path: the graph's path; "" looks for the graph, and downloads it if necessary.
-    :param dtype: a name in DTYPES.
-    :param device: such as "cpu"; "" is this rank's device.
+    :param path: path of the Inception graph; "" searches for a local copy, and downloads the graph if there is none.
+    :param dtype: a key of DTYPES.
+    :param device: a device such as "cpu"; "" selects this rank's device.
     """
     try:
         device = th.empty(0, device=device or dist_util.dev()).device
@@ -77,21 +77,21 @@ def load_inception(path, dtype, device=""):
 
 
 def add_network_flags(parser):
-    """Add the flags of load_inception, and --batch_size."""
-    parser.add_argument("--batch_size", type=int, default=32, help="images per batch (default: 32)")
-    parser.add_argument("--device", default="", help="such as cpu or cuda:1; by default a GPU if there is one")
+    """Add --batch_size and the flags that select the Inception network and its device."""
+    parser.add_argument("--batch_size", type=int, default=32, help="images per batch on each rank (default: 32)")
+    parser.add_argument("--device", default="", help="device such as cpu or cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision of the network (default: fp32)")
-    parser.add_argument("--inception_path", default="", help="the Inception graph; by default found, or downloaded")
+    parser.add_argument("--inception_path", default="", help="path of the Inception graph (default: search, then download)")
 
 
 def create_argparser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ref_batch", help=".npz of reference images")
-    parser.add_argument("sample_batch", help=".npz of samples")
-    parser.add_argument("--metrics", default="", help=f"some of {','.join(METRICS)}; by default all")
-    parser.add_argument("--json", default="", help="also write the figures to this file")
-    parser.add_argument("--num_samples", type=int, default=0, help="use only the first samples; 0 uses all")
-    parser.add_argument("--cache_dir", default="", help="folder to keep the reference's features in for later runs")
+    parser.add_argument("ref_batch", help=".npz file of reference images")
+    parser.add_argument("sample_batch", help=".npz file of samples")
+    parser.add_argument("--metrics", default="", help=f"comma-separated metrics (default: {','.join(METRICS)})")
+    parser.add_argument("--json", default="", help="JSON file to write the metrics to as well")
+    parser.add_argument("--num_samples", type=int, default=0, help="use only the first samples; 0 uses all (default: 0)")
+    parser.add_argument("--cache_dir", default="", help="folder to cache features of references in")
     add_network_flags(parser)
     return parser
 

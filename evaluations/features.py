@@ -1,4 +1,4 @@
-"""Extract from images what the metrics need, on all ranks; with a cache for reference batches."""
+"""Extract features from batches of images on all ranks, and compute metrics. Features of references can be cached."""
 
 import os
 
@@ -21,19 +21,19 @@ FEWEST, ADVISED = 4, 10_000
 
 
 class Features:
-    """Everything that the metrics need from a batch's features. Every rank must create it.
+    """Features of a batch of images, reduced to the statistics that the metrics need. Every rank must create one.
 
-    On rank 0 it covers the whole batch, on the other ranks only their share.
+    On rank 0 the statistics cover the whole batch; on the other ranks they cover only the rank's share.
 
     :param network: network(uint8 [n, H, W, C]) returns (pool [n, pool_dim], spatial [n, spatial_dim]);
         network.logits(pool) returns the logits for the Inception Score.
     :param batch: a Batch.
-    :param wanted: short names of the metrics to prepare for.
-    :param limit: use the first `limit` images; 0 uses all.
-    :ivar moments: Moments of the features: {"pool": ..., "spatial": ...}.
+    :param wanted: the metrics to prepare for, as keys of METRICS.
+    :param limit: use only the first `limit` images; 0 uses all images.
+    :ivar moments: {"pool": Moments, "spatial": Moments} of the features.
     :ivar score: an InceptionScore.
-    :ivar pool: all pool features float32 [N, pool_dim], if precision or recall is wanted.
-    :raises InputError: if features are not finite.
+    :ivar pool: all pool features, float32 [N, pool_dim], if precision or recall is wanted; otherwise [0, pool_dim].
+    :raises InputError: if the features contain NaN or infinite values.
     """
 
     def __init__(self, network, batch, batch_size, wanted, limit=0):
@@ -47,7 +47,7 @@ class Features:
                 if not (pool.isfinite().all() and spatial.isfinite().all()):
                     raise InputError(
                         f"{batch.place(position, position + len(images) - 1)} have features that are not finite: the "
-                        f"network's weights or precision are at fault (try --dtype fp32)"
+                        f"cause is the network's weights or precision (try --dtype fp32)"
                     )
                 if "is" in wanted:
                     self.score.update(network.logits(pool).cpu(), position)
@@ -70,7 +70,7 @@ class Features:
             self.pool = np.concatenate([pool for *_, pool in everyone])
 
     def save(self, path):
-        """Write what is needed of a reference batch to an .npz."""
+        """Write the moments and the pool features to an .npz file."""
         arrays = {"pool": self.pool}
         for kind, moments in self.moments.items():
             arrays.update({f"{kind}_{name}": value for name, value in moments.state().items()})
@@ -79,7 +79,7 @@ class Features:
 
     @classmethod
     def load(cls, path):
-        """Read what `save` wrote. Returns None if the file is missing or damaged."""
+        """Read a file that `save` wrote. Returns None if the file is missing or damaged."""
         features = cls.__new__(cls)
         try:
             with np.load(path) as arrays:
@@ -94,10 +94,10 @@ class Features:
 
 
 def share(count, batch_size):
-    """Return this rank's part of `count` images: a range of whole batches.
+    """Return the range of image indices that this rank processes, out of `count` images. Consists of whole batches.
 
-    The batches are the same for any number of ranks. Rounding in convolutions depends on the batch, so the features of
-    all ranks together are identical to those of a single process.
+    Images are grouped into the same batches for any number of ranks. Rounding in convolutions depends on the batch, so
+    fixed batches make the features independent of the number of ranks.
     """
     batches, size = -(-count // batch_size), dist_util.get_world_size()
     first, last = (rank * batches // size * batch_size for rank in (dist_util.get_rank(), dist_util.get_rank() + 1))
@@ -105,9 +105,9 @@ def share(count, batch_size):
 
 
 def gather_on_rank_0(value):
-    """Return every rank's value in the order of ranks on rank 0, and an empty list on the other ranks.
+    """Return a list of all ranks' values, ordered by rank, on rank 0, and an empty list on the other ranks.
 
-    Unlike gather_objects it does not copy all features to every rank, and it waits for slow ranks.
+    Unlike gather_objects, gather_on_rank_0 does not copy all values to every rank, and does not time out on slow ranks.
     """
     if dist_util.get_world_size() == 1:
         return [value]
@@ -118,10 +118,12 @@ def gather_on_rank_0(value):
 
 
 def reference_features(network, batch, batch_size, wanted, cache_dir="", identity=""):
-    """Return the Features of a reference batch, or None if its own statistics suffice. Every rank must call it.
+    """Return the Features of a reference batch, or None if the statistics in its file suffice for the metrics.
 
-    :param cache_dir: a folder to keep the features in for later runs; "" keeps none.
-    :param identity: a text that identifies the network, for the cache.
+    Every rank must call this function.
+
+    :param cache_dir: folder in which to cache the features; "" disables the cache.
+    :param identity: a string that identifies the network in names of cache files.
     """
     wanted = {"fid", "sfid", *MANIFOLDS} & set(wanted)
     if batch.statistics is not None:
@@ -143,10 +145,11 @@ def reference_features(network, batch, batch_size, wanted, cache_dir="", identit
 
 
 def compare(wanted, reference, of_reference, of_samples, device="cpu"):
-    """Return {short name: figure} in the original's order. Not a collective: rank 0 calls it.
+    """Return {key of METRICS: value} in the order of the original evaluator's output. Only rank 0 may call this.
 
-    :param reference: the reference Batch. Its own statistics take precedence.
-    :param of_reference, of_samples: the results of reference_features and Features.
+    :param reference: the reference Batch. Statistics in its file take precedence over of_reference.
+    :param of_reference: the result of reference_features.
+    :param of_samples: the Features of the samples.
     """
     figures = {}
     if "is" in wanted:
@@ -157,8 +160,8 @@ def compare(wanted, reference, of_reference, of_samples, device="cpu"):
             mine = of_samples.moments[kind].statistics()
             if known[0].shape != mine[0].shape:
                 raise InputError(
-                    f"{reference.path}: its statistics are of {len(known[0])} features, but the network has "
-                    f"{len(mine[0])}"
+                    f"{reference.path}: has statistics of {len(known[0])} features, but the network has "
+                    f"{len(mine[0])} features"
                 )
             figures[name] = frechet_distance(*mine, *known)
     if MANIFOLDS & set(wanted):
@@ -168,15 +171,15 @@ def compare(wanted, reference, of_reference, of_samples, device="cpu"):
 
 
 def check_batches(reference, samples, used):
-    """Refuse batches that are too small, and warn about differences that make figures incomparable.
+    """Raise an error for batches that are too small, and warn about differences that make metrics incomparable.
 
-    :param used: the number of samples that are evaluated.
+    :param used: the number of samples to evaluate.
     """
     for path, count in ((reference.path, len(reference)), (samples.path, used)):
         if count < FEWEST:
             raise InputError(f"{path}: {count} images; the metrics need at least {FEWEST}")
     if used < ADVISED:
-        say(f"warning: {used} samples: FID is biased upwards by about 1/N; published figures use 50,000 samples")
+        say(f"warning: {used} samples: FID is biased upwards in proportion to 1/N; published values use 50,000 samples")
     if samples.shape[1:] != reference.shape[1:]:
         sizes = [f"{b.shape[1]}x{b.shape[2]}" for b in (samples, reference)]
-        say(f"warning: samples are {sizes[0]}, the reference {sizes[1]}: both are resized, which hides a mistake")
+        say(f"warning: samples are {sizes[0]}, reference images {sizes[1]}: both are resized to the network's input size")

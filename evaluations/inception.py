@@ -1,6 +1,6 @@
-"""The Inception network of 2015 that defines FID, in PyTorch, with the weights of the frozen TensorFlow graph.
+"""The 2015 Inception network that defines FID, in PyTorch, with the weights of the frozen TensorFlow graph.
 
-The tensorboard package can read the graph's file format, so TensorFlow itself is not needed.
+The tensorboard package can parse the graph's file format, so TensorFlow itself is not needed.
 """
 
 import os
@@ -23,12 +23,12 @@ BATCH_NORM_EPSILON = 1e-3
 
 
 def _mixed(name, channels, branches):
-    """Prefix the names of a block's layers: (name, in, out, (height, width), stride). Inputs None mean `channels`."""
+    """Prefix the layer names of a block. Layers are (name, in, out, kernel, stride), where in=None means `channels`."""
     return [(f"{name}/{layer}", channels if cin is None else cin, *rest) for layer, cin, *rest in branches]
 
 
 def _layers():
-    """List all convolutions: (name, channels in, channels out, kernel, stride). Stride 2 implies no padding."""
+    """List all convolutions as (name, channels in, channels out, kernel, stride). Stride 2 implies no padding."""
     layers = [
         ("conv", 3, 32, (3, 3), 2), ("conv_1", 32, 32, (3, 3), 1), ("conv_2", 32, 64, (3, 3), 1),
         ("conv_3", 64, 80, (1, 1), 1), ("conv_4", 80, 192, (3, 3), 1),
@@ -72,13 +72,13 @@ def _layers():
 
 
 LAYERS = _layers()
-UNPADDED = {"conv", "conv_1", "conv_3", "conv_4"}  # in addition to the layers of stride 2
+UNPADDED = {"conv", "conv_1", "conv_3", "conv_4"}  # all layers with stride 2 are unpadded, too
 
 
 class InceptionV3(th.nn.Module):
-    """Computes the features of images.
+    """Computes pool and spatial features of images.
 
-    :param constants: {name of the node: float32 array}, the constants of the graph.
+    :param constants: the graph's constants: {node name: float32 array}.
     :param dtype: the dtype of the convolutions.
     """
 
@@ -103,8 +103,8 @@ class InceptionV3(th.nn.Module):
 
     @th.inference_mode()
     def forward(self, images):
-        """Return the pool features [N, 2048] and spatial features [N, 2023], float32, of uint8 images [N, H, W, 3]."""
-        with th.backends.cudnn.flags(None, None, None, None, allow_tf32=False):  # TF32 rounds float32
+        """Return float32 pool features [N, 2048] and spatial features [N, 2023] of uint8 images [N, H, W, 3]."""
+        with th.backends.cudnn.flags(None, None, None, None, allow_tf32=False):  # TF32 would change the features
             return self._features(images)
 
     def _features(self, images):
@@ -139,7 +139,7 @@ class InceptionV3(th.nn.Module):
 
     @th.inference_mode()
     def logits(self, pool):
-        """Return the class logits of the Inception Score: float64 [N, 1008]. The original leaves out the bias, too."""
+        """Return the class logits for the Inception Score, float64 [N, 1008]. The original evaluator omits the bias, too."""
         return pool.double() @ self.softmax_weights
 
     def _conv(self, name, x):
@@ -148,13 +148,13 @@ class InceptionV3(th.nn.Module):
         return F.relu_(_convolve(x, weight, bias, stride, padding))
 
     def _chain(self, scope, x, count):
-        """Apply the convolutions conv, conv_1, ... of a scope in sequence."""
+        """Apply the first `count` convolutions (conv, conv_1, ...) of a scope in sequence."""
         for i in range(count):
             x = self._conv(f"{scope}/conv_{i}" if i else f"{scope}/conv", x)
         return x
 
     def _widest(self, name, x, pooled):
-        """Apply one of the last two blocks, whose towers fork."""
+        """Apply one of the last two blocks, in which each tower ends in two parallel convolutions."""
         tower, tower_1 = self._conv(f"{name}/tower/conv", x), self._chain(f"{name}/tower_1", x, 2)
         forks = [
             self._conv(f"{name}/{scope}/mixed/{conv}", y)
@@ -165,10 +165,10 @@ class InceptionV3(th.nn.Module):
 
 
 def _convolve(x, weight, bias, stride, padding):
-    """Apply F.conv2d, on CPUs always by oneDNN.
+    """Apply F.conv2d; float32 on CPUs always uses oneDNN.
 
-    With one thread and fewer than 16 images torch has another implementation for 1x1 kernels, which rounds differently.
-    Features would depend on the number of threads and on the size of the batch.
+    With one thread and fewer than 16 images, PyTorch uses another implementation for 1x1 kernels, which rounds
+    differently. The features would then depend on the number of threads and on the batch size.
     """
     if x.device.type == "cpu" and x.dtype == th.float32 and th.backends.mkldnn.is_available():
         return th.mkldnn_convolution(x, weight, bias, padding, (stride, stride), (1, 1), 1)
@@ -180,7 +180,7 @@ def _average(x):
 
 
 def _folded(constants, name):
-    """Fold the batch norm (with scale 1) into the convolution: weight [out, in, h, w] and bias, computed in float64."""
+    """Fold a batch norm with scale 1 into its convolution in float64. Returns weight [out, in, h, w] and bias [out]."""
     weight = constants[f"{name}/conv2d_params"].astype(np.float64).transpose(3, 2, 0, 1)
     beta, mean, variance = (
         constants[f"{name}/batchnorm/{part}"].astype(np.float64) for part in ("beta", "moving_mean", "moving_variance")
@@ -190,7 +190,7 @@ def _folded(constants, name):
 
 
 def legacy_resize(x, size):
-    """Resize [N, C, H, W] to [N, C, size, size] as TensorFlow did in 2015: bilinear, with aligned top left corners."""
+    """Resize [N, C, H, W] to [N, C, size, size] as TensorFlow 1 did: bilinearly, with aligned top left corners."""
 
     def neighbours(length):
         position = np.arange(size, dtype=np.float32) * np.float32(length / size)
@@ -206,11 +206,11 @@ def legacy_resize(x, size):
     return between(between(x, 3), 2)
 
 
-# The file
+# The graph file
 
 
 def expected_shapes():
-    """Return {name: shape} of the constants that the network needs."""
+    """Return {name: shape} of the graph constants that InceptionV3 needs."""
     shapes = {}
     for name, cin, cout, kernel, _ in LAYERS:
         shapes[f"{name}/conv2d_params"] = (*kernel, cin, cout)
@@ -219,7 +219,7 @@ def expected_shapes():
 
 
 def read_graph(path):
-    """Read the constants of a frozen graph: {name: float32 array}.
+    """Read the constants of the Inception graph from a file. Returns {name: float32 array}.
 
     :raises InputError: if the file is not the Inception graph. The message names the first missing node.
     """
@@ -231,21 +231,21 @@ def read_graph(path):
 
 
 def parse_graph(data, source):
-    """Do what read_graph does with a file's bytes.
+    """Read the constants of the Inception graph from bytes. Returns {name: float32 array}.
 
-    :param source: the start of error messages.
+    :param source: the name of the file, for error messages.
     """
     try:
         from tensorboard.compat.proto.graph_pb2 import GraphDef
         from tensorboard.util.tensor_util import make_ndarray
     except ImportError:
-        raise InputError("reading the Inception graph needs a package: pip install tensorboard") from None
-    from google.protobuf.message import DecodeError  # protobuf comes with tensorboard
+        raise InputError("reading the Inception graph needs tensorboard: pip install tensorboard") from None
+    from google.protobuf.message import DecodeError  # tensorboard depends on protobuf
 
     try:
         nodes = {node.name: node for node in GraphDef.FromString(data).node}
     except DecodeError:
-        raise InputError(f"{source}: not a TensorFlow graph, or truncated: replace it by {FILE_NAME}") from None
+        raise InputError(f"{source}: not a TensorFlow graph, or truncated: get {FILE_NAME} again") from None
     constants = {}
     for name, shape in expected_shapes().items():
         if name not in nodes:
@@ -253,15 +253,15 @@ def parse_graph(data, source):
         try:
             constants[name] = make_ndarray(nodes[name].attr["value"].tensor).astype(np.float32).reshape(shape)
         except (TypeError, ValueError):
-            raise InputError(f"{source}: not the Inception graph of 2015: {name} is not an array {shape}") from None
+            raise InputError(f"{source}: not the Inception graph of 2015: {name} has not the shape {shape}") from None
     return constants
 
 
 def find_graph(path=""):
-    """Return the path of the Inception graph: `path`, or a local copy, or else a download in the cache folder."""
+    """Return the path of the Inception graph: `path` if given, else a local copy, else a download in the cache folder."""
     if path:
         if not os.path.exists(path):
-            raise InputError(f"--inception_path {path}: no such file: it is {FILE_NAME}, from {ADDRESS}")
+            raise InputError(f"--inception_path {path}: no such file: get {FILE_NAME} from {ADDRESS}")
         return path
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "guided_diffusion")
     places = [os.path.join(folder, FILE_NAME) for folder in ("", os.path.dirname(os.path.abspath(__file__)), cache)]
@@ -270,13 +270,13 @@ def find_graph(path=""):
 
 
 def download(address, path):
-    """Download the graph to `path`. See download_file."""
-    say(f"downloading {FILE_NAME}, 96 MB, from {address}")
+    """Download the Inception graph to `path`."""
+    say(f"downloading {FILE_NAME} (96 MB) from {address}")
     try:
         download_file(address, path, lambda part: parse_graph(Path(part).read_bytes(), FILE_NAME))
     except InputError as e:
         raise InputError(
-            f"{FILE_NAME} is neither here nor can it be downloaded ({e}): get it from {ADDRESS} and put it at {path}, "
-            f"or give its path with --inception_path"
+            f"{FILE_NAME}: no local copy, and the download failed ({e}): get the file from {ADDRESS}, and save it as "
+            f"{path} or give its path with --inception_path"
         ) from None
     return path

@@ -1,9 +1,10 @@
-"""Make a reference batch from a folder of images, for evaluator.py to compare samples with.
+"""Make a reference batch from a folder of images, as the first argument of evaluator.py.
 
     python evaluations/make_reference.py DATA_DIR OUT.npz --image_size 64
 
-The .npz holds the statistics of all images (mu, sigma, mu_s, sigma_s), and up to 10,000 images, chosen at random, for
-precision and recall (arr_0; their labels arr_1, if file names have labels). Images are cropped as in training.
+The .npz file holds the statistics mu, sigma, mu_s and sigma_s of all images. For precision and recall, the .npz file
+also holds up to 10,000 images, chosen at random (arr_0), and their labels (arr_1), if file names contain labels. Images
+are cropped as in training.
 """
 
 import argparse
@@ -25,11 +26,11 @@ from guided_diffusion.logger import progress_bar  # noqa: E402
 
 
 class ImageFiles:
-    """Image files as a batch for Features. It keeps the chosen images that it reads.
+    """A batch of image files, with the interface that Features expects. Stores the chosen images that are read.
 
-    :param channels: 1 or 3. Images with one channel are shown to the network as three equal channels.
-    :param chosen: the indices of the images to keep.
-    :ivar kept: the chosen images that this rank has read: arrays [image_size, image_size, channels].
+    :param channels: 1 or 3. With one channel, images are repeated to three equal channels for the network.
+    :param chosen: the indices of the images to store.
+    :ivar kept: the chosen images that this rank has read, as arrays [image_size, image_size, channels].
     """
 
     def __init__(self, folder, paths, image_size, channels, chosen):
@@ -45,7 +46,7 @@ class ImageFiles:
             yield np.stack(batch).repeat(3 // self.channels, axis=3)
 
     def read(self, i):
-        """Return image i: uint8 [image_size, image_size, channels]."""
+        """Return the image with index i, uint8 [image_size, image_size, channels]."""
         image = center_crop_arr(read_image(self.paths[i], MODES[self.channels]), self.image_size)
         image = image.reshape(self.image_size, self.image_size, self.channels)
         if i in self.chosen:
@@ -87,17 +88,17 @@ def main():
             arrays[f"mu{suffix}"], arrays[f"sigma{suffix}"] = features.moments[kind].statistics()
     with write_output(args.out) as f:
         np.savez(f, **arrays)
-    say(f"{args.out}: {len(chosen)} images" + ("" if args.no_statistics else f", and statistics of all {len(paths)}"))
+    say(f"{args.out}: {len(chosen)} images" + ("" if args.no_statistics else f", and statistics of all {len(paths)} images"))
 
 
 def create_argparser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", help="a folder of images, searched recursively")
-    parser.add_argument("out", help="the .npz to write")
-    parser.add_argument("--image_size", type=int, required=True, help="side of the images after cropping")
-    parser.add_argument("--num_images", type=int, default=10_000, help="images to keep (default: 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of their choice (default: 0)")
-    parser.add_argument("--no_statistics", action="store_true", help="only keep images; needs no Inception graph")
+    parser.add_argument("out", help="the .npz file to write")
+    parser.add_argument("--image_size", type=int, required=True, help="side of the cropped images in pixels")
+    parser.add_argument("--num_images", type=int, default=10_000, help="number of images to store (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for choosing the images to store (default: 0)")
+    parser.add_argument("--no_statistics", action="store_true", help="store only images; needs no Inception graph")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1 for grey images (default: 3)")
     add_network_flags(parser)
     return parser

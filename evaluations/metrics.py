@@ -1,7 +1,7 @@
-"""The metrics as functions of arrays, without networks, files or ranks.
+"""The metrics as functions of arrays of features, independent of networks, files and ranks.
 
-Everything is computed in float64. The original evaluator computed means in float32 and distances in float16; each
-docstring states the effect on its figures.
+All metrics are computed in float64. The original evaluator computed means in float32 and distances in float16; each
+docstring states how much the metric's value differs as a result.
 """
 
 import math
@@ -9,33 +9,33 @@ import math
 import numpy as np
 import torch as th
 
-RANK_TOLERANCE = 1e-12  # of a covariance, relative to its largest variance: the rest is rounding
+RANK_TOLERANCE = 1e-12  # variances below this fraction of the largest are rounding errors
 NEIGHBOURS = 3
 SPLIT = 5000
 BLOCK = 2048
-ROUNDING = 1e-13  # relative to a point's squared norm: smaller squared distances are rounding errors
+ROUNDING = 1e-13  # squared distances below this fraction of the point's squared norm are rounding errors
 
 
 class Moments:
-    """Accumulates mean and covariance of rows that arrive in chunks, also on several ranks.
+    """Accumulates the mean and covariance of rows that arrive in chunks. Instances of several ranks can be merged.
 
-    Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
-    The attributes n, mean and scatter do not include waiting rows; state() and statistics() do.
+    See Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979). The
+    attributes n, mean and scatter do not include buffered rows; state() and statistics() do.
     """
 
-    ROWS = 1024  # rows to wait for: with fewer, updating [dim, dim] takes longer than the matrix product
+    ROWS = 1024  # rows to buffer: with fewer rows, updating [dim, dim] takes longer than the matrix product
 
     def __init__(self, dim):
         self.n = 0
         self.mean = np.zeros(dim)
-        self.scatter = np.zeros((dim, dim))  # the sum of outer products of deviations from the mean
+        self.scatter = np.zeros((dim, dim))  # sum of the outer products of deviations from the mean
         self._waiting = []
 
     def update(self, rows):
         """Add rows [n, dim]."""
         rows = np.array(rows)  # a copy: the caller may reuse the array
         if not np.isfinite(rows).all():
-            raise ValueError("moments of values that are not finite")
+            raise ValueError("cannot compute moments of values that are not finite")
         self._waiting.append(rows)
         if sum(map(len, self._waiting)) >= self.ROWS:
             self._take_in()
@@ -48,7 +48,7 @@ class Moments:
             self._add(len(rows), rows.mean(axis=0), deviations.T @ deviations)
 
     def merge(self, other):
-        """Add all rows of another instance."""
+        """Add all rows of another Moments instance."""
         self._take_in()
         other._take_in()
         if other.n:
@@ -62,19 +62,19 @@ class Moments:
         self.n = total
 
     def state(self):
-        """Return everything as {name: array}."""
+        """Return the accumulated moments as {name: array}."""
         self._take_in()
         return {"n": self.n, "mean": self.mean, "scatter": self.scatter}
 
     @classmethod
     def of(cls, state):
-        """Create an instance from the state() of another."""
+        """Create an instance from the state() of another instance."""
         moments = cls(len(state["mean"]))
         moments.n, moments.mean, moments.scatter = int(state["n"]), state["mean"], state["scatter"]
         return moments
 
     def statistics(self):
-        """Return the mean [dim] and the unbiased covariance [dim, dim] of at least two rows."""
+        """Return the mean [dim] and the unbiased covariance [dim, dim]. Needs at least two rows."""
         self._take_in()
         if self.n < 2:
             raise ValueError(f"a covariance needs at least two samples, not {self.n}")
@@ -82,18 +82,19 @@ class Moments:
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Return the squared Frechet distance of two Gaussians (Dowson and Landau, 1982; as FID: Heusel et al., 2017).
+    """Return the squared Frechet distance between two Gaussians (Dowson and Landau, 1982; FID: Heusel et al., 2017).
 
-    |mu1 - mu2|^2 + tr(sigma1 + sigma2) - 2 tr((sigma1 sigma2)^(1/2)). With sigma_i = A_i A_i^T the last trace is the
-    sum of the singular values of A_1^T A_2. That also holds for singular covariances, and avoids square roots of
-    rounding errors. The original used scipy's matrix square root and float32 means, which changes the value by 1e-6.
+    |mu1 - mu2|^2 + tr(sigma1 + sigma2) - 2 tr((sigma1 sigma2)^(1/2)). With sigma_i = A_i A_i^T, the last trace equals
+    the sum of the singular values of A_1^T A_2. Singular values are also accurate for singular covariances, for which a
+    matrix square root amplifies rounding errors. The original evaluator used scipy's matrix square root and float32
+    means, which changes the distance by 1e-6.
 
     :param mu1, mu2: means [dim].
     :param sigma1, sigma2: covariances [dim, dim].
     """
     mu1, sigma1, mu2, sigma2 = (th.as_tensor(np.asarray(x), dtype=th.float64) for x in (mu1, sigma1, mu2, sigma2))
     if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("statistics that are not finite have no distance")
+        raise ValueError("cannot compute the Frechet distance: statistics contain values that are not finite")
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != (len(mu1), len(mu1)):
         raise ValueError(f"statistics of different shapes: {[tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]}")
     cross = th.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
@@ -101,12 +102,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def _factor(sigma):
-    """Return A [dim, rank] with A A^T = sigma. Directions with only rounding errors are left out."""
+    """Return A [dim, rank] with A A^T = sigma. Directions whose variance is only rounding error are omitted."""
     factor, failed = th.linalg.cholesky_ex(sigma)
     diagonal = factor.diagonal().square()
     if not failed and diagonal.min() > RANK_TOLERANCE * diagonal.max():
         return factor
-    # Singular, as with fewer images than features: Cholesky with pivoting, which stops at the rank
+    # A singular covariance, for example from fewer images than features: use Cholesky with pivoting up to the rank
     remaining = sigma.diagonal().clone()
     factor, smallest = th.zeros_like(sigma), RANK_TOLERANCE * remaining.max()
     for rank in range(len(sigma)):
@@ -120,24 +121,25 @@ def _factor(sigma):
 
 
 class InceptionScore:
-    """Accumulates the Inception Score (Salimans et al., 2016) of logits that arrive in chunks, also on several ranks.
+    """Accumulates the Inception Score (Salimans et al., 2016) of logits that arrive in chunks.
 
-    The score of a split is exp of the mean KL divergence between an image's class distribution and the split's. The
-    result is the unweighted mean over splits. It is computed in log space: the original's float32 probabilities can
-    underflow, and 0 log 0 is nan.
+    The score of a split is the exponential of the mean KL divergence of each image's class distribution from the
+    split's mean distribution. The Inception Score is the unweighted mean over splits. The computation is in log space,
+    because float32 probabilities as in the original evaluator can underflow, and 0 log 0 is NaN. Instances of several
+    ranks can be merged.
 
-    :param split: images per split, by their index; the last split may have fewer.
+    :param split: number of consecutive images per split; the last split may have fewer.
     """
 
     def __init__(self, split=SPLIT):
         self.split = split
-        self.sums = {}  # {split: (number of images, sum of p log p, log of the sum of p [classes])}
+        self.sums = {}  # {split index: (number of images, sum of p log p, log of the sum of p [classes])}
 
     def update(self, logits, start):
-        """Add the logits [n, classes] of images start, start + 1, ..."""
+        """Add the logits [n, classes] of the images with indices start to start + n - 1."""
         log_p = th.as_tensor(logits, dtype=th.float64).log_softmax(dim=1)
         if not log_p.isfinite().all():
-            raise ValueError("logits that are not finite")
+            raise ValueError("cannot compute the Inception Score: logits contain values that are not finite")
         position = 0
         while position < len(log_p):
             number, offset = divmod(start + position, self.split)
@@ -147,7 +149,7 @@ class InceptionScore:
             position += len(part)
 
     def merge(self, other):
-        """Add all images of another instance."""
+        """Add all images of another InceptionScore instance."""
         for number, sums in other.sums.items():
             self._add(number, *sums)
 
@@ -158,7 +160,7 @@ class InceptionScore:
         self.sums[number] = (count, negentropy, log_sum)
 
     def value(self):
-        """Return the score, between 1 and the number of classes."""
+        """Return the Inception Score, between 1 and the number of classes."""
         scores = []
         for _, (count, negentropy, log_sum) in sorted(self.sums.items()):
             log_mean = log_sum - math.log(count)
@@ -170,15 +172,17 @@ class InceptionScore:
 def precision_recall(reference, samples, neighbours=NEIGHBOURS, device="cpu", block=BLOCK):
     """Return improved precision and recall (Kynkäänniemi et al., 2019).
 
-    The ball of a point has the distance to its `neighbours`-th neighbour as its radius. Precision is the share of
-    samples inside the ball of any reference point; recall is the share of reference points inside the ball of any
-    sample. The original computed distances in float16, which changes radii by up to 1.7 % and figures by thousandths.
+    The ball around a point has the distance to the point's `neighbours`-th neighbour as its radius. Precision is the
+    fraction of samples inside the ball of any reference point; recall is the fraction of reference points inside the
+    ball of any sample. The original evaluator computed distances in float16, which changes radii by up to 1.7 %, and
+    precision and recall by a few thousandths.
 
-    :param reference, samples: features [N, dim] and [M, dim], each with more than `neighbours` rows.
-    :param block: rows per tile. Memory beyond the features does not grow with N or M.
-    :raises ValueError: if values are not finite.
+    :param reference: features [N, dim], with N > neighbours.
+    :param samples: features [M, dim], with M > neighbours.
+    :param block: rows and columns per tile of the distance matrix. The whole matrix [N, M] is never in memory.
+    :raises ValueError: if features contain NaN or infinite values.
     """
-    # Moving the origin into the data does not change distances, and makes norms, and so rounding errors, small.
+    # Subtracting the mean does not change distances, but reduces norms and therefore rounding errors.
     reference, samples = (_finite(x) for x in (reference, samples))
     centre = np.mean(reference, axis=0, dtype=np.float64)
     reference_radii = manifold_radii(reference, neighbours, block, device, centre)
@@ -191,9 +195,9 @@ def precision_recall(reference, samples, neighbours=NEIGHBOURS, device="cpu", bl
 
 
 def manifold_radii(features, neighbours=NEIGHBOURS, block=BLOCK, device="cpu", centre=0.0):
-    """Return the squared distance of each row [N, dim] to its `neighbours`-th neighbour: float64 [N].
+    """Return the squared distance from each row of features [N, dim] to its `neighbours`-th neighbour, float64 [N].
 
-    :param centre: subtracted from all rows first, to reduce rounding errors.
+    :param centre: a vector to subtract from all rows first, which reduces rounding errors.
     """
     features = _finite(features)
     if len(features) <= neighbours:
@@ -214,9 +218,9 @@ def manifold_radii(features, neighbours=NEIGHBOURS, block=BLOCK, device="cpu", c
 
 
 def _tiles(a, b, block, device, centre):
-    """Yield squared distances |a_i - b_j|^2 in tiles: (slice of rows, slice of columns, float64 [rows, columns]).
+    """Yield tiles of squared distances |a_i - b_j|^2 as (slice of rows, slice of columns, float64 [rows, columns]).
 
-    :param b: None means `a`. Of two mirrored tiles only one is then yielded.
+    :param b: None means b = a. The matrix is then symmetric, and only its upper triangle of tiles is yielded.
     """
 
     def parts(x, first):
@@ -227,7 +231,7 @@ def _tiles(a, b, block, device, centre):
     for rows, of_rows, row_norms in parts(a, 0):
         for columns, of_columns, norms in parts(a if b is None else b, rows.start if b is None else 0):
             distances = (of_rows @ of_columns.T).mul_(-2).add_(row_norms[:, None]).add_(norms)
-            # Copies of a point are inside each other's balls, even if the radius is 0
+            # Set rounding errors to 0, so that duplicates of a point are inside its ball even if the radius is 0
             distances.masked_fill_(distances <= ROUNDING * row_norms[:, None], 0)
             yield rows, columns, distances
 
@@ -235,5 +239,5 @@ def _tiles(a, b, block, device, centre):
 def _finite(features):
     features = np.asarray(features)
     if features.ndim != 2 or not np.isfinite(features).all():
-        raise ValueError(f"features are finite numbers [N, dim]; these, of shape {features.shape}, are not")
+        raise ValueError(f"features of shape {features.shape} are not a matrix [N, dim] of finite numbers")
     return features

@@ -1,4 +1,4 @@
-"""Messages to the user, and files that are complete or absent."""
+"""Print messages to the user, and write files atomically."""
 
 import sys
 from contextlib import contextmanager
@@ -7,14 +7,14 @@ from guided_diffusion import dist_util, files
 
 
 def say(text):
-    """Print a message to stderr, on rank 0 only: stdout is for the figures."""
+    """Print a message to stderr on rank 0. The metrics go to stdout."""
     if dist_util.get_rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def write_output(path):
-    """Yield a binary file that becomes `path` once it is complete. Creates the folder if necessary.
+    """Yield a temporary binary file that is renamed to `path` when complete. Creates the folder if necessary.
 
     :raises InputError: if the file cannot be written.
     """

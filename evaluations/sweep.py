@@ -1,4 +1,4 @@
-"""The metrics as a function of the scale of guidance: a table and a picture (the paper's figures 4 and 5)."""
+"""Tables and plots of the metrics as a function of the guidance scale, as in the paper's figures 4 and 5."""
 
 import csv
 import io
@@ -10,10 +10,10 @@ SWEPT = ("fid", "is", "precision", "recall")
 
 
 def write_table(path, rows, features=""):
-    """Write a .csv with a row for each scale.
+    """Write a CSV file with one row per guidance scale.
 
-    :param rows: dicts whose first entry is the scale, and the metrics of SWEPT.
-    :param features: the name of the feature network, if it is not Inception. Each column's name contains it.
+    :param rows: dicts whose first entry is the guidance scale, and whose other entries are the metrics in SWEPT.
+    :param features: the name of the feature network if it is not Inception; appended to the names of the columns.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -24,19 +24,19 @@ def write_table(path, rows, features=""):
 
 
 def format_table(rows, features=""):
-    """Format the table as text."""
+    """Return the metrics as a text table with one row per guidance scale."""
     lines = ["scale" + "".join(f"{METRICS[name]:>17}" for name in SWEPT)]
     lines += [f"{row[_swept(rows)]:>5g}" + "".join(f"{row[name]:>17.4g}" for name in SWEPT) for row in rows]
     return "\n".join(lines + ([f"Figures{_note(features)}: compare them only with each other."] * bool(features)))
 
 
 def draw(path, rows, features=""):
-    """Write the picture as a .png: each metric over the scale, and precision over recall. Needs matplotlib."""
+    """Plot each metric over the guidance scale, and precision over recall, as a PNG file. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 3.6), layout="constrained")
     swept = _swept(rows).replace("_", " ")
-    figure.suptitle(f"Guidance{_note(features)}{': compare only within this picture' if features else ''}")
+    figure.suptitle(f"Guidance{_note(features)}{': compare values only within this figure' if features else ''}")
     fid, score, both, trade_off = figure.subplots(1, 4)
     scales = [row[_swept(rows)] for row in rows]
     for axes, names in ((fid, ["fid"]), (score, ["is"]), (both, ["precision", "recall"])):
@@ -54,7 +54,7 @@ def draw(path, rows, features=""):
 
 
 def _swept(rows):
-    """The name of the flag that was swept: classifier_scale or guide_scale."""
+    """Return the name of the flag that was varied: classifier_scale or guide_scale."""
     return next(iter(rows[0]))
 
 

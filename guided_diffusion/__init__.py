@@ -1,42 +1,42 @@
-"""ADM, the system of "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal & Nichol 2021), reimplemented.
+"""A reimplementation of ADM, the diffusion models of "Diffusion Models Beat GANs on Image Synthesis".
 
-Where things are; imports point down this list only.
+The paper is Dhariwal & Nichol 2021 (arXiv 2105.05233). Each module imports only modules that are below it in this list:
 
-    classifier_util       training and validating the noisy-image classifier
-    upsampler_util        training the upsampler
-    training_job          training scripts: command line, ranks, run folder, data
-    train_util            TrainLoop: steps, moving averages, logging
-    training_state        what a checkpoint of a run holds: writing, finding and resuming it
+    classifier_util       training and validation of the noisy-image classifier
+    upsampler_util        training of the upsampler
+    training_job          setup that all training scripts share: command line, ranks, run folder, data
+    train_util            TrainLoop: optimizer steps, moving averages, logging
+    training_state        checkpoints of a training run: writing them, finding them and resuming from them
     training_metrics      losses by quartile of the timesteps, throughput
-    previews              pictures of samples during training
+    previews              sample images drawn during training
     models                diffusion models ready to sample; load() for notebooks
     sample_job            sampling jobs over all ranks: batches, upsampling, restarts
-    sample_shards         the files of a sampling job
-    sampling_networks     sampling scripts: command line, presets, networks with weights, labels, guides
-    sampler_flags         the flags of samplers, sizes and guidance
+    sample_shards         the files that a sampling job writes
+    sampling_networks     setup that all sampling scripts share: command line, presets, networks, labels, guidance
+    sampler_flags         flags for samplers, image sizes and guidance
     likelihood_util       bits per dimension of a set of images
-    class_labels          --classes: labels from numbers, names and files
-    pictures              uint8 images, PNG files, grids
-    presets               the released models: flags, sampling settings, training recipes
-    script_util           from flags to models and processes
+    class_labels          class labels from the --classes flag: numbers, names or files
+    pictures              uint8 images, PNG files and image grids
+    presets               the released models: flags, sampling settings and training recipes
+    script_util           networks and diffusion processes built from flags
     unet                  UNetModel, SuperResModel, EncoderUNetModel
-    respace               the process on some of the timesteps
-    gaussian_diffusion    the diffusion process: training losses, steps, likelihood
-    solvers               samplers with few evaluations: DPM-Solver++, UniPC
-    sampling_loops        from a step to a sampling loop
-    guidance              guidance by a classifier or a second model
-    resample              distributions over the timesteps to train on
-    image_datasets        batches of images: order, workers, random crops and flips
-    image_listing         the images of a folder, and their classes
-    image_decoding        from an image file to pixels
-    fp16_util             mixed precision: loss scaling, master weights
-    checkpoint_util       a checkpoint file, and the config.json beside it
-    random_util           random numbers of a sample or training image
-    nn, losses            layers; divergences and likelihoods
+    respace               diffusion processes on a subset of the timesteps
+    gaussian_diffusion    the diffusion process: training losses, sampling steps, likelihood
+    solvers               samplers that need few model evaluations: DPM-Solver++ and UniPC
+    sampling_loops        sampling loops built from a single sampling step
+    guidance              guidance by a classifier or by a second diffusion model
+    resample              schedule samplers: distributions of the training timesteps
+    image_datasets        batches of images: order, worker processes, random crops and flips
+    image_listing         the image files in a folder, and their classes
+    image_decoding        decoding and cropping of image files
+    fp16_util             mixed precision: loss scaling and float32 master weights
+    checkpoint_util       checkpoint files and the config.json beside them
+    random_util           random numbers that do not depend on ranks and batch sizes
+    nn, losses            network layers; KL divergences and likelihoods
     npz_arrays            arrays in .npz files larger than memory
-    downloads             files from the web, resumable
-    logger                metrics and messages
+    downloads             resumable downloads
+    logger                metrics and log messages
     dist_util             ranks, devices and collectives
-    flags                 what each flag means; parsers
-    files, errors         local files and URLs; users' mistakes in one line
+    flags                 help texts of the flags, and argument parsers
+    files, errors         local files and blob URLs; one-line messages for errors that users can fix
 """

@@ -1,8 +1,9 @@
 """Checkpoint files: their names, their weights, and the config.json beside them.
 
-The folder of a run holds modelNNNNNN.pt, ema_RATE_NNNNNN.pt, optNNNNNN.pt and stateNNNNNN.pt, where NNNNNN counts the
-optimizer's steps, and config.json, which records the flags of the run. `training_state` writes the .pt files and
-resumes from them. A `Checkpoint` is one file of weights, with the config.json beside it.
+A run folder holds config.json and the checkpoint files modelNNNNNN.pt, ema_RATE_NNNNNN.pt, optNNNNNN.pt and
+stateNNNNNN.pt. NNNNNN is the number of optimizer steps, and config.json records the flags of the run. The module
+`training_state` writes the .pt files and resumes training from them. The class `Checkpoint` reads one file of weights
+and the config.json beside it.
 """
 
 import hashlib
@@ -21,10 +22,10 @@ from . import dist_util, files, logger
 from .errors import InputError
 
 CONFIG_NAME = "config.json"
-WRAPPERS = ("ema", "state_dict", "model_state_dict", "model")  # entries that hold the weights in a file, best first
-PREFIXES = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
-OTHER_FILES = {  # files that people download by mistake, by their lower-case first bytes
-    b"version https://git-lfs": "a Git LFS pointer (git lfs pull downloads the file)",
+WRAPPERS = ("ema", "state_dict", "model_state_dict", "model")  # keys of a file's weights, best first
+PREFIXES = ("module.", "_orig_mod.")  # parameter name prefixes of DistributedDataParallel and torch.compile
+OTHER_FILES = {  # files that are often downloaded by mistake, by their first bytes in lower case
+    b"version https://git-lfs": "a Git LFS pointer (run `git lfs pull` to download the file)",
     b"<!doctype html": "a web page",
     b"<html": "a web page",
     b"\x89hdf": "an HDF5 file",
@@ -35,20 +36,20 @@ OTHER_FILES = {  # files that people download by mistake, by their lower-case fi
 
 
 def parse_resume_step_from_filename(filename):
-    """Return the step in a name such as path/to/model012000.pt: 12000. Return 0 for other names."""
+    """Return the step in the file name of a model: 12000 for path/to/model012000.pt, and 0 for other names."""
     match = re.search(r"model(\d+)(\.[^/\\]*)?$", filename)
     return int(match.group(1)) if match else 0
 
 
 def get_blob_logdir():
-    """Return the folder for checkpoints: the run's folder, or the environment variable DIFFUSION_BLOB_LOGDIR."""
+    """Return the folder for checkpoints: the environment variable DIFFUSION_BLOB_LOGDIR, or else the run folder."""
     return os.environ.get("DIFFUSION_BLOB_LOGDIR") or logger.get_dir()
 
 
 def find_resume_checkpoint():
-    """Return a checkpoint to resume from instead of --resume_checkpoint, or None. A cluster's own code may replace it.
+    """Return the path of a checkpoint that takes precedence over --resume_checkpoint, or None for no such checkpoint.
 
-    TrainLoop calls `train_util.find_resume_checkpoint`.
+    The default is None. Other projects can replace `train_util.find_resume_checkpoint`, which TrainLoop calls.
     """
     return None
 
@@ -70,18 +71,18 @@ def ema_name(rate, step):
 
 
 def find_beside(checkpoint, name):
-    """Return the path of another file in the folder of a checkpoint, or None if it does not exist."""
+    """Return the path of the file `name` in the folder of a checkpoint, or None if there is no such file."""
     path = files.join(files.dirname(checkpoint), name)
     return path if files.exists(path) else None
 
 
 def find_ema_checkpoint(main_checkpoint, step, rate):
-    """Return the path of the moving average with this rate beside a model file, or None if it does not exist."""
+    """Return the path of the EMA checkpoint with decay `rate` beside a model file, or None if there is no such file."""
     return find_beside(main_checkpoint, ema_name(rate, step)) if main_checkpoint else None
 
 
 def require_path(flag, path):
-    """Raise InputError unless the value of a flag is the path of an existing file."""
+    """Raise InputError unless `path`, the value of --`flag`, is an existing file."""
     if not path:
         raise InputError(f"--{flag} is missing: give the path of a checkpoint (.pt)")
     if not files.exists(path):
@@ -92,10 +93,10 @@ def require_path(flag, path):
 
 
 class Checkpoint:
-    """A file of weights, with the config.json beside it. Each of the two files is read when it is first needed.
+    """A file of weights and the config.json beside it. Both files are read on first use.
 
-    :param path: a file that torch.save or safetensors (.safetensors) wrote: a state_dict, bare or in a dict (see
-        WRAPPERS), with or without prefixes before its names (see PREFIXES).
+    :param path: a file written by torch.save or, if it ends in .safetensors, by safetensors. The file holds a
+        state_dict, either directly or under one of the keys in WRAPPERS. Parameter names may have a prefix of PREFIXES.
     """
 
     def __init__(self, path):
@@ -104,7 +105,7 @@ class Checkpoint:
 
     @cached_property
     def config(self):
-        """The content of config.json as a dict with a dict "flags", or None if there is no such file."""
+        """The content of config.json, a dict whose entry "flags" is a dict. None if there is no config.json."""
         if not files.exists(self.config_path):
             return None
         try:
@@ -113,28 +114,28 @@ class Checkpoint:
             config["flags"].items()
             return config
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise InputError(f"{self.config_path}: not a training run's config.json; restore it or remove it") from None
+            raise InputError(f"{self.config_path}: not a training run's config.json; restore or remove it") from None
 
     @property
     def flags(self):
-        """The recorded flags, a dict. It is empty without a config.json."""
+        """The flags recorded in config.json, as a dict. The dict is empty if there is no config.json."""
         flags = dict((self.config or {}).get("flags", {}))
         if flags.get("class_cond") is False:
-            flags.pop("num_classes", None)  # the model does not use it, and its classifier has another one
+            flags.pop("num_classes", None)  # unused by an unconditional model; its classifier may need another value
         return flags
 
     @property
     def classes(self):
-        """The recorded names of the classes in the order of their labels, or None."""
+        """The class names recorded in config.json, in the order of their labels. None if there are none."""
         return (self.config or {}).get("classes")
 
     def adopt_flags(self, args, settled, names, prefix=""):
-        """Set flags in `args` to their recorded values.
+        """Set flags in `args` to the values recorded in config.json.
 
-        :param settled: see settle_flags.
-        :param names: the names of the flags to set, if they are recorded.
-        :param prefix: what these names begin with in `args`.
-        :raises InputError: if flags are settled with other values.
+        :param settled: the flags that must not be contradicted; see settle_flags.
+        :param names: the names of the flags to set. Names that config.json does not record are ignored.
+        :param prefix: a prefix that the flags have in `args` but not in config.json, such as "upsampler_".
+        :raises InputError: if a recorded value contradicts a settled flag.
         """
         recorded = {prefix + name: self.flags[name] for name in names if name in self.flags}
         settle_flags(args, settled, recorded, self.config_path)
@@ -142,21 +143,21 @@ class Checkpoint:
     def weights(self, model, finite=False):
         """Return the weights as a state_dict for `model`, on the CPU.
 
-        :param finite: refuse weights that are not finite, from which training cannot recover.
-        :raises InputError: if names or shapes are not those of the model.
+        :param finite: raise InputError for NaN or infinite weights, from which training cannot recover.
+        :raises InputError: if the parameter names or shapes differ from those of the model.
         """
         found, expected = self._unwrap(self._read()), model.state_dict()
         if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in expected.items()}:
             raise InputError(f"{self.path}: the weights do not fit the model: {self._describe_misfit(found, expected)}")
         if finite and (bad := not_finite(found)):
             raise InputError(
-                f"{self.path}: refused: {len(bad)} of {len(found)} tensors are not finite, the first {bad[0]}: use an "
-                f"earlier checkpoint (--resume_checkpoint auto does once this step's files are moved away)"
+                f"{self.path}: {len(bad)} of {len(found)} tensors are not finite, the first is {bad[0]}: use an "
+                f"earlier checkpoint, or move the files of this step away and use --resume_checkpoint auto"
             )
         return found
 
     def _read(self):
-        """Return the content of the file."""
+        """Load the file and return its content."""
         if self.path.endswith(".safetensors"):
             return self._read_safetensors()
         try:
@@ -174,32 +175,32 @@ class Checkpoint:
             from safetensors import SafetensorError
             from safetensors.torch import load
         except ImportError:
-            raise InputError(f"{self.path}: to read this file: pip install safetensors") from None
+            raise InputError(f"{self.path}: reading this file needs safetensors: pip install safetensors") from None
         with files.open_file(self.path) as f:
             try:
                 return load(f.read())
             except SafetensorError as e:
-                raise InputError(f"{self.path}: a damaged safetensors file ({e})") from None
+                raise InputError(f"{self.path}: a damaged safetensors file; copy it again ({e})") from None
 
     def _unwrap(self, content):
-        """Return the state_dict in the content of a file, without wrapping dicts and prefixes. Log what is removed."""
+        """Return the state_dict in a file's content. Wrapping dicts and name prefixes are removed and logged."""
         while not (isinstance(content, dict) and content and all(isinstance(v, th.Tensor) for v in content.values())):
             entries = list(map(str, content)) if isinstance(content, dict) else []
             if {"state", "param_groups"} <= set(entries):
                 raise InputError(f"{self.path}: an optimizer's state, not a model's weights")
             name = next((name for name in WRAPPERS if name in entries), None)
             if name is None:
-                found = f"a dict with the entries {', '.join(entries[:5])}" if entries else type(content).__name__
+                found = f"a dict with the keys {', '.join(entries[:5])}" if entries else type(content).__name__
                 raise InputError(f"{self.path}: not a model's weights, but {found}")
-            logger.log(f"{self.path}: using the weights under {name!r}, of the entries {', '.join(entries)}")
+            logger.log(f"{self.path}: using the weights under the key {name!r}; the keys are {', '.join(entries)}")
             content = content[name]
         while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in content)), None):
-            logger.log(f"{self.path}: removing the prefix {prefix!r} from the names of the weights")
+            logger.log(f"{self.path}: removing the prefix {prefix!r} from the parameter names")
             content = {name.removeprefix(prefix): v for name, v in content.items()}
         return content
 
     def _describe_misfit(self, found, expected):
-        """Name the first three parameters in which two state_dicts differ."""
+        """Describe the first three parameters whose shapes differ between two state_dicts."""
 
         def shape(state_dict, name):
             return tuple(state_dict[name].shape) if name in state_dict else "missing"
@@ -207,17 +208,20 @@ class Checkpoint:
         differing = [name for name in {**expected, **found} if shape(found, name) != shape(expected, name)]
         described = [f"{n} is {shape(found, n)} in the file and {shape(expected, n)} here" for n in differing[:3]]
         more = f"; {len(differing) - 3} more differ" if len(differing) > 3 else ""
-        advice = f". The file's flags are recorded in {self.config_path}" if self.config else ""
+        advice = f". The flags of the checkpoint are recorded in {self.config_path}" if self.config else ""
         return "; ".join(described) + more + advice
 
 
 def load_weights(model, path):
-    """Load the weights of the checkpoint `path` into `model`. See Checkpoint."""
+    """Load the weights of the checkpoint file `path` into `model`."""
     model.load_state_dict(Checkpoint(path).weights(model))
 
 
 def fingerprint(path):
-    """Return a short text that identifies a file's content. For a zip archive, as torch writes, it hashes the index."""
+    """Return a hash of a file's content: 16 hexadecimal digits.
+
+    For a zip archive, such as a file of torch.save, the hash covers the index, which contains checksums of the data.
+    """
     digest = hashlib.sha256()
     with files.open_file(path) as f:
         if zipfile.is_zipfile(f):
@@ -231,7 +235,7 @@ def fingerprint(path):
 
 
 def not_finite(state_dict):
-    """Return the names of the tensors that have elements that are not finite."""
+    """Return the names of the tensors in a state_dict that have NaN or infinite elements."""
     return [name for name, v in state_dict.items() if not v.isfinite().all()]
 
 
@@ -239,10 +243,10 @@ def not_finite(state_dict):
 
 
 def write_config(flags, **facts):
-    """Write config.json to the run's folder, on rank 0.
+    """Write config.json to the checkpoint folder. Only rank 0 writes the file.
 
-    :param flags: a dict of all flags.
-    :param facts: more entries, such as the class table.
+    :param flags: the values of all flags, as a dict.
+    :param facts: further entries of config.json, such as the class names.
     """
     if dist_util.get_rank() != 0:
         return
@@ -267,14 +271,14 @@ def _git_revision():
 
 
 def settle_flags(args, settled, values, source):
-    """Set flags to the values that a preset or a config.json gives them.
+    """Set flags to the values that a preset or a config.json prescribes.
 
     :param args: the parsed flags, changed in place.
-    :param settled: {name: (value, source)} of the flags that must not be contradicted: at first those given by hand
-        (script_util.given_flags). The values are added.
-    :param values: {name: value}.
-    :param source: a description of the preset or file, for messages.
-    :raises InputError: if flags are settled with other values: it names the first three, and both sources.
+    :param settled: {name: (value, source)}, the flags that must not be contradicted. Initially these are the flags
+        given on the command line (flags.given_flags). Each call of settle_flags adds the prescribed values.
+    :param values: {name: value}, the prescribed values.
+    :param source: a description of the preset or file, for error messages.
+    :raises InputError: if a settled flag has another value. The message names up to three such flags and both sources.
     """
     wrong = [name for name, v in values.items() if name in settled and not _same_value(settled[name][0], v)][:3]
     if wrong:
@@ -287,5 +291,5 @@ def settle_flags(args, settled, values, source):
 
 
 def _same_value(a, b):
-    """Whether two values of a flag mean the same: lists may have spaces."""
+    """Return whether two values of a flag are equal, ignoring spaces in strings such as "32, 16, 8"."""
     return a == b or (isinstance(a, str) and isinstance(b, str) and a.replace(" ", "") == b.replace(" ", ""))

@@ -1,4 +1,4 @@
-"""Class labels of samples: from --classes, numbers, names and files."""
+"""Class labels for sampling, from the --classes flag: class numbers, class names or files."""
 
 import csv
 import io
@@ -13,16 +13,18 @@ from .random_util import random_labels
 
 
 def choose_labels(classes, num_samples, num_classes, seed, names=None):
-    """The label of every sample: int64 [num_samples]. None if num_classes is None, for a model without labels.
+    """Return the label of each sample: int64 [num_samples], or None for an unconditional model.
 
-    :param classes: "" draws labels uniformly; "balanced" cycles through all classes; "207,360" cycles through these,
-        as do a list of names and a file of numbers, .txt (one per line) or .npy.
-    :param names: the class names in the order of their labels, if they are known. A name may be a list of synonyms
-        separated by commas, as ImageNet's are.
+    :param classes: "" draws labels uniformly at random. "balanced" cycles through all classes. A list such as "207,360"
+        cycles through the listed class numbers or names. The path of a .txt file (one class number per line) or of a
+        .npy file cycles through the class numbers in the file.
+    :param num_classes: the number of classes, or None for an unconditional model.
+    :param names: the class names in the order of their labels, if known. A class name may contain several synonyms
+        separated by commas, as in ImageNet.
     """
     if num_classes is None:
         if classes:
-            raise InputError(f"--classes {classes}: the model is not class-conditional")
+            raise InputError(f"--classes {classes}: the model is not class-conditional; leave --classes out")
         return None
     check_at_least(1, num_samples=num_samples)
     if not classes:
@@ -35,7 +37,7 @@ def choose_labels(classes, num_samples, num_classes, seed, names=None):
         chosen = _parse_classes(classes, names)
     outside = [c for c in chosen if not 0 <= c < num_classes]
     if outside:
-        raise InputError(f"--classes {classes}: class {outside[0]} is outside the model's 0..{num_classes - 1}")
+        raise InputError(f"--classes {classes}: no class {outside[0]}; the model has the classes 0..{num_classes - 1}")
     return th.tensor(chosen, dtype=th.int64)[th.arange(num_samples) % len(chosen)]
 
 
@@ -46,10 +48,10 @@ def _parse_classes(classes, names):
         for synonym in (name, *name.split(",")):
             numbers.setdefault(synonym.strip().lower(), i)
     for part in parts:
-        if re.fullmatch(r"-?\d+", part):  # a number is a label, even if classes have numbers as names
+        if re.fullmatch(r"-?\d+", part):  # a number is always a label, even if some class names are numbers
             numbers[part.lower()] = int(part)
         if part.lower() not in numbers:
-            unknown = "names are unknown without a config.json or --class_table: give numbers"
+            unknown = "class names need a config.json or --class_table; give class numbers"
             known = f"the first classes are {', '.join(names[:5])}" if names else unknown
             raise InputError(f"--classes {classes}: no class {part!r}; {known}")
     return [numbers[part.lower()] for part in parts]
@@ -63,14 +65,17 @@ def _read_classes(path):
             else:
                 chosen = np.array([int(line) for line in f.read().decode().split()])
         if not len(chosen) or chosen.dtype.kind not in "iu":
-            raise ValueError("no whole numbers")
+            raise ValueError("the file holds no whole numbers")
         return chosen.tolist()
     except (OSError, ValueError, EOFError) as e:
-        raise InputError(f"--classes {path}: not a list of class numbers, one per line ({reason(e)})") from None
+        raise InputError(f"--classes {path}: expected a file of class numbers, one per line ({reason(e)})") from None
 
 
 def read_class_table(path):
-    """The class names of a CSV file with the columns label, name and perhaps wnid, in the order of the labels."""
+    """Return the class names in a CSV file with the columns label, name and, optionally, wnid.
+
+    The class names are returned in the order of their labels. A wnid becomes another synonym in the class name.
+    """
     try:
         with files.open_file(path) as f:
             rows = list(csv.DictReader(io.TextIOWrapper(f, "utf-8")))
@@ -78,6 +83,6 @@ def read_class_table(path):
         return [table[i] for i in range(len(table))]
     except (OSError, KeyError, ValueError, TypeError) as e:
         raise InputError(
-            f"--class_table {path}: not a CSV file with the columns label (from 0) and name, such as the classes.csv "
-            f"that datasets/imagenet.py writes ({reason(e)})"
+            f"--class_table {path}: expected a CSV file with the columns label (counted from 0) and name, such as the "
+            f"classes.csv that datasets/imagenet.py writes ({reason(e)})"
         ) from None

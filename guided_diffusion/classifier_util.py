@@ -1,4 +1,4 @@
-"""Training and evaluating the noisy-image classifier: a TrainLoop, and accuracy by noise level."""
+"""Training the noisy-image classifier, and evaluating its accuracy by noise level."""
 
 import numpy as np
 import torch as th
@@ -11,24 +11,24 @@ from .random_util import SampleNoise, TrainingRandomness
 from .train_util import TrainLoop, log_loss_dict
 from .training_job import common_training_flags
 
-VALIDATION_SEED = 1 << 40  # larger than the seeds that people give, so that validation has its own random numbers
+VALIDATION_SEED = 1 << 40  # far above usual --seed values, so that training and validation noise differ
 
 
 def classifier_training_flags():
-    """Return the flags that the script passes on to ClassifierTrainLoop, with their defaults."""
+    """Return the flags that classifier_train.py passes to ClassifierTrainLoop, with their defaults."""
     flags = dict(noised=True, iterations=150000, lr=3e-4, weight_decay=0.0, anneal_lr=False, ema_rate="")
     return {**flags, "eval_interval": 5, **common_training_flags(batch_size=4)}
 
 
 class ClassifierTrainLoop(TrainLoop):
-    """Trains a classifier on images noised to timesteps of the schedule sampler.
+    """Trains a classifier on images that are noised to timesteps drawn by the schedule sampler.
 
-    :param noised: False trains on clean images, at t = 0.
-    :param iterations: the step at which training ends.
-    :param anneal_lr: let the learning rate fall linearly to zero over the iterations.
-    :param val_data: an iterator of held-out batches, or None.
-    :param eval_interval: steps between evaluations on a batch of val_data.
-    :param kwargs: TrainLoop's.
+    :param noised: noise the images. False trains on clean images, at t = 0.
+    :param iterations: the number of optimizer steps after which training ends.
+    :param anneal_lr: decrease the learning rate linearly to zero over the iterations.
+    :param val_data: an iterator over held-out batches, or None.
+    :param eval_interval: the number of training steps between evaluations on a batch of val_data.
+    :param kwargs: arguments of TrainLoop.
     """
 
     ANNEAL_DELAY = 0
@@ -46,7 +46,7 @@ class ClassifierTrainLoop(TrainLoop):
         return {**super().stateful(), "val_data": self.val_data}
 
     def prepare(self, batch, cond, randomness=None):
-        """Noise the images, and add their timesteps to the labels."""
+        """Noise the images, and add their timesteps to `cond` under the key "t"."""
         batch = batch.to(dist_util.dev())
         t = th.zeros(len(batch), dtype=th.long, device=dist_util.dev())
         if self.noised:
@@ -71,7 +71,7 @@ class ClassifierTrainLoop(TrainLoop):
 
     @th.no_grad()
     def evaluate(self):
-        """Log loss and accuracy on a held-out batch, with noise that does not depend on training's random numbers."""
+        """Log the loss and accuracy on a held-out batch, whose noise is independent of the training noise."""
         self.model.eval()
         batch, cond = next(self.val_data)
         self.val_randomness.start_step(self.steps_done, len(batch), self.schedule_sampler)
@@ -84,22 +84,23 @@ class ClassifierTrainLoop(TrainLoop):
 
 
 def correct_in_top_k(logits, labels, k):
-    """Whether the label is among the k largest logits: [N] float."""
+    """Return [N] floats: 1 where the label is among the k largest logits, and 0 elsewhere."""
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (top == labels[:, None]).any(dim=1).float()
 
 
-NOISE_LEVELS = ("clean", "q0", "q1", "q2", "q3")  # no noise, and the quartiles of the timesteps
+NOISE_LEVELS = ("clean", "q0", "q1", "q2", "q3")  # clean images, and the quartiles of the timesteps
 
 
 @th.no_grad()
 def accuracy_by_noise(model, diffusion, dataset, batch_size, num_workers=0, skip_bad_images=False):
-    """Return a classifier's accuracy on all images of a data set. Every rank must call it: the ranks share the images.
+    """Return a classifier's accuracy on all images of a dataset, by noise level.
 
-    It sees image i clean, and once in each quartile of the timesteps, with noise that is a function of i alone.
+    Every rank must call this function. Each rank evaluates its share of the images. The classifier gets each image once
+    without noise and once per quartile of the timesteps. The noise depends only on the index of the image.
 
     :param dataset: an ImageDataset with labels, without random crops and flips.
-    :return: {"acc@1": {level: share}, "acc@5": {...}} with the levels of NOISE_LEVELS.
+    :return: {"acc@1": {level: accuracy in 0..1}, "acc@5": {...}}, with the levels in NOISE_LEVELS.
     """
     device = dist_util.dev()
     correct = th.zeros(1, 2, len(NOISE_LEVELS), dtype=th.float64)
@@ -126,7 +127,7 @@ def _timestep_in_quartile(diffusion, index, quartile):
 
 
 def accuracy_table(shares):
-    """Format the result of accuracy_by_noise as text, one row per measure."""
+    """Format the result of accuracy_by_noise as a text table with one row per metric."""
     rows = [["held out", *NOISE_LEVELS]]
     rows += [[name, *(f"{100 * share:.1f}%" for share in by_level.values())] for name, by_level in shares.items()]
     return "\n".join("  ".join(f"{cell:>8}" for cell in row) for row in rows)

@@ -1,7 +1,7 @@
-"""Ranks, devices and collectives. Everything here also works in one process without a process group.
+"""Ranks, devices and collectives. All functions also work in a single process without a process group.
 
-A job starts under mpiexec, torchrun, srun or plain python. When one rank fails it prints the reason and exits, and the
-launcher ends the others: mpiexec and torchrun always do, srun with --kill-on-bad-exit=1.
+A job is started by mpiexec, torchrun, srun or plain python. A rank that fails prints the reason and exits, and the
+launcher then ends the other ranks. mpiexec and torchrun always do so; srun needs --kill-on-bad-exit=1.
 """
 
 import atexit
@@ -24,28 +24,28 @@ from . import files
 from .errors import InputError, describe_failure, launcher_rank, reason
 
 GPUS_PER_NODE = 8  # unused; kept for scripts that import it
-TIMEOUT = timedelta(minutes=10)  # of the start and of every collective
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torch's
+TIMEOUT = timedelta(minutes=10)  # for connecting the ranks, and for every collective
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # read by torch
 MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
-_patient_group = None  # of all ranks, without a timeout
-_group_numbers = itertools.count()  # a process may destroy its group and set up another one
-_mpi_comm = None  # MPI's communicator of all ranks, if MPI launched the job
+_patient_group = None  # a gloo group of all ranks with a timeout of a year
+_group_numbers = itertools.count()  # distinguishes the process groups that one process creates one after another
+_mpi_comm = None  # the MPI communicator of all ranks, if MPI launched the job
 
 
 # Starting
 
 
 def setup_dist():
-    """Join the job's process group and select this rank's GPU. Does nothing if there is a process group already.
+    """Join the job's process group and select this rank's GPU. Do nothing if a process group already exists.
 
-    Afterwards an uncaught exception ends all ranks. CPU tensors are exchanged by gloo, GPU tensors by nccl where every
-    rank has a GPU of its own.
+    After setup_dist, an uncaught exception on one rank ends all ranks. CPU tensors are exchanged by gloo. GPU tensors
+    are exchanged by nccl if each rank has its own GPU, and otherwise by gloo.
     """
     global _patient_group
     if dist.is_initialized():
         return
-    sys.excepthook = _end_job  # for errors until the process group exists
+    sys.excepthook = _end_job  # for errors before the process group exists
     _fill_in_environment()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -54,34 +54,34 @@ def setup_dist():
     store, gpus = _meet(rank, world_size, _select_gpu(local_rank))
     backend = choose_backend(gpus)
     if rank == 0 and backend == "gloo" and any(gpus):
-        print("warning: ranks share a GPU, or torch lacks nccl: averaging gradients by gloo is slow", file=sys.stderr)
+        print("warning: ranks share a GPU, or torch lacks nccl: gloo will average gradients slowly", file=sys.stderr)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     if world_size > 1:
         _patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-    sys.excepthook = _end_job  # again: init_process_group installs a hook of its own, which buffers stderr
+    sys.excepthook = _end_job  # again, because init_process_group installs its own hook, which buffers stderr
     atexit.register(_leave)
 
 
 def _fill_in_environment():
-    """Set torch's environment variables if MPI or srun launched this rank.
+    """Set torch's environment variables for the ranks if MPI or srun launched this process.
 
-    torchrun has set them already. Without a launcher they stay unset.
+    torchrun has already set torch's variables. Without a launcher, the variables stay unset.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))  # unset in some launches by hand
+        os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))  # users who set RANK may omit it
     elif max(int(os.environ.get(name, 1)) for name in MPI_SIZE_VARIABLES) > 1:
         os.environ.update(zip(VARIABLES, map(str, _ranks_of_mpi())))
-    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # not SLURM_NTASKS, which sbatch's own shell has, too
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # SLURM_NTASKS is also set in sbatch's own shell
         os.environ.update(zip(VARIABLES, map(str, _ranks_of_slurm())))
 
 
 def _ranks_of_mpi():
-    """The values of VARIABLES: MPI numbers the ranks, and rank 0 broadcasts its address and a free port."""
+    """Return the values of VARIABLES. MPI numbers the ranks, and rank 0 broadcasts its address and a free port."""
     global _mpi_comm
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as e:
-        raise InputError(f"mpi4py finds no MPI (pip install mpi4py mpich): {reason(e)}") from None
+        raise InputError(f"mpi4py finds no MPI: pip install mpi4py mpich ({reason(e)})") from None
     _mpi_comm = comm = MPI.COMM_WORLD
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     one_node = comm.allreduce(node.Get_size(), MPI.MIN) == comm.Get_size()
@@ -93,7 +93,10 @@ def _ranks_of_mpi():
 
 
 def _ranks_of_slurm():
-    """The values of VARIABLES: rank 0 is on the step's first node, the port follows from the step's numbers."""
+    """Return the values of VARIABLES. Rank 0 is on the first node of the Slurm step.
+
+    The port is computed from the numbers of the Slurm job and step, so that all ranks choose the same port.
+    """
     world_size, nodes = int(os.environ["SLURM_STEP_NUM_TASKS"]), os.environ["SLURM_STEP_NODELIST"]
     local_size = -(-world_size // int(os.environ.get("SLURM_STEP_NUM_NODES", 1)))
     first_node = re.sub(r"\[(\d+).*", r"\1", nodes.split(",")[0])  # "gpu[07-09,12]" becomes "gpu07"
@@ -104,21 +107,21 @@ def _ranks_of_slurm():
 
 
 def _meet(rank, world_size, gpu):
-    """Wait for all ranks. Returns a key-value store that they share, and the GPU of each."""
+    """Wait until all ranks are connected. Return their shared key-value store, and the name of each rank's GPU."""
     if world_size == 1:
         return dist.HashStore(), [gpu]
     try:
         store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
         store = dist.PrefixStore(f"process group {next(_group_numbers)}", store)
         store.set(f"GPU of rank {rank}", gpu)
-        return store, [store.get(f"GPU of rank {r}").decode() for r in range(world_size)]  # get waits for the key
+        return store, [store.get(f"GPU of rank {r}").decode() for r in range(world_size)]  # store.get waits for the key
     except (RuntimeError, ValueError) as e:
         advice = "check RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"
-        raise InputError(f"ranks cannot connect: {advice}: {reason(e)}") from None
+        raise InputError(f"ranks cannot connect: {advice} ({reason(e)})") from None
 
 
 def _select_gpu(local_rank):
-    """Make one of this node's GPUs the current device and return a name that no other GPU has; "" without a GPU."""
+    """Make one of this node's GPUs the current device. Return a unique name of the GPU, or "" without a GPU."""
     if not th.cuda.is_available():
         return ""
     th.cuda.set_device(local_rank % th.cuda.device_count())
@@ -126,29 +129,29 @@ def _select_gpu(local_rank):
 
 
 def choose_backend(gpus):
-    """The backend of the process group.
+    """Return the backend for the process group.
 
-    :param gpus: the name of each rank's GPU; "" for a rank without one.
+    :param gpus: the name of each rank's GPU, or "" for a rank without a GPU.
     :raises InputError: if some ranks have a GPU and others have none.
     """
     if "" in gpus and any(gpus):
-        raise InputError(f"rank {gpus.index('')} has no GPU but others do: give each rank one, or hide them from all")
+        raise InputError(f"rank {gpus.index('')} has no GPU but others do: give every rank a GPU, or hide all GPUs")
     one_each = any(gpus) and len(set(gpus)) == len(gpus)
     return "cpu:gloo,cuda:nccl" if one_each and dist.is_nccl_available() else "gloo"
 
 
 def get_rank():
-    """This process's rank: 0 without a process group."""
+    """Return the rank of this process, or 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def get_world_size():
-    """The number of ranks: 1 without a process group."""
+    """Return the number of ranks, or 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def dev():
-    """This rank's device: its GPU, or the CPU."""
+    """Return the device of this rank: the current GPU, or the CPU if there is no GPU."""
     return th.device("cuda", th.cuda.current_device()) if th.cuda.is_available() else th.device("cpu")
 
 
@@ -156,28 +159,28 @@ def dev():
 
 
 def load_state_dict(path, **kwargs):
-    """Load a file of tensors. Not a collective: each rank that calls it reads the file.
+    """Load a file of tensors. This function is not a collective: each rank that calls load_state_dict reads the file.
 
-    :param kwargs: for torch.load, such as map_location.
-    :raises InputError: if the file cannot be read, or holds anything other than tensors and plain containers.
+    :param kwargs: keyword arguments for torch.load, such as map_location.
+    :raises InputError: if the file cannot be read, or holds objects other than tensors and plain containers.
     """
     try:
         with files.open_file(path) as f, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles that torch then refuses
+            warnings.simplefilter("ignore")  # torch warns of pickles before it refuses to load them
             return th.load(f, **{**kwargs, "weights_only": True})
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {reason(e)}") from None
     except (RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as e:
-        if "CUDA" in str(e):  # the GPU's error, not the file's
+        if "CUDA" in str(e):  # an error of the GPU, not of the file
             raise
-        unsafe = "it holds more than tensors and plain containers, which could run code when loaded"
-        trouble = unsafe if "weights only" in str(e).lower() else "it is damaged, or is not a checkpoint"
+        unsafe = "the file holds objects that could run code when loaded; save only tensors and plain containers"
+        trouble = unsafe if "weights only" in str(e).lower() else "the file is damaged, or is not a checkpoint"
         raise InputError(f"{path}: refused: {trouble}") from None
 
 
 @th.no_grad()
 def sync_params(params):
-    """Give every rank the tensors of rank 0, in place."""
+    """Copy the tensors of rank 0 to all other ranks, in place."""
     if get_world_size() > 1:
         for p in params:
             dist.broadcast(p.detach(), 0)
@@ -185,7 +188,7 @@ def sync_params(params):
 
 @th.no_grad()
 def average_gradients(params):
-    """Replace every gradient by its mean over the ranks, in one all-reduce, in float32 whatever their dtypes.
+    """Replace each gradient by its mean over the ranks. One all-reduce in float32 averages all gradients.
 
     The same parameters must have gradients on every rank.
     """
@@ -200,12 +203,12 @@ def average_gradients(params):
 
 
 def all_gather_uneven(tensor):
-    """Gather tensors that differ between ranks in their first dimension only: a list, in the order of ranks."""
+    """Return a list of the tensors of all ranks, in rank order. Only their first dimensions may differ."""
     return [t.to(tensor.device) for t in gather_objects(tensor.cpu())]
 
 
 def broadcast_object(value):
-    """Give every rank rank 0's `value` (anything that pickles)."""
+    """Return rank 0's `value`, which can be any picklable object, on every rank."""
     if get_world_size() == 1:
         return value
     box = [value]
@@ -214,9 +217,9 @@ def broadcast_object(value):
 
 
 def from_rank_0(function):
-    """The value of `function()`, called on rank 0 alone, on every rank. Every rank must call it.
+    """Call `function` on rank 0 alone and return its result on every rank. Every rank must call from_rank_0.
 
-    An InputError that it raises is raised on every rank.
+    If `function` raises InputError, every rank raises InputError.
     """
     if not dist.is_initialized():
         return function()
@@ -233,7 +236,7 @@ def from_rank_0(function):
 
 
 def gather_objects(value):
-    """Every rank's `value`, in the order of ranks, on every rank."""
+    """Return a list of every rank's `value`, in rank order, on every rank."""
     if get_world_size() == 1:
         return [value]
     values = [None] * get_world_size()
@@ -242,7 +245,7 @@ def gather_objects(value):
 
 
 def wait_for_all():
-    """Wait for all ranks, however long they take. Other collectives fail after TIMEOUT."""
+    """Wait for all ranks, however long they take. All other collectives fail after TIMEOUT."""
     if get_world_size() > 1:
         dist.barrier(_patient_group)
 
@@ -251,10 +254,10 @@ def wait_for_all():
 
 
 def _leave():
-    """Destroy the process group at the end of the process.
+    """Destroy the process group when the process exits.
 
-    A thread of gloo may still hold the last collective's tensor, and it needs the GIL to free it. destroy_process_group
-    waits for that thread, before torch 2.13 without releasing the GIL: a deadlock. The pause lets the thread finish.
+    A gloo thread may still need the GIL to free the last collective's tensor. Before torch 2.13, destroy_process_group
+    waits for gloo threads without releasing the GIL, which can deadlock. A short pause lets the gloo thread finish.
     """
     if dist.is_initialized():
         time.sleep(0.1)
@@ -262,18 +265,18 @@ def _leave():
 
 
 def _end_job(kind, error, trace):
-    """The hook for uncaught exceptions: print the reason and end the job."""
+    """Hook for uncaught exceptions: print the reason and end the job."""
     rank, several = launcher_rank(), int(os.environ.get("WORLD_SIZE", 1)) > 1
     text, status = describe_failure(error)
     if rank > 0:
-        time.sleep(1)  # rank 0 speaks first: if all ranks failed alike, the launcher then ends this one
-        text = f"\nrank {rank}: {text}"  # on a new line: rank 0's progress bar may have left the cursor within one
+        time.sleep(1)  # rank 0 prints first; if all ranks fail alike, the launcher then ends this rank
+        text = f"\nrank {rank}: {text}"  # start a new line, because rank 0's progress bar may not have ended its line
     with suppress(OSError, ValueError):  # stderr may be closed
         print(text, file=sys.stderr, flush=True)
         sys.stdout.flush()
     if not several:
         return  # Python exits with a non-zero status
     if _mpi_comm is not None:
-        time.sleep(0.3)  # Abort discards output that the launcher has not read yet
+        time.sleep(0.3)  # MPI's Abort discards output that the launcher has not read yet
         _mpi_comm.Abort(status)
     os._exit(status)

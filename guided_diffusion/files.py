@@ -1,41 +1,41 @@
-"""Files on local disks and at blob URLs (gs://, az://, https://) alike; and writing them whole or not at all."""
+"""File operations that accept local paths and blob URLs (gs://, az://, https://), and atomic writes."""
 
 import io
 import os
 from contextlib import contextmanager, suppress
 
 import blobfile
-from blobfile import dirname, exists, join, remove, rmdir  # noqa: F401  they take local paths, too
+from blobfile import dirname, exists, join, remove, rmdir  # noqa: F401  these functions also accept local paths
 from blobfile import isdir as is_dir  # noqa: F401
 from blobfile import makedirs as make_dirs  # noqa: F401
 
 from .errors import RunStopped, reason
 
-READ_ERRORS = (OSError, blobfile.Error)  # the exceptions by which reading fails
+READ_ERRORS = (OSError, blobfile.Error)  # the exceptions of failed reads
 
 
 def is_url(path):
-    """Whether `path` is a blob URL rather than a local path."""
+    """Return whether `path` is a blob URL rather than a local path."""
     return "://" in str(path)
 
 
 def open_file(path):
-    """Open a file to read bytes."""
+    """Open a file for reading in binary mode."""
     return blobfile.BlobFile(path, "rb") if is_url(path) else open(path, "rb")
 
 
 def list_dir(path):
-    """The names in a folder, sorted."""
+    """Return the sorted names of the entries of a folder."""
     return sorted(blobfile.listdir(path) if is_url(path) else os.listdir(path))
 
 
 @contextmanager
 def disk_errors(path, kept):
-    """Report a failed write, such as to a full disk, in one line.
+    """Report a failed write inside a `with` block, for example to a full disk, in one line.
 
-    :param path: the file or folder that is written.
-    :param kept: what is safe nevertheless, for the message.
-    :raises RunStopped: instead of an OSError, or of torch.save's RuntimeError that hides one.
+    :param path: the file or folder that is written, for the error message.
+    :param kept: a clause about data that is safe despite the failure, for the error message.
+    :raises RunStopped: in place of an OSError, or of a RuntimeError that torch.save raises after an OSError.
     """
     try:
         yield
@@ -48,12 +48,12 @@ def disk_errors(path, kept):
 
 @contextmanager
 def write_atomically(path, sync=True):
-    """Yield a binary file that becomes `path` when the block ends without an exception, and vanishes otherwise.
+    """Yield a binary file to write. The file appears at `path` only if the `with` block ends without an exception.
 
-    A local file is written beside its destination under a temporary name, flushed to the disk and renamed. At a blob
-    URL an object appears once its upload has ended.
+    A local file is written beside its destination under a temporary name, flushed to the disk and renamed. An object at
+    a blob URL appears when its upload is complete.
 
-    :param sync: wait until the content is on the disk, so that the file is complete even after a power cut.
+    :param sync: wait until the content is on the disk, so that the file is complete even after a power failure.
     """
     if is_url(path):
         buffer = io.BytesIO()
@@ -70,5 +70,5 @@ def write_atomically(path, sync=True):
                 os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:
-        with suppress(FileNotFoundError):  # after os.replace it is gone
+        with suppress(FileNotFoundError):  # os.replace has moved the temporary file
             os.remove(temporary)

@@ -1,4 +1,4 @@
-"""Training with a torso in half precision: loss scaling, and float32 master weights for the optimizer."""
+"""Mixed-precision training: half-precision convolutions, loss scaling, and float32 master weights for the optimizer."""
 
 import math
 
@@ -8,25 +8,25 @@ from . import logger
 from .nn import CONVOLUTIONS
 
 INITIAL_LOG_LOSS_SCALE = 20.0
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside its number of steps
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state for each parameter, apart from the step count
 
 
 def convert_module_to_f16(l):
-    """Cast a convolution to float16. For Module.apply: other modules are left as they are."""
+    """Cast `l` to float16 if it is a convolution. Intended for Module.apply."""
     if isinstance(l, CONVOLUTIONS):
         l.half()
 
 
 def convert_module_to_f32(l):
-    """Cast a convolution to float32, undoing convert_module_to_f16."""
+    """Cast `l` to float32 if it is a convolution. Intended for Module.apply, to undo convert_module_to_f16."""
     if isinstance(l, CONVOLUTIONS):
         l.float()
 
 
 def get_param_groups_and_shapes(named_params):
-    """Divide parameters into scalars and vectors, and the rest. Each group becomes one flat master parameter.
+    """Split parameters into two groups: scalars and vectors, and all others. Each group has one flat master parameter.
 
-    :return: a list of (list of (name, parameter), flat shape).
+    :return: a list of two pairs (list of (name, parameter), shape of the flat master parameter).
     """
     named_params = list(named_params)
     vectors = [(n, p) for n, p in named_params if p.ndim <= 1]
@@ -35,16 +35,19 @@ def get_param_groups_and_shapes(named_params):
 
 
 class MixedPrecisionTrainer:
-    """Holds the master parameters and takes the optimizer's steps, in float32 or with a torso in half precision.
+    """Holds the master parameters and takes optimizer steps, in float32 or with half-precision convolutions.
 
-    In float32 the master parameters are the model's own. With use_fp16 or use_bf16 they are two flat float32 tensors,
-    as in the original's optimizer files: one of the model's vectors, one of its matrices. The model's convolutions are
-    converted, and the model gets the masters' values after each step. In float16 the loss is multiplied by
-    2**lg_loss_scale before the backward pass; gradients that overflow skip the step and lower the scale. bfloat16 needs
-    no scale. In any precision, a step whose loss or gradient is not finite is skipped.
+    In float32 the master parameters are the model's own parameters. With use_fp16 or use_bf16 the master parameters are
+    two flat float32 tensors, as in the original's optimizer files: one holds the model's vectors, the other its
+    matrices. The model's convolutions are cast to half precision, and each step copies the master parameters to the
+    model.
 
-    :param fp16_scale_growth: the increase of lg_loss_scale in a step without overflow.
-    :param max_grad_norm: scale larger gradients down to this L2 norm; 0 disables it.
+    In float16 the loss is multiplied by 2**lg_loss_scale before the backward pass. A step whose gradients overflow is
+    skipped, and lowers the loss scale. bfloat16 needs no loss scale. In every precision, a step with a non-finite loss
+    or gradient is skipped.
+
+    :param fp16_scale_growth: the increase of lg_loss_scale after each step without overflow.
+    :param max_grad_norm: clip gradients to this L2 norm; 0 disables clipping.
     """
 
     def __init__(
@@ -59,13 +62,13 @@ class MixedPrecisionTrainer:
         self.model_params = list(model.parameters())
         self.master_params = self.model_params
         self.param_groups_and_shapes = get_param_groups_and_shapes(model.named_parameters())
-        self.flat = use_fp16 or use_bf16  # whether the masters are two flat tensors, not the model's own parameters
+        self.flat = use_fp16 or use_bf16  # whether the master parameters are two flat tensors
         if self.flat:
             self.master_params = self.state_dict_to_master_params(model.state_dict())
             model.convert_to_fp16() if use_fp16 else model.convert_to_bf16()
 
     def zero_grad(self):
-        """Remove the gradients."""
+        """Set the gradients of model and master parameters to None."""
         for p in [*self.model_params, *self.master_params]:
             p.grad = None
 
@@ -74,16 +77,16 @@ class MixedPrecisionTrainer:
         return 2**self.lg_loss_scale if self.use_fp16 else 1.0
 
     def backward(self, loss: th.Tensor):
-        """Add the gradients of a scalar loss to the parameters' gradients. A loss that is not finite makes them NaN.
+        """Accumulate the gradients of a scalar loss. A non-finite loss makes all gradients NaN.
 
-        After averaging over the ranks, every rank then sees that one rank's loss was bad, without extra communication.
+        Averaging over ranks spreads NaN gradients, so that all ranks skip the same step without extra communication.
         """
         (loss * th.where(loss.isfinite(), self._loss_scale, math.nan)).backward()
 
     def optimize(self, opt: th.optim.Optimizer):
-        """Take a step with the parameters' gradients.
+        """Take an optimizer step with the accumulated gradients.
 
-        :return: whether it was taken: False if a gradient is not finite.
+        :return: True if the step was taken, False if it was skipped because a gradient is not finite.
         """
         if self.use_fp16:
             logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
@@ -116,14 +119,14 @@ class MixedPrecisionTrainer:
         return True
 
     def _flatten(self, named):
-        """Convert tensors by the names of the model's parameters to two flat ones in float32."""
+        """Concatenate tensors, given by parameter name, into one flat float32 tensor per parameter group."""
         return [
             th.cat([named[name].detach().float().reshape(-1) for name, _ in group]).view(shape)
             for group, shape in self.param_groups_and_shapes
         ]
 
     def _unflatten(self, flat):
-        """Undo _flatten: return a dict of views."""
+        """Split flat tensors into a dict of views by parameter name. The inverse of _flatten."""
         named = {}
         for tensor, (group, _) in zip(flat, self.param_groups_and_shapes):
             pieces = tensor.detach().view(-1).split([p.numel() for _, p in group])
@@ -137,7 +140,7 @@ class MixedPrecisionTrainer:
             p.copy_(masters[name])
 
     def master_params_to_state_dict(self, master_params):
-        """A state_dict of the model, in float32, with the given master parameters (or averages of them)."""
+        """Return a float32 state_dict of the model with the values of master parameters or of their moving averages."""
         state_dict = self.model.state_dict()
         if self.flat:
             state_dict.update(self._unflatten(master_params))
@@ -146,16 +149,16 @@ class MixedPrecisionTrainer:
         return state_dict
 
     def state_dict_to_master_params(self, state_dict):
-        """The inverse of master_params_to_state_dict: new master parameters with the values of a state_dict."""
+        """Return master parameters with the values of a state_dict. The inverse of master_params_to_state_dict."""
         if self.flat:
             return [th.nn.Parameter(v) for v in self._flatten(state_dict)]
         return [state_dict[name] for name, _ in self.model.named_parameters()]
 
     def adapt_moments(self, moments):
-        """Convert Adam's moments that a run in another precision saved to the layout of these master parameters.
+        """Convert Adam's moments, saved by a run in another precision, to the layout of these master parameters.
 
-        :param moments: the "state" of an optimizer's state_dict: {index of the parameter: {"exp_avg": tensor, ...}}.
-        :return: the same for these masters, or None if the moments belong to another network.
+        :param moments: the entry "state" of an optimizer's state_dict: {parameter index: {"exp_avg": tensor, ...}}.
+        :return: the converted moments in the same format, or None if the moments belong to another network.
         """
         sizes = {i: m["exp_avg"].shape for i, m in moments.items()}
         own = dict(enumerate(p.shape for p in self.master_params))
@@ -180,5 +183,5 @@ class MixedPrecisionTrainer:
 
 @th.no_grad()
 def _norm(tensors):
-    """The L2 norm of all elements of all tensors, as a float."""
+    """Return the L2 norm of all elements of all tensors, as a float."""
     return float(th.nn.utils.get_total_norm([t.detach() for t in tensors]))

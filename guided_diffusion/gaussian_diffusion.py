@@ -1,13 +1,12 @@
-"""The Gaussian diffusion process: noising, denoising steps, samplers, training losses and the likelihood bound.
+"""The Gaussian diffusion process: noising, denoising steps, samplers, training losses and the variational bound.
 
-Names follow the papers: x_start is the data, x_t the data noised to timestep t (counted from 0), eps the noise.
-"DDPM" is Ho et al. 2020 (arXiv 2006.11239), "Improved DDPM" Nichol & Dhariwal 2021 (2102.09672), "DDIM" Song et al.
-2020 (2010.02502), "ADM" Dhariwal & Nichol 2021 (2105.05233).
+Names follow the papers: x_start is the data, x_t is the data noised to timestep t (counted from 0), and eps is the
+noise. Docstrings cite five papers: "DDPM" is Ho et al. 2020 (arXiv 2006.11239), "Improved DDPM" is Nichol & Dhariwal
+2021 (arXiv 2102.09672), "DDIM" is Song et al. 2020 (arXiv 2010.02502), "ADM" is Dhariwal & Nichol 2021 (arXiv
+2105.05233), and "PLMS" is Liu et al. 2022 (arXiv 2202.09778).
 
-"PLMS" is Liu et al. 2022 (2202.09778).
-
-From top to bottom: schedules, the choices that parameterise a process, GaussianDiffusion: its tables, the forward
-process, the model's view of the reverse process, steps, loops, training and likelihood.
+The file defines noise schedules, enums for the parameterisation of a process, and the class GaussianDiffusion with its
+tables, forward process, reverse process, sampling steps, sampling loops, training losses and likelihood.
 """
 
 import enum
@@ -25,9 +24,9 @@ from .sampling_loops import last_of, progress_bar, progressive_loop
 
 
 def get_named_beta_schedule(schedule_name, num_diffusion_timesteps):
-    """The betas of the schedule "linear" (DDPM) or "cosine" (Improved DDPM, eq. 17): float64 [num_diffusion_timesteps].
+    """Return the betas of the "linear" (DDPM) or "cosine" (Improved DDPM, eq. 17) schedule: float64 [num_timesteps].
 
-    Both are scaled to the number of timesteps: for many timesteps they approach the same continuous process.
+    Betas are scaled to the number of timesteps, so that a schedule approximates one continuous process at any number.
     """
     return choose("--noise_schedule", schedule_name, SCHEDULES)(num_diffusion_timesteps)
 
@@ -45,10 +44,10 @@ SCHEDULES = {"linear": _linear_betas, "cosine": _cosine_betas}
 
 
 def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
-    """Discretise a continuous schedule.
+    """Return the betas of a continuous noise schedule at discrete timesteps.
 
-    :param alpha_bar: the cumulative product of (1 - beta) as a function of time in [0, 1].
-    :param max_beta: an upper limit on each beta, so that the last ones are not singular.
+    :param alpha_bar: a function of time in [0, 1] that returns the cumulative product of (1 - beta).
+    :param max_beta: an upper limit on each beta, which prevents a singularity at the last timesteps.
     :return: float64 [num_diffusion_timesteps].
     """
     n = num_diffusion_timesteps
@@ -56,7 +55,7 @@ def betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta=0.999):
 
 
 class ModelMeanType(enum.Enum):
-    """What the model predicts."""
+    """The quantity that the model predicts."""
 
     PREVIOUS_X = enum.auto()  # x_{t-1}
     START_X = enum.auto()  # x_start
@@ -64,21 +63,21 @@ class ModelMeanType(enum.Enum):
 
 
 class ModelVarType(enum.Enum):
-    """The variance of a denoising step. If it is learned, the model's output has twice the data's channels."""
+    """The variance of a denoising step. With a learned variance, the model outputs twice the channels of the data."""
 
-    LEARNED = enum.auto()  # the model predicts its logarithm
-    FIXED_SMALL = enum.auto()  # the variance of the posterior given x_start: the lower bound
-    FIXED_LARGE = enum.auto()  # beta_t: the upper bound
-    LEARNED_RANGE = enum.auto()  # the model interpolates between the two (Improved DDPM, eq. 15)
+    LEARNED = enum.auto()  # the model predicts the log-variance
+    FIXED_SMALL = enum.auto()  # the lower bound: the variance of the posterior q(x_{t-1} | x_t, x_start)
+    FIXED_LARGE = enum.auto()  # the upper bound: beta_t
+    LEARNED_RANGE = enum.auto()  # the model interpolates between the lower and upper bounds (Improved DDPM, eq. 15)
 
 
 class LossType(enum.Enum):
-    """What training minimises."""
+    """The loss that training minimises."""
 
-    MSE = enum.auto()  # mean squared error; for a learned variance plus the variational bound, which alone trains it
-    RESCALED_MSE = enum.auto()  # the same, with the bound scaled by T / 1000
-    KL = enum.auto()  # one of the T terms of the variational bound
-    RESCALED_KL = enum.auto()  # the same, scaled by T: an estimate of the whole bound
+    MSE = enum.auto()  # mean squared error, plus the variational bound, which alone trains a learned variance
+    RESCALED_MSE = enum.auto()  # MSE, with the variational bound scaled by num_timesteps / 1000
+    KL = enum.auto()  # the variational bound's term at the sampled timestep
+    RESCALED_KL = enum.auto()  # KL times num_timesteps: an estimate of the whole variational bound
 
     def is_vb(self):
         return self in (LossType.KL, LossType.RESCALED_KL)
@@ -86,21 +85,22 @@ class LossType(enum.Enum):
 
 LEARNED_VARIANCES = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
-# The weights of the newest eps, the one before it, ... in PLMS, by how many there are (Adams-Bashforth).
+# Adams-Bashforth weights of PLMS by the number of eps predictions, the newest prediction first.
 PLMS_WEIGHTS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
 
 
 class GaussianDiffusion:
-    """A diffusion process, with everything that training and sampling do with it.
+    """A diffusion process, with methods for training, sampling and likelihood.
 
-    The tables (`betas`, `alphas_cumprod`, ...) are read-only float64 numpy arrays [num_timesteps]. To change one,
-    assign another array.
+    The tables (`betas`, `alphas_cumprod`, ...) are read-only float64 numpy arrays [num_timesteps]. To change a table,
+    assign a new array.
 
-    In all methods x, x_start and x_t are [N, C, ...] floats, and t is int64 in 0..num_timesteps-1: [N], or [1] for all
-    samples. A model is called as model(x_t, timesteps, **model_kwargs), and a cond_fn likewise.
+    In all methods x, x_start and x_t are float tensors [N, C, ...]. Timesteps t are int64 tensors in
+    0..num_timesteps-1, of shape [N], or of shape [1] if all samples have the same timestep. A model is called as
+    model(x_t, timesteps, **model_kwargs), and a cond_fn as cond_fn(x_t, timesteps, **model_kwargs).
 
-    :param betas: a 1D array with one beta in (0, 1] for each timestep, from the data to the noise.
-    :param rescale_timesteps: show the model timesteps scaled to 0..1000, as floats.
+    :param betas: a 1D array with a beta in (0, 1] for each timestep, ordered from the data to the noise.
+    :param rescale_timesteps: pass float timesteps, scaled to 0..1000, to the model.
     """
 
     def __init__(self, *, betas, model_mean_type, model_var_type, loss_type, rescale_timesteps=False):
@@ -119,14 +119,14 @@ class GaussianDiffusion:
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
 
-        # q(x_t | x_start) and its inverse
+        # Coefficients of q(x_t | x_start), and of x_start as a function of x_t and eps.
         self.sqrt_alphas_cumprod = np.sqrt(self.alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - self.alphas_cumprod)
         self.log_one_minus_alphas_cumprod = np.log(1.0 - self.alphas_cumprod)
         self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod)
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / self.alphas_cumprod - 1)
 
-        # q(x_{t-1} | x_t, x_start), DDPM eq. 6 and 7. The variance at t=0 is 0: its logarithm there is that of t=1.
+        # q(x_{t-1} | x_t, x_start), DDPM eq. 6 and 7. At t=0 the variance is 0, so the log-variance of t=1 is used.
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
         variance = np.append(self.posterior_variance[1], self.posterior_variance[1:]) if len(betas) > 1 else betas
         self.posterior_log_variance_clipped = np.log(variance)
@@ -139,14 +139,14 @@ class GaussianDiffusion:
         self._device_tables = {}
 
     def __getstate__(self):
-        """The attributes for a copy or pickle, without the tables' float32 copies."""
+        """Return the attributes to copy or pickle, without the cached float32 tables."""
         return {**vars(self), "_device_tables": {}}
 
     def _at(self, name, t, x):
-        """The entries t of the table `name`: float32, shaped to broadcast over x."""
+        """Return the entries of the table `name` at timesteps t, as float32, shaped to broadcast over x."""
         array = getattr(self, name)
         source, table = self._device_tables.get((name, t.device), (None, None))
-        if source is not array:  # looked up for the first time, or replaced since
+        if source is not array:  # the table is not cached, or has been replaced
             array.flags.writeable = False
             with th.inference_mode(False):  # training cannot use tensors made in inference mode
                 table = th.as_tensor(np.float32(array), device=t.device)
@@ -154,48 +154,48 @@ class GaussianDiffusion:
         return table[t].reshape(-1, *[1] * (x.ndim - 1))
 
     def _scale_timesteps(self, t):
-        """The timesteps that a model or cond_fn is shown for t. SpacedDiffusion maps them instead, by _wrap_model."""
+        """Return the timesteps that a model or cond_fn gets for t. SpacedDiffusion instead maps t in _wrap_model."""
         return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
 
     def model_timesteps(self, t):
-        """The timesteps that sampling and training show a model for t. For training a classifier outside this class."""
+        """Return the timesteps that a model is called with for t. Code that calls models itself needs this method."""
         return self._scale_timesteps(t)
 
     # The forward process
 
     def q_mean_variance(self, x_start, t):
-        """The mean, variance and log-variance of q(x_t | x_start) (DDPM, eq. 4), each of x_start's shape."""
+        """Return the mean, variance and log-variance of q(x_t | x_start) (DDPM, eq. 4), each of x_start's shape."""
         mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
-        variance = self._at("sqrt_one_minus_alphas_cumprod", t, x_start) ** 2  # more digits than 1 - alphas_cumprod
+        variance = self._at("sqrt_one_minus_alphas_cumprod", t, x_start) ** 2  # more precise than 1 - alphas_cumprod
         log_variance = self._at("log_one_minus_alphas_cumprod", t, x_start)
         return mean, variance.expand(x_start.shape), log_variance.expand(x_start.shape)
 
     def q_sample(self, x_start, t, noise=None):
-        """Noise the data to timestep t: a draw from q(x_t | x_start).
+        """Noise the data to timestep t, that is, draw a sample from q(x_t | x_start).
 
-        :param noise: standard normal noise of x_start's shape; by default drawn from torch's generator.
+        :param noise: standard normal noise of x_start's shape. By default the noise is drawn from torch's generator.
         """
         if noise is None:
             noise = th.randn_like(x_start)
         if noise.shape != x_start.shape:
-            raise ValueError(f"noise of shape {tuple(noise.shape)} for data of shape {tuple(x_start.shape)}")
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, but x_start has shape {tuple(x_start.shape)}")
         alpha = self._at("sqrt_alphas_cumprod", t, x_start)
         sigma = self._at("sqrt_one_minus_alphas_cumprod", t, x_start)
         return alpha * x_start + sigma * noise
 
     def q_posterior_mean_variance(self, x_start, x_t, t):
-        """The mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_start) (DDPM, eq. 6 and 7)."""
+        """Return the mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_start) (DDPM, eq. 6 and 7)."""
         if x_start.shape != x_t.shape:
-            raise ValueError(f"x_start of shape {tuple(x_start.shape)} for x_t of shape {tuple(x_t.shape)}")
+            raise ValueError(f"x_start has shape {tuple(x_start.shape)}, but x_t has shape {tuple(x_t.shape)}")
         mean = self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
         variance = self._at("posterior_variance", t, x_t).expand(x_t.shape)
         log_variance = self._at("posterior_log_variance_clipped", t, x_t).expand(x_t.shape)
         return mean, variance, log_variance
 
-    # The model's view of the reverse process
+    # The reverse process
 
     def p_mean_variance(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None):
-        """Apply the model: p(x_{t-1} | x_t), and its prediction of x_start.
+        """Apply the model to x, and return p(x_{t-1} | x_t) and the prediction of x_start.
 
         :param clip_denoised: clip the prediction of x_start to [-1, 1].
         :param denoised_fn: a function applied to the prediction of x_start, before clipping.
@@ -227,12 +227,12 @@ class GaussianDiffusion:
         channels = x.shape[1] * (2 if self.model_var_type in LEARNED_VARIANCES else 1)
         if output.shape != (x.shape[0], channels, *x.shape[2:]):
             raise ValueError(
-                f"the model returned {tuple(output.shape)} for x of shape {tuple(x.shape)}, where {channels} channels "
+                f"the model returned {tuple(output.shape)} for x of shape {tuple(x.shape)}, but {channels} channels "
                 f"were expected: learn_sigma must have the value that the model was built with"
             )
 
     def _variance(self, x, t, values=None):
-        """The variance and log-variance of a step, of x's shape, from the model's `values` if they are learned."""
+        """Return the variance and log-variance of a step, of x's shape. `values` is the model's output for them."""
         if self.model_var_type == ModelVarType.LEARNED:
             return values.exp(), values
         lower = self._at("posterior_log_variance_clipped", t, x)
@@ -244,7 +244,7 @@ class GaussianDiffusion:
             variance = self._at("posterior_variance", t, x)
             return variance.expand(x.shape), lower.expand(x.shape)
         else:
-            # beta_t, except at t=0, where the posterior's variance at t=1 gives a better likelihood.
+            # The variance is beta_t, except at t=0, where posterior_variance[1] gives a better likelihood.
             first = (t == 0).reshape(lower.shape)
             log_variance = th.where(first, lower, upper).expand(x.shape)
         return log_variance.exp(), log_variance
@@ -254,7 +254,7 @@ class GaussianDiffusion:
         return self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - scaled_eps
 
     def _predict_xstart_from_xprev(self, x_t, t, xprev):
-        # The posterior's mean, solved for x_start.
+        # Solve the equation of the mean of q(x_{t-1} | x_t, x_start) for x_start.
         coef1, coef2 = self._at("posterior_mean_coef1", t, x_t), self._at("posterior_mean_coef2", t, x_t)
         return (xprev - coef2 * x_t) / coef1
 
@@ -263,30 +263,30 @@ class GaussianDiffusion:
         return difference / self._at("sqrt_recipm1_alphas_cumprod", t, x_t)
 
     def condition_mean(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
-        """Guide a DDPM step: shift its mean by variance * gradient (ADM, algorithm 1).
+        """Guide a DDPM step by shifting its mean by variance * gradient (ADM, algorithm 1).
 
-        :param cond_fn: returns the gradient of log p(y | x_t) with respect to x_t.
+        :param cond_fn: a function that returns the gradient of log p(y | x_t) with respect to x_t.
         :param p_mean_var: the dict that p_mean_variance returned.
-        :return: the new mean.
+        :return: the guided mean.
         """
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         return p_mean_var["mean"] + p_mean_var["variance"] * gradient
 
     def condition_mean_with_grad(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
-        """condition_mean for a cond_fn(x, t, p_mean_var, **model_kwargs), which sees this process's own timestep t."""
+        """Variant of condition_mean that calls cond_fn(x, t, p_mean_var, **model_kwargs), t in 0..num_timesteps-1."""
         gradient = cond_fn(x, t, p_mean_var, **(model_kwargs or {}))
         return p_mean_var["mean"] + p_mean_var["variance"] * gradient
 
     def condition_score(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
-        """Guide a DDIM step: eps becomes eps - sqrt(1 - alpha_bar) * gradient (ADM, algorithm 2).
+        """Guide a DDIM step by replacing eps with eps - sqrt(1 - alpha_bar) * gradient (ADM, algorithm 2).
 
-        :return: p_mean_var with a new "pred_xstart" and "mean".
+        :return: a copy of p_mean_var with guided "pred_xstart" and "mean".
         """
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         return self._shift_score(gradient, p_mean_var, x, t)
 
     def condition_score_with_grad(self, cond_fn, p_mean_var, x, t, model_kwargs=None):
-        """condition_score for a cond_fn(x, t, p_mean_var, **model_kwargs), which sees this process's own timestep t."""
+        """Variant of condition_score that calls cond_fn(x, t, p_mean_var, **model_kwargs), t in 0..num_timesteps-1."""
         return self._shift_score(cond_fn(x, t, p_mean_var, **(model_kwargs or {})), p_mean_var, x, t)
 
     def _shift_score(self, gradient, p_mean_var, x, t):
@@ -300,12 +300,12 @@ class GaussianDiffusion:
         self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
         cond_fn_with_grad=False, threshold_fn=None,
     ):  # fmt: skip
-        """p_mean_variance, guided by condition_score: what samplers that follow the probability flow need of a model.
+        """Call p_mean_variance and guide its result by condition_score, for samplers of the probability flow.
 
-        :param cond_fn_with_grad: call cond_fn(x, t, out, **model_kwargs), where `out` is the dict of p_mean_variance,
-            in which gradients with respect to x are recorded, and t is this process's own timestep.
-        :param threshold_fn: a function applied to the guided prediction of x_start, such as `solvers.thresholding`.
-        :return: the dicts before and after guidance.
+        :param cond_fn_with_grad: call cond_fn(x, t, out, **model_kwargs), with t in 0..num_timesteps-1. `out` is the
+            dict that p_mean_variance returned, with gradients recorded with respect to x.
+        :param threshold_fn: a function applied to the guided prediction of x_start; see `solvers.thresholding`.
+        :return: two dicts in the format of p_mean_variance: before and after guidance.
         """
         condition = self.condition_score
         if cond_fn_with_grad:
@@ -328,12 +328,12 @@ class GaussianDiffusion:
         self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
         randn_like=th.randn_like, cond_fn_with_grad=False,
     ):  # fmt: skip
-        """A DDPM step: draw x_{t-1} (DDPM, algorithm 2; guided: ADM, algorithm 1).
+        """Take a DDPM step: draw x_{t-1} given x_t (DDPM, algorithm 2; with guidance: ADM, algorithm 1).
 
-        :param cond_fn: returns the gradient of log p(y | x_t), for guidance.
-        :param randn_like: returns standard normal noise of a tensor's shape.
+        :param cond_fn: a function that returns the gradient of log p(y | x_t) with respect to x_t, for guidance.
+        :param randn_like: a function that returns standard normal noise of a tensor's shape.
         :param cond_fn_with_grad: see guided_mean_variance.
-        :return: a dict of "sample" and "pred_xstart".
+        :return: a dict with x_{t-1} as "sample", and "pred_xstart".
         """
         condition = self.condition_mean
         if cond_fn_with_grad:
@@ -346,7 +346,7 @@ class GaussianDiffusion:
             mean = out["mean"]
             if cond_fn is not None:
                 mean = condition(cond_fn, out, x, t, model_kwargs=model_kwargs)
-        nonzero = (t != 0).reshape(-1, *[1] * (x.ndim - 1))  # no noise in the last step
+        nonzero = (t != 0).reshape(-1, *[1] * (x.ndim - 1))  # no noise in the last step, t=0
         sample = mean + nonzero * th.exp(0.5 * out["log_variance"]) * noise
         result = {"sample": sample, "pred_xstart": out["pred_xstart"]}
         return _detached(result) if cond_fn_with_grad else result
@@ -357,20 +357,20 @@ class GaussianDiffusion:
         self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, eta=0.0,
         randn_like=th.randn_like, cond_fn_with_grad=False, threshold_fn=None,
     ):  # fmt: skip
-        """A DDIM step: x_{t-1} with noise scaled by eta (DDIM, eq. 12 and 16; guided: ADM, algorithm 2).
+        """Take a DDIM step to x_{t-1}, with noise scaled by eta (DDIM, eq. 12 and 16; with guidance: ADM, algorithm 2).
 
-        :param eta: 0 is deterministic; 1 has the posterior's variance, as DDPM.
+        :param eta: 0 makes the step deterministic; 1 uses the posterior variance, as DDPM does.
         :param cond_fn_with_grad, threshold_fn: see guided_mean_variance.
-        :return: a dict of "sample" and "pred_xstart".
+        :return: a dict with x_{t-1} as "sample", and "pred_xstart".
         """
         _, out = self.guided_mean_variance(
             model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, cond_fn_with_grad, threshold_fn
         )
-        # Computed from pred_xstart, which clipping and denoised_fn may have changed.
+        # Compute eps from pred_xstart, because clipping and denoised_fn may have changed pred_xstart.
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
         alpha_bar_prev = self._at("alphas_cumprod_prev", t, x)
         sigma = eta * self._at("posterior_variance", t, x).sqrt()
-        noise = randn_like(x)  # drawn at eta=0 too, so that the generator's later numbers do not depend on eta
+        noise = randn_like(x)  # drawn even if eta is 0, so that later random numbers do not depend on eta
         sample = (
             alpha_bar_prev.sqrt() * out["pred_xstart"]
             + (1 - alpha_bar_prev - sigma**2).clamp(min=0).sqrt() * eps
@@ -384,19 +384,20 @@ class GaussianDiffusion:
         self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None,
         cond_fn_with_grad=False, order=2, old_out=None, threshold_fn=None,
     ):  # fmt: skip
-        """A PLMS step: DDIM with an eps extrapolated from those of the steps before (PLMS, eq. 12; guided as DDIM).
+        """Take a PLMS step: a DDIM step whose eps is extrapolated from earlier steps (PLMS, eq. 12). Guided as DDIM.
 
-        The first step has none before it: it averages eps over its two ends, which takes two evaluations of the model.
+        The first step has no earlier steps. It averages eps over its two ends, which takes two model evaluations.
 
-        :param order: how many eps to use, 1 to 4; 1 is DDIM.
-        :param old_out: the dict that the step before returned.
+        :param order: the number of eps predictions to combine, 1 to 4. Order 1 is DDIM.
+        :param old_out: the dict that the previous step returned, or None in the first step.
         :param cond_fn_with_grad, threshold_fn: see guided_mean_variance.
-        :return: a dict of "sample", "pred_xstart" (without guidance) and "old_eps", a list.
-        :raises InputError: for another order, or if the process has a single timestep and order is not 1.
+        :return: a dict with x_{t-1} as "sample", "pred_xstart" (without guidance) and "old_eps", a list of the eps
+            predictions, newest first.
+        :raises InputError: if order is not in 1..4, or if order is above 1 and the process has a single timestep.
         """
         choose("order", order, PLMS_WEIGHTS)
         if order > 1 and self.num_timesteps < 2:
-            raise InputError(f"PLMS of order {order} needs at least 2 timesteps: visit more, or use order 1")
+            raise InputError(f"PLMS of order {order} needs at least 2 timesteps: use more, or order 1")
         alpha_bar_prev = self._at("alphas_cumprod_prev", t, x)
 
         def predict_eps(x, t):
@@ -421,7 +422,7 @@ class GaussianDiffusion:
         return {"sample": sample, "pred_xstart": out["pred_xstart"], "old_eps": all_eps}
 
     def ddim_reverse_sample(self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, eta=0.0):
-        """A DDIM step backwards, from x_t to x_{t+1}: encodes data as noise (DDIM, eq. 14). Only for eta=0."""
+        """Take a reverse DDIM step from x_t to x_{t+1}, to encode data as noise (DDIM, eq. 14). eta must be 0."""
         if eta != 0.0:
             raise ValueError("reverse DDIM follows the deterministic path: eta must be 0")
         out = self.p_mean_variance(
@@ -444,9 +445,9 @@ class GaussianDiffusion:
     def ddim_reverse_sample_loop_progressive(
         self, model, x_start, clip_denoised=True, denoised_fn=None, model_kwargs=None, progress=False, eta=0.0
     ):
-        """Encode data as noise, yielding the dict of each ddim_reverse_sample, whose arguments these are.
+        """Encode data as noise by reverse DDIM. Yield the dict that ddim_reverse_sample returns for each step.
 
-        The last "sample" is x_T: the noise from which ddim_sample_loop makes x_start again, but for its finite steps.
+        The last "sample" is x_T, the noise from which ddim_sample_loop reconstructs x_start up to discretisation error.
 
         :raises InputError: if the process has a single timestep.
         """
@@ -463,8 +464,8 @@ class GaussianDiffusion:
     ddim_reverse_sample_loop = last_of(ddim_reverse_sample_loop_progressive)
 
     def _warn_of_guidance_in_pure_noise(self):
-        # The guided prediction of x_start is off by guidance / sqrt(alpha_bar); the step takes sqrt(alpha_bar_prev) of
-        # it. On a linear schedule the two nearly cancel.
+        # Guidance shifts the prediction of x_start in proportion to 1 / sqrt(alpha_bar), and a DDIM step multiplies the
+        # prediction by sqrt(alpha_bar_prev). On a linear schedule these two factors nearly cancel.
         alpha_bar, alpha_bar_prev = self.alphas_cumprod[-1], self.alphas_cumprod_prev[-1]
         if alpha_bar < 1e-4 and alpha_bar_prev > 100 * alpha_bar:
             warnings.warn(
@@ -477,10 +478,11 @@ class GaussianDiffusion:
     # Training and likelihood
 
     def training_losses(self, model, x_start, t, model_kwargs=None, noise=None):
-        """The training losses of a batch, each sample at its own timestep.
+        """Return the training losses of a batch in which each sample has its own timestep.
 
-        :param noise: the noise to use; by default drawn from torch's generator.
-        :return: a dict of tensors [N]: "loss", and its terms "mse" and "vb" if it has both.
+        :param noise: standard normal noise of x_start's shape. By default the noise is drawn from torch's generator.
+        :return: a dict of tensors [N]: "loss" and, unless the loss is the variational bound alone, its terms "mse" and,
+            for a learned variance, "vb".
         """
         if noise is None:
             noise = th.randn_like(x_start)
@@ -495,7 +497,7 @@ class GaussianDiffusion:
         terms = {}
         if self.model_var_type in LEARNED_VARIANCES:
             output, values = output.split(x_t.shape[1], dim=1)
-            # The hybrid loss (Improved DDPM, section 3.1): the bound trains the variance and not the mean.
+            # The hybrid loss (Improved DDPM, section 3.1): the variational bound trains the variance, not the mean.
             frozen = th.cat([output.detach(), values], dim=1)
             terms["vb"] = self._vb_terms_bpd(lambda *_, **__: frozen, x_start, x_t, t, clip_denoised=False)["output"]
             if self.loss_type == LossType.RESCALED_MSE:
@@ -509,11 +511,12 @@ class GaussianDiffusion:
         return terms
 
     def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
-        """One term of the variational bound for each sample, in bits per dimension.
+        """Return the variational bound's term at timestep t for each sample, in bits per dimension.
 
-        KL(q(x_{t-1} | x_t, x_start) || p(x_{t-1} | x_t)); at t=0 the negative log-likelihood of the 8-bit image.
+        For t > 0 the term is KL(q(x_{t-1} | x_t, x_start) || p(x_{t-1} | x_t)). At t=0 the term is the negative
+        log-likelihood of the 8-bit image.
 
-        :return: a dict of "output" [N], and "pred_xstart" of x_start's shape.
+        :return: a dict with the term as "output" [N], and "pred_xstart" of x_start's shape.
         """
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)
         out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
@@ -524,7 +527,7 @@ class GaussianDiffusion:
         return {"output": th.where(t == 0, nll, kl) / math.log(2.0), "pred_xstart": out["pred_xstart"]}
 
     def _prior_bpd(self, x_start):
-        """The bound's constant term, KL(q(x_T | x_start) || N(0, 1)), in bits per dimension: [N]."""
+        """Return the variational bound's constant term, KL(q(x_T | x_start) || N(0, I)), in bits per dimension: [N]."""
         t = th.full((x_start.shape[0],), self.num_timesteps - 1, device=x_start.device)
         mean, _, log_variance = self.q_mean_variance(x_start, t)
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
@@ -533,10 +536,10 @@ class GaussianDiffusion:
     def calc_bpd_loop(
         self, model, x_start, clip_denoised=True, model_kwargs=None, progress=False, randn_like=th.randn_like
     ):
-        """The whole variational bound on -log p(x_start), in bits per dimension (DDPM, eq. 5).
+        """Return the variational bound on -log p(x_start), in bits per dimension (DDPM, eq. 5), and its terms.
 
-        :return: a dict of "total_bpd" and "prior_bpd" [N], and for every timestep from the last to the first "vb",
-            "xstart_mse" and "mse" (of eps) [N, num_timesteps].
+        :return: a dict with "total_bpd" and "prior_bpd" [N], and with "vb", "xstart_mse" and "mse" (the error of eps)
+            [N, num_timesteps]. Timesteps are ordered from the last to the first.
         """
         terms = {"vb": [], "xstart_mse": [], "mse": []}
         for i in progress_bar(range(self.num_timesteps)[::-1], "likelihood", progress):
@@ -558,6 +561,6 @@ def _detached(tensors):
 
 
 def _extract_into_tensor(arr, timesteps, broadcast_shape):
-    """Look up `arr` (a 1D numpy array) at `timesteps` [N]: float32, expanded to broadcast_shape (N, ...)."""
+    """Return the entries of `arr`, a 1D numpy array, at `timesteps` [N], as float32 expanded to broadcast_shape."""
     res = th.tensor(np.asarray(arr), device=timesteps.device)[timesteps].float()
     return res.reshape(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)

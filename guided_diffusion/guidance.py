@@ -7,12 +7,13 @@ import torch.nn.functional as F
 def classifier_cond_fn(classifier, scale=1.0):
     """Build the samplers' `cond_fn`: scale * grad_x log p(y | x_t, t).
 
-    A module is put in evaluation mode and its parameters are frozen: only the gradient with respect to x is computed.
+    If the classifier is a module, it is put in evaluation mode and its parameters are frozen. Only the gradient with
+    respect to x is computed.
 
     :param classifier: a module or function from (x_t [N, C, ...], t [N]) to logits [N, num_classes].
-    :param scale: the gradient's factor, s in ADM's algorithms 1 and 2.
-    :return: a function of (x [N, C, ...], t [N], y [N] int64) that returns a gradient of x's shape. It ignores other
-        keyword arguments, which are meant for the model.
+    :param scale: the factor of the gradient, s in ADM, algorithms 1 and 2.
+    :return: a function of (x [N, C, ...], t [N], y [N] int64) that returns a gradient of the shape of x. The function
+        ignores other keyword arguments, which are meant for the model.
     """
     if isinstance(classifier, th.nn.Module):
         classifier.eval().requires_grad_(False)
@@ -32,9 +33,10 @@ def classifier_cond_fn(classifier, scale=1.0):
 def limit_guidance(cond_fn, first, last, num_timesteps):
     """Limit guidance to an interval (Kynkäänniemi et al., "Applying Guidance in a Limited Interval", 2024).
 
-    :param first, last: the interval's ends, as fractions of the process: 0 is its clean end, 1 its noisy one.
-    :param num_timesteps: of the process that the model was trained on; 1000 if it shows rescaled timesteps.
-    :return: a cond_fn that returns zeros, without calling the given one, if t / num_timesteps is outside the interval.
+    :param first, last: the ends of the interval, as fractions of the process: 0 is the clean end, 1 the noisy end.
+    :param num_timesteps: the number of timesteps of the process that the model was trained on, or 1000 if timesteps are
+        rescaled.
+    :return: a cond_fn that returns zeros if t / num_timesteps is outside the interval, without calling `cond_fn`.
     """
 
     def limited(x, t, **kwargs):
@@ -46,16 +48,16 @@ def limit_guidance(cond_fn, first, last, num_timesteps):
 
 
 def guide_by_model(model, guide, scale, interval=None):
-    """Guide a model by a second one: g + scale * (eps - g), where eps and g are their predictions.
+    """Guide a model by a second model. The result predicts g + scale * (eps - g), where g is the guide's prediction.
 
-    With an unconditional model as guide this is classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598), with
-    a worse version of the model itself autoguidance (Karras et al. 2024, arXiv 2406.02507).
+    With an unconditional model as guide, this is classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598). With
+    a worse version of the model as guide, it is autoguidance (Karras et al. 2024, arXiv 2406.02507).
 
-    :param model: a function of (x [N, C, ...], t, **kwargs) that returns [N, C or 2C, ...]: eps or x_start, and the
-        values of a learned variance, which are not changed.
-    :param guide: the same, of a network that predicts the same thing on the same schedule.
-    :param scale: 1 is the model alone: then `model` itself is returned, and the guide never called.
-    :param interval: guide only in this part of the process: (first, last, num_timesteps), see limit_guidance.
+    :param model: a function of (x [N, C, ...], t, **kwargs) that returns [N, C or 2C, ...]: a prediction of eps or
+        x_start, and perhaps the values of a learned variance, which guidance does not change.
+    :param guide: a function like `model`, of a network that predicts the same quantity on the same schedule.
+    :param scale: the scale of guidance. At scale 1, `model` is returned and the guide is never called.
+    :param interval: (first, last, num_timesteps), which limit guidance to a part of the process; see limit_guidance.
     """
     if scale == 1:
         return model
@@ -72,9 +74,11 @@ def guide_by_model(model, guide, scale, interval=None):
 
 
 def route_labels(model, class_cond):
-    """Make a model function that takes labels y, as cond_fn does, and passes them on only if `class_cond` is set.
+    """Wrap a model such that it accepts labels y, and passes them to the model only if `class_cond` is set.
 
-    :param model: a UNet: (x, t, y) -> output if it is class-conditional, else (x, t) -> output.
+    The labels in model_kwargs can then be meant for a cond_fn alone.
+
+    :param model: a UNet: (x, t, y) -> output if it is class-conditional, and otherwise (x, t) -> output.
     :return: a function of (x, t, y).
     """
 

@@ -1,4 +1,4 @@
-"""From a folder of images to batches: labels, random crops and flips, sharding over ranks, worker processes."""
+"""Batches of images from a folder: labels, random crops and flips, sharding over ranks, worker processes."""
 
 import atexit
 import copy
@@ -26,7 +26,7 @@ from .image_listing import (
 
 
 def data_flags():
-    """Flags of training scripts that load_data takes under the same name, with their defaults."""
+    """Return the flags of training scripts that are arguments of load_data, with their defaults."""
     return dict(data_dir="", labels="name", random_flip=True, num_workers=1, skip_bad_images=False)
 
 
@@ -34,7 +34,8 @@ def load_data(
     *, data_dir, batch_size, image_size, class_cond=False, deterministic=False, random_crop=False, random_flip=True,
     num_workers=1, seed=None, skip_bad_images=False, **dataset_options,
 ):  # fmt: skip
-    """An endless iterator over batches of this rank's share of a folder of images. Every rank must call it.
+    """Return an endless iterator over batches of this rank's share of a folder of images. Every rank must call
+    load_data.
 
     :param data_dir: a folder, or a blob URL, searched recursively.
     :param batch_size: the number of images in a batch, on each rank.
@@ -44,12 +45,12 @@ def load_data(
     :param random_crop: crop at random instead of at the centre.
     :param random_flip: mirror half of the images.
     :param num_workers: the number of processes that decode images; 0 decodes in this process.
-    :param seed: determines order, crops and flips. None or a negative number: drawn at random for each job.
+    :param seed: the seed of the order, crops and flips. None or a negative number draws a seed for the job.
     :param skip_bad_images: replace images that cannot be read by other images instead of raising an error.
-    :param dataset_options: labels, classes, num_classes and channels: see image_dataset.
-    :return: an ImageStream, which yields pairs of images [batch_size, channels, image_size, image_size] float32 in
-        [-1, 1], and a dict that contains, with class_cond, the labels "y" [batch_size] int64.
-    :raises InputError: if the folder is missing or has too few images for a batch, or if labels don't fit.
+    :param dataset_options: labels, classes, num_classes and channels; see image_dataset.
+    :return: an ImageStream. It yields images [batch_size, channels, image_size, image_size] float32 in [-1, 1], and a
+        dict, which contains the labels "y" [batch_size] int64 if class_cond is set.
+    :raises InputError: if the folder is missing, has too few images for a batch, or has images without a valid label.
     """
     check_at_least(1, batch_size=batch_size)
     check_at_least(0, num_workers=num_workers)
@@ -71,14 +72,14 @@ def load_data(
 def image_dataset(
     data_dir, image_size, class_cond=False, labels="name", classes=None, num_classes=None, random_flip=False, **options
 ):
-    """All images of a folder. Every rank must call it.
+    """Return a dataset of all images in a folder. Every rank must call this function.
 
-    :param labels: "name", "folder" or the path of a CSV file: see image_listing.image_classes.
-    :param classes: the class names in the order of their labels. Default: those found in the data, sorted.
-    :param num_classes: the number of the model's classes. Data with more classes are refused.
+    :param labels: "name", "folder" or the path of a CSV file; see image_listing.image_classes.
+    :param classes: the class names in the order of their labels. The default is the sorted names found in the data.
+    :param num_classes: the number of classes of the model. Data with more classes raise InputError.
     :param random_flip: mirror half of the images.
-    :param options: random_crop and channels: see ImageDataset.
-    :return: an ImageDataset, and the class names, or None without class_cond.
+    :param options: random_crop and channels; see ImageDataset.
+    :return: an ImageDataset and the class names, which are None if class_cond is not set.
     """
     check_at_least(1, image_size=image_size)
     paths, numbers = list_images(data_dir), None
@@ -91,15 +92,15 @@ def image_dataset(
 
 
 class ImageDataset(Dataset):
-    """Images cropped to a square, and their labels.
+    """Images cropped to squares, with their labels.
 
-    Items are an array [channels, resolution, resolution] float32 in [-1, 1], and a dict with the label "y" if there
-    are classes.
+    An item is an array [channels, resolution, resolution] float32 in [-1, 1] and a dict, which contains the label "y"
+    if the dataset has labels.
 
     :param resolution: the side of the square.
     :param image_paths: the paths of all images.
-    :param classes: the labels of all images.
-    :param shard: this dataset has every num_shards-th image, starting with this one.
+    :param classes: the labels of all images, or None.
+    :param shard: the index of the first image. The dataset contains every num_shards-th image from there on.
     :param channels: 1 for grey images, 3 for RGB, 4 for RGBA.
     """
 
@@ -120,7 +121,7 @@ class ImageDataset(Dataset):
         return self.get(idx, random)
 
     def get(self, idx, rng):
-        """The item idx. Its random crop and flip are drawn from `rng`: a random.Random, or the module `random`."""
+        """Return item idx. `rng`, a random.Random or the module `random`, draws the random crop and flip."""
         image = read_image(self.local_images[idx], self.mode)
         if self.random_crop:
             arr = random_crop_arr(image, self.resolution, rng=rng)
@@ -128,9 +129,9 @@ class ImageDataset(Dataset):
             arr = center_crop_arr(image, self.resolution)
         if self.random_flip and rng.random() < 0.5:
             arr = arr[:, ::-1]
-        arr = arr.reshape(self.resolution, self.resolution, -1)  # a grey image's array has no channel axis
+        arr = arr.reshape(self.resolution, self.resolution, -1)  # the array of a grey image has no channel axis
         arr = arr.transpose(2, 0, 1).astype(np.float32, order="C")
-        arr /= 127.5  # in place: large images would spend a tenth of their time on new arrays
+        arr /= 127.5  # in place, because new arrays take a tenth of the time for large images
         arr -= 1
         return arr, {} if self.local_classes is None else {"y": np.array(self.local_classes[idx], dtype=np.int64)}
 
@@ -138,18 +139,18 @@ class ImageDataset(Dataset):
 class ImageStream:
     """An endless iterator over batches of this rank's share of a dataset.
 
-    The job's images form one sequence, which is a function of the seed: each epoch is a new permutation of the dataset,
-    and the crop and flip of the image at a position are functions of (seed, position). A step takes the next
-    batch_size * num_ranks positions, and each rank takes every num_ranks-th of them. So neither the number of ranks nor
-    that of workers changes which images a step gets.
+    The images of a job form one sequence, which is a function of the seed. Each epoch is a new permutation of the
+    dataset, and the crop and flip of an image are functions of (seed, position in the sequence). A step uses the next
+    batch_size * num_ranks positions, of which each rank reads every num_ranks-th. The images of a step therefore do not
+    depend on the number of ranks or workers.
 
     :param dataset: an ImageDataset, or another object with a length and a method get(index, rng).
     :param batch_size: the number of images in a batch, on each rank.
-    :param seed: the same on all ranks.
-    :param shuffle: False keeps the dataset's order in each epoch.
-    :param classes: the class names in the order of their labels, kept as an attribute for callers.
-    :param skip_bad_images: replace an image that cannot be read by the next in the dataset that can.
-    :ivar position: the position in the sequence of the next batch's first image over all ranks.
+    :param seed: the seed of the job, which must be equal on all ranks.
+    :param shuffle: False keeps the order of the dataset in each epoch.
+    :param classes: the class names in the order of their labels. They are kept as an attribute for callers.
+    :param skip_bad_images: replace an image that cannot be read by the next readable image of the dataset.
+    :ivar position: the position in the sequence of the first image of the next global batch.
     """
 
     def __init__(self, dataset, batch_size, *, seed, shuffle=True, num_workers=1, classes=None, skip_bad_images=False):
@@ -163,7 +164,7 @@ class ImageStream:
         self.global_batch = batch_size * self.num_ranks
         self.position = 0
         self._batches = None
-        self._skipped = Counter()  # images by the reason for skipping them
+        self._skipped = Counter()  # the number of skipped images by error message
 
     def __iter__(self):
         return self
@@ -182,32 +183,32 @@ class ImageStream:
         return batch
 
     def counts(self):
-        """Metrics of this rank so far: {"skipped_images": n}, or an empty dict if no image was skipped."""
+        """Return the metrics of this rank: {"skipped_images": n}, or an empty dict if no image was skipped."""
         return {"skipped_images": self._skipped.total()} if self._skipped else {}
 
     def state_dict(self):
-        """The state to resume from, the same on every rank."""
+        """Return the state to save in a checkpoint, which is equal on all ranks."""
         return {"seed": self.seed, "position": self.position, "global_batch": self.global_batch}
 
     def load_state_dict(self, state):
-        """Continue where another stream was saved, on any number of ranks and with any batch size."""
+        """Continue at the position of a saved stream, on any number of ranks and with any batch size."""
         saved_batch = state["global_batch"]
         if saved_batch != self.global_batch:
             logger.log(f"the global batch is {self.global_batch} images now; it was {saved_batch}")
         self.seed = state["seed"]
-        self.position = state["position"] if "position" in state else state["step"] * saved_batch  # an older file
+        self.position = state["position"] if "position" in state else state["step"] * saved_batch  # older files
         self.close()
 
     def close(self):
-        """End the worker processes. The next batch starts new ones."""
+        """End the worker processes. Reading the next batch starts new workers."""
         self._batches = None
 
 
 def infinite_order(length, position, stride=1, seed=None):
-    """Yield (index, position) endlessly, for every stride-th position of a sequence of permutations of range(length).
+    """Yield (index, position) endlessly, for every stride-th position in a sequence of permutations of range(length).
 
     :param position: the first position to yield.
-    :param seed: determines the permutations; None repeats range(length) itself.
+    :param seed: the seed of the permutations. None repeats range(length) without permuting it.
     """
     epoch, order = None, np.arange(length)
     for position in itertools.count(position, stride):
@@ -221,7 +222,7 @@ def each_once(dataset, batch_size, num_workers=0, count=None, skip_bad_images=Fa
     """Iterate once over this rank's share of a dataset: every world_size-th image.
 
     :param count: use only the first `count` images of the dataset.
-    :return: an iterator of (indices of the images, images [n, ...], dict of labels [n]).
+    :return: an iterator over (indices of the images, images [n, ...], dict of labels [n]).
     """
     mine = range(dist_util.get_rank(), min(len(dataset), count or len(dataset)), dist_util.get_world_size())
     reading = dict(num_workers=num_workers, skip_bad_images=skip_bad_images)
@@ -231,7 +232,7 @@ def each_once(dataset, batch_size, num_workers=0, count=None, skip_bad_images=Fa
 
 
 def fixed_images(dataset, count, skip_bad_images=False):
-    """`count` images spread evenly over a dataset, without random crops and flips, and their labels: (tensor, dict)."""
+    """Return `count` evenly spread images of a dataset without random crops and flips, and a dict of their labels."""
     dataset = copy.copy(dataset)
     dataset.random_crop = dataset.random_flip = False
     chosen = [(i * len(dataset) // count, 0) for i in range(count)]
@@ -243,10 +244,10 @@ def fixed_images(dataset, count, skip_bad_images=False):
 
 
 def _read_batches(dataset, order, batch_size, *, seed=0, num_workers=0, skip_bad_images=False):
-    """Yield (batch, why images were skipped: a list of str).
+    """Yield (batch, list of the error messages of skipped images).
 
-    :param order: the images to read: an iterable of (index, position).
-    :raises InputError: for an image that cannot be read; with skip_bad_images, only if no image can be.
+    :param order: an iterable of (index, position) of the images to read.
+    :raises InputError: if an image cannot be read. With skip_bad_images, only if no image can be read.
     """
     loader = DataLoader(
         _Batches(dataset, seed, skip_bad_images),
@@ -264,15 +265,15 @@ def _read_batches(dataset, order, batch_size, *, seed=0, num_workers=0, skip_bad
                 raise InputError(f"{problems[0]}: {'nor can any other' if skip_bad_images else advice}")
             yield batch, problems
     except (EOFError, ConnectionError, FileNotFoundError):
-        # A worker died while sending a batch. Wait for torch's SIGCHLD handler, whose error names the worker.
+        # A worker died while it sent a batch. Wait for the SIGCHLD handler of torch, whose error names the worker.
         time.sleep(1)
         raise
 
 
 class _Batches(Dataset):
-    """Reads batches by lists of (index, position): a batch, or None if an image cannot be read, and error messages.
+    """Reads batches given by lists of (index, position). A batch is None if an image cannot be read.
 
-    Errors are returned, because DataLoader would add the worker's traceback to the message of an exception.
+    Error messages are returned with the batch, because DataLoader would add the worker's traceback to an exception.
     """
 
     def __init__(self, dataset, seed, skip_bad_images):
@@ -295,10 +296,10 @@ class _Batches(Dataset):
 
 
 def _ignore_signals(worker):
-    """Let the main process decide when its workers end.
+    """Make a worker process ignore the signals that end a job.
 
-    A terminal or cluster sends these signals to all processes of a job. The main process needs its workers until it has
-    saved a checkpoint.
+    Terminals and clusters send these signals to all processes of a job, but the main process needs its workers until it
+    has saved a checkpoint.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -306,8 +307,8 @@ def _ignore_signals(worker):
 
 @atexit.register
 def _kill_workers():
-    """End workers before multiprocessing's own exit handler, which sends SIGTERM and waits: they ignore SIGTERM."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports killed workers as an error
+    """Kill the workers. They ignore SIGTERM, which multiprocessing's own exit handler sends before it waits for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the handler of torch would report killed workers as an error
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -1,4 +1,4 @@
-"""The images in a folder and their classes. Rank 0 reads the folder and tells the other ranks."""
+"""List the images in a folder and their classes. Rank 0 reads the folder and broadcasts the list."""
 
 import csv
 import io
@@ -11,16 +11,16 @@ from .errors import InputError, reason
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 CLASS_NUMBER = re.compile("[0-9]{1,6}")
-RESOURCE_FORK = "._"  # macOS stores a file's metadata beside it, under its name with this prefix
+RESOURCE_FORK = "._"  # the prefix of the files in which macOS stores the metadata of other files
 
 # Listing
 
 
 def list_images(data_dir):
-    """The paths of all images in a folder and its subfolders, in sorted order. Every rank must call it.
+    """Return the sorted paths of all images in a folder and its subfolders. Every rank must call this function.
 
     :param data_dir: a folder or a blob URL.
-    :raises InputError: if there is no such folder, or no image in it.
+    :raises InputError: if the folder does not exist or contains no images.
     """
     return dist_util.from_rank_0(lambda: _find_images(data_dir))
 
@@ -41,14 +41,14 @@ def _find_images(data_dir):
 
 
 def _list_image_files_recursively(data_dir):
-    """The paths of all images in a folder and its subfolders, in sorted order. Not a collective."""
+    """Return the sorted paths of all images in a folder and its subfolders. A single rank may call this function."""
     return list(logger.progress_bar(iterable=_walk(data_dir), desc="listing images", unit=" images", delay=1))
 
 
 def _walk(folder, parents=()):
-    """Yield the paths of the images in a folder and its subfolders. A subfolder is listed where its name sorts.
+    """Yield the paths of the images in a folder and its subfolders, in the sorted order of the names in each folder.
 
-    :param parents: the real paths of the folders above. Links that lead back to one of them are not followed.
+    :param parents: the real paths of the folders above this folder. Links to these folders are not followed.
     """
     parents = (*parents, os.path.realpath(folder))
     for name in files.list_dir(folder):
@@ -67,15 +67,15 @@ def _is_image(name):
 
 
 def image_classes(data_dir, paths, labels="name"):
-    """The class name of each image, and all class names in the order of their labels. Every rank must call it.
+    """Return the class name of each image, and all class names in the order of their labels. Every rank must call it.
 
     Class names are sorted as strings.
 
     :param data_dir: the folder that list_images was called with.
     :param paths: the paths that list_images returned.
-    :param labels: "name": the class is the file name up to the first underscore. "folder": the class is the name of
-        the folder that contains the file. The path of a CSV file: its lines are path,label, with paths relative to
-        data_dir; the first line may be a header. If all labels in the CSV file are whole numbers, number i is label i.
+    :param labels: "name" for the file name up to the first underscore, "folder" for the name of the folder that
+        contains the file, or the path of a CSV file. The lines of the CSV file are path,label, with paths relative to
+        data_dir. The first line may be a header. If all labels in the CSV file are whole numbers, number i is label i.
     """
     if labels.lower().endswith(".csv"):
         return dist_util.from_rank_0(lambda: _classes_from_csv(labels, [_relative(p, data_dir) for p in paths]))
@@ -89,11 +89,11 @@ def image_classes(data_dir, paths, labels="name"):
 
 
 def number_classes(paths, classes, names, num_classes=None):
-    """The label of each image: the index of its class in `names`.
+    """Return the label of each image, which is the index of its class in `names`.
 
-    :param paths: the images' paths, for messages.
+    :param paths: the paths of the images, for error messages.
     :param classes: the class name of each image.
-    :param num_classes: the number of labels that the model has.
+    :param num_classes: the number of classes of the model.
     """
     if num_classes is not None and len(names) > num_classes:
         raise InputError(
@@ -124,7 +124,7 @@ def _class_of_folder(path, data_dir):
 
 
 def _relative(path, data_dir):
-    """An image's path relative to the folder that was listed, with forward slashes."""
+    """Return the path of an image relative to the folder that was listed, with forward slashes."""
     return path[len(files.join(data_dir, "x")) - 1 :].replace(os.sep, "/")
 
 
@@ -132,7 +132,10 @@ def _relative(path, data_dir):
 
 
 def _classes_from_csv(labels, paths):
-    """What image_classes returns, given the images' relative paths."""
+    """Return the result of image_classes for a CSV file of labels.
+
+    :param paths: the paths of the images, relative to --data_dir.
+    """
     by_path = _read_csv(labels)
     if all(map(CLASS_NUMBER.fullmatch, by_path.values())):
         by_path = {path: str(int(label)) for path, label in by_path.items()}
@@ -149,7 +152,7 @@ def _classes_from_csv(labels, paths):
 
 
 def _read_csv(labels):
-    """The label of each image, as a string, by its path relative to --data_dir."""
+    """Read a CSV file of labels: {path of an image relative to --data_dir: label as a string}."""
     by_path = {}
     try:
         with files.open_file(labels) as f:
@@ -158,7 +161,7 @@ def _read_csv(labels):
                 if len(row) != 2 or not all(cell.strip() for cell in row):
                     raise InputError(f"--labels {labels}: line {rows.line_num} is not path,label")
                 path = posixpath.normpath(row[0])
-                if _is_image(posixpath.basename(path)):  # a header, for example, is not
+                if _is_image(posixpath.basename(path)):  # a header is not an image
                     by_path[path] = row[1].strip()
     except (UnicodeDecodeError, csv.Error, *files.READ_ERRORS) as e:
         raise InputError(f"--labels {labels}: cannot read it as CSV in UTF-8 ({reason(e)})") from None

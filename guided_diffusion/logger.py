@@ -1,10 +1,10 @@
 """Log metrics and messages to the terminal and to text, CSV, JSON and TensorBoard files.
 
-`logkv` and `logkv_mean` collect metrics, and `dumpkvs` writes them as one row. Environment variables set what the
-arguments of `configure` leave open: OPENAI_LOGDIR is the folder, OPENAI_LOG_FORMAT the formats on rank 0, separated by
-commas (stdout, log, json, csv, tensorboard), and OPENAI_LOG_FORMAT_MPI the formats on other ranks.
+`logkv` and `logkv_mean` collect metrics, and `dumpkvs` writes the metrics as one row. Environment variables give the
+defaults of `configure`: OPENAI_LOGDIR is the folder, OPENAI_LOG_FORMAT the formats on rank 0, separated by commas
+(stdout, log, json, csv, tensorboard), and OPENAI_LOG_FORMAT_MPI the formats on the other ranks.
 
-Writers append to their files. Training calls `truncate_records` first, which drops the rows that it will write again.
+All formats append to their files. Before training, `truncate_records` drops the rows that the run will write again.
 """
 
 import csv
@@ -29,14 +29,14 @@ DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 
 
 class KVWriter:
-    """Base class of the output formats for metrics."""
+    """The base class of the output formats for metrics."""
 
     def writekvs(self, kvs):
         """Write the dict `kvs` as one row."""
         raise NotImplementedError
 
     def close(self):
-        """Release files and threads."""
+        """Close files and end threads."""
 
 
 class HumanOutputFormat(KVWriter):
@@ -61,7 +61,7 @@ class HumanOutputFormat(KVWriter):
     def _write(self, text):
         if isinstance(self.target, str):
             return _append(self.target, text + "\n")
-        # A terminal's encoding may lack characters of a file name.
+        # The encoding of a terminal may lack characters that occur in a file name.
         encoding = getattr(self.target, "encoding", None) or "utf-8"
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         tqdm.write(text, file=self.target)  # prints above progress bars, not into them
@@ -84,7 +84,7 @@ class JSONOutputFormat(KVWriter):
 
 
 class CSVOutputFormat(KVWriter):
-    """Writes a CSV file, and rewrites it with more columns when new keys appear."""
+    """Writes a CSV file. When new keys appear, the file is rewritten with more columns."""
 
     def __init__(self, filename):
         self.filename = filename
@@ -99,7 +99,7 @@ class CSVOutputFormat(KVWriter):
 
 
 class TensorBoardOutputFormat(KVWriter):
-    """Writes TensorBoard event files. The x axis is the metric "step", or the number of the row if there is none."""
+    """Writes TensorBoard event files. The x axis is the metric "step", or else the number of the row."""
 
     def __init__(self, dir):
         try:
@@ -112,7 +112,7 @@ class TensorBoardOutputFormat(KVWriter):
     def writekvs(self, kvs):
         self.rows += 1
         step = int(kvs.get("step", self.rows))
-        if self.writer is None:  # Of a former run in this folder, TensorBoard then ignores the events from `step` on.
+        if self.writer is None:  # purge_step hides events of an earlier run
             self.writer = self.open(purge_step=step)
         for key, value in sorted(kvs.items()):
             if hasattr(value, "__float__"):
@@ -148,7 +148,7 @@ def _to_csv(row):
 
 
 def _read_lines(filename):
-    """Return the lines of a file without an unfinished last line; none if there is no such file."""
+    """Return the complete lines of a file, or an empty list if the file does not exist."""
     if not os.path.exists(filename):
         return []
     with open(filename, encoding="utf-8") as f:
@@ -169,10 +169,10 @@ def _replace(filename, lines):
 
 
 def truncate_records(folder, step):
-    """Drop the rows of `step` and later steps, and an unfinished last row, from the metrics of all ranks in `folder`.
+    """Drop the rows of `step` and of later steps from the metrics of all ranks in `folder`, and an unfinished last row.
 
-    A run that starts from the checkpoint of `step` (0 for a new run) calls it once, on rank 0, before its first row,
-    because it will write these rows again. Rows without a step and the messages in log.txt stay.
+    A run that starts from the checkpoint of `step` (0 for a new run) will write these rows again. Rank 0 calls this
+    function once, before the first row. Rows without a step, and the messages in log.txt, are kept.
     """
     for name in files.list_dir(folder):
         if re.fullmatch(r"progress(-rank\d+)?\.(csv|json)", name):
@@ -184,12 +184,12 @@ def truncate_records(folder, step):
 
 
 class Logger:
-    """Collects metrics and passes them to its output formats.
+    """Collects metrics and passes them to output formats.
 
-    :cvar CURRENT: the logger that this module's functions use. Before `configure` it only prints.
-    :param dir: the folder of the run.
-    :param output_formats: KVWriters; those with a `writeseq` also get the messages.
-    :param comm: an MPI communicator: metrics are then averaged over its ranks, weighted by their counts.
+    :cvar CURRENT: the logger that the functions of this module use. Before `configure`, it only prints.
+    :param dir: the run folder.
+    :param output_formats: a list of KVWriters. Those with a method `writeseq` also get the messages.
+    :param comm: an MPI communicator. Metrics are averaged over its ranks, weighted by the counts of logkv_mean.
     """
 
     def __init__(self, dir, output_formats, comm=None):
@@ -209,7 +209,7 @@ class Logger:
         self.name2cnt[key] = count + 1
 
     def dumpkvs(self):
-        """Write the metrics collected since the last call, and return them. With a comm, every rank must call it."""
+        """Write the metrics since the last call, and return them. With a comm, every rank must call this method."""
         values = dict(self.name2val) if self.comm is None else self._average_over_ranks()
         if self.comm is None or self.comm.rank == 0:
             for writer in self.output_formats:
@@ -250,18 +250,18 @@ Logger.DEFAULT = Logger.CURRENT = Logger(dir=None, output_formats=[HumanOutputFo
 
 
 def get_current():
-    """Return the logger in use. Before `configure` it only prints."""
+    """Return the current logger. Before `configure`, it only prints."""
     return Logger.CURRENT
 
 
 def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
     """Start logging to a folder.
 
-    :param dir: the folder, which is created if it does not exist. Default: `default_dir()`.
-    :param format_strs: names of output formats. Default: OPENAI_LOG_FORMAT on rank 0 (or stdout, log, csv) and
-        OPENAI_LOG_FORMAT_MPI on other ranks (or log).
-    :param comm: see Logger.
-    :param log_suffix: is added to the names of the files, before the extension.
+    :param dir: the folder, which is created if necessary. The default is `default_dir()`.
+    :param format_strs: the names of output formats. The defaults are OPENAI_LOG_FORMAT on rank 0 (or stdout, log and
+        csv), and OPENAI_LOG_FORMAT_MPI on other ranks (or log).
+    :param comm: an MPI communicator; see Logger.
+    :param log_suffix: a suffix of the file names, before the extension.
     """
     dir = os.path.expanduser(dir or default_dir())
     if files.is_url(dir):
@@ -279,24 +279,24 @@ def configure(dir=None, format_strs=None, comm=None, log_suffix=""):
 
 
 def default_dir():
-    """Return OPENAI_LOGDIR if it is set, or else a new dated folder under the system's temporary one."""
+    """Return OPENAI_LOGDIR if it is set, and otherwise the path of a dated folder in the system's temporary folder."""
     return os.environ.get("OPENAI_LOGDIR") or f"{tempfile.gettempdir()}/openai-{datetime.now():%Y-%m-%d-%H-%M-%S-%f}"
 
 
 def progress_bar(**kwargs):
-    """Return a tqdm bar that is shown on rank 0 only. With a known total it shows the remaining time."""
+    """Return a tqdm progress bar that is shown on rank 0 only. If the total is known, it shows the remaining time."""
     return tqdm(disable=dist_util.get_rank() > 0, mininterval=0.5, dynamic_ncols=True, smoothing=0.05, **kwargs)
 
 
 def reset():
-    """Close the current logger. From then on, log to the terminal alone."""
+    """Close the current logger, and log only to the terminal from then on."""
     Logger.CURRENT.close()
     Logger.CURRENT = Logger.DEFAULT
 
 
 @contextmanager
 def scoped_configure(dir=None, format_strs=None, comm=None):
-    """Log elsewhere inside a `with` block."""
+    """Log to another folder within a `with` block."""
     outer, Logger.CURRENT = Logger.CURRENT, Logger.DEFAULT
     try:
         configure(dir=dir, format_strs=format_strs, comm=comm)
@@ -307,17 +307,17 @@ def scoped_configure(dir=None, format_strs=None, comm=None):
 
 
 def logkv(key, val):
-    """Set a metric of the current row. A later value replaces it."""
+    """Set a metric of the current row. A later value replaces an earlier one."""
     get_current().logkv(key, val)
 
 
 def logkv_mean(key, val):
-    """Add a value to a metric of the current row that is the mean of its values."""
+    """Add a value to the mean that is a metric of the current row."""
     get_current().logkv_mean(key, val)
 
 
 def logkvs(d):
-    """Set several metrics."""
+    """Set several metrics of the current row."""
     getkvs().update(d)
 
 
@@ -340,7 +340,7 @@ debug, info, warn, error = (partial(log, level=level) for level in (DEBUG, INFO,
 
 
 def set_level(level):
-    """Discard messages below this level."""
+    """Discard messages below the given level."""
     get_current().set_level(level)
 
 

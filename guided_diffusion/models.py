@@ -1,11 +1,12 @@
-"""Diffusion models ready to sample: what the sampling scripts run, and load() for notebooks.
+"""Diffusion models that are ready to sample: load() for notebooks, and GuidedModel, which the scripts use.
 
     from guided_diffusion.models import load
 
     model = load("imagenet256", models_dir="models", steps=25, sampler="unipc")
     images = model.sample(classes=[207, 360], scale=2.0, seed=0)
 
-The images are those of scripts/classifier_sample.py with the same flags, or of image_sample.py without a classifier.
+The images equal those of scripts/classifier_sample.py with the same flags. Without a classifier, they equal those of
+scripts/image_sample.py.
 """
 
 from argparse import Namespace
@@ -33,17 +34,17 @@ from .sampling_networks import (
     with_guide,
 )
 
-OF_A_RUN = {"log_dir", "num_samples", "save_images", "progress_grid", "seed"}  # flags that load() does not take
+OF_A_RUN = {"log_dir", "num_samples", "save_images", "progress_grid", "seed"}  # flags that load() refuses
 
 
 class GuidedModel:
-    """A diffusion model with its weights and process, and with what guides it, on this rank's device.
+    """A diffusion model with its weights, its process and the models that guide it, on this rank's device.
 
-    :param args: the complete flags of a sampling script: see complete_flags.
-    :ivar model: a function of (x [N, C, H, W], t [N], y [N]), as load_diffusion gives it.
-    :ivar diffusion: its process, with the timesteps to visit.
-    :ivar guiding_model: the second model that guides it, or None.
-    :ivar classifier: the classifier that guides it, or None.
+    :param args: the flags of a sampling script, completed by complete_flags.
+    :ivar model: the diffusion model, a function of (x [N, C, H, W], t [N], y [N]); see load_diffusion.
+    :ivar diffusion: the diffusion process, with the timesteps to visit.
+    :ivar guiding_model: the second diffusion model that guides the first, or None.
+    :ivar classifier: the classifier that guides the diffusion model, or None.
     """
 
     def __init__(self, args):
@@ -53,15 +54,15 @@ class GuidedModel:
         self.classifier = load_guiding_classifier(args) if getattr(args, "classifier_path", "") else None
 
     def labels(self, args):
-        """Return the label of every sample, int64 [num_samples]. None if neither model nor classifier takes labels."""
+        """Return the labels of all samples, int64 [num_samples], or None if no network takes labels."""
         if self.classifier is not None:
             return labels_for(args, args.num_classes, "classifier_path", "model_path")
         return labels_for(args, args.num_classes if args.class_cond else None, "model_path")
 
     def sampler(self, args, labels):
-        """Return a BatchSampler.
+        """Return a BatchSampler for this model.
 
-        :param args: the flags, in which those of guidance and of the sampler may differ from self.args.
+        :param args: flags as in self.args. The flags of guidance and of the sampler may have other values.
         """
         model, cond_fn = with_guide(args, self.model, self.guiding_model, self.diffusion, args.guide_scale), None
         if self.classifier is not None:
@@ -69,14 +70,15 @@ class GuidedModel:
         return BatchSampler(self.diffusion, model, conditions=labels, cond_fn=cond_fn, **sampler_options(args))
 
     def sample(self, classes=None, num_samples=None, scale=None, seed=0):
-        """Sample images. Image i is the one that the sampling scripts make with the same flags.
+        """Sample images. Image i equals sample i of the sampling scripts with the same flags.
 
-        :param classes: a list of class numbers or names, which the samples take in turn, or a string as for --classes.
-            None draws classes at random.
-        :param num_samples: the number of images; by default one for each entry of a list of classes, otherwise 1.
-        :param scale: the scale of the classifier's gradient; by default that of the preset, or 1.
-        :param seed: an integer from 0. Image i is a function of (seed, i).
-        :return: uint8 [num_samples, H, W, C], a numpy array.
+        :param classes: a list of class numbers or names, or a string as for --classes. The samples cycle through the
+            list. None draws classes at random.
+        :param num_samples: the number of images. The default is the length of a list of classes, and otherwise 1.
+        :param scale: the scale of the classifier's gradient. The default is the scale of the preset, or 1 without a
+            preset.
+        :param seed: a non-negative integer. Image i is a function of (seed, i).
+        :return: a numpy array, uint8 [num_samples, H, W, C].
         :raises InputError: if an argument does not fit the model.
         """
         args = Namespace(**{**vars(self.args), "seed": seed})
@@ -86,7 +88,7 @@ class GuidedModel:
         check_at_least(1, num_samples=args.num_samples, batch_size=args.batch_size)
         if scale is not None:
             if self.classifier is None:
-                raise InputError(f"scale {scale}: there is no classifier to guide with: give load() one")
+                raise InputError(f"scale {scale}: load() was given no classifier to guide with")
             args.classifier_scale = scale
         sampler, images = self.sampler(args, self.labels(args)), []
         starts = range(0, args.num_samples, args.batch_size)
@@ -99,16 +101,17 @@ class GuidedModel:
 
 
 def load(model, classifier="", steps="", **flags):
-    """Load a diffusion model with its weights, to sample on this machine's GPU, or on the CPU if there is none.
+    """Load a diffusion model with its weights, to sample on a GPU if there is one, and otherwise on the CPU.
 
-    :param model: a preset's name, such as "imagenet256" or, without a classifier, "256x256_diffusion": its files are in
-        models_dir. Or the path of a checkpoint that lies beside the config.json of its training.
-    :param classifier: the path of such a checkpoint of a classifier to guide with; by default the preset's, if any.
-    :param steps: the timesteps to visit, as for --timestep_respacing, such as 25 or "ddim25"; by default the preset's,
-        or all.
-    :param flags: other flags of classifier_sample.py by their names, such as models_dir, sampler and batch_size.
+    :param model: the name of a preset whose files are in models_dir, such as "imagenet256" or, without a classifier,
+        "256x256_diffusion". Or the path of a checkpoint with the config.json of its training run beside it.
+    :param classifier: the path of the checkpoint of a guiding classifier, with its config.json beside it. The default
+        is the preset's classifier, if the preset has one.
+    :param steps: the timesteps to visit, such as 25 or "ddim25", as for --timestep_respacing. The default is the number
+        of steps of the preset, or all timesteps without a preset.
+    :param flags: other flags of classifier_sample.py, such as models_dir, sampler and batch_size.
     :return: a GuidedModel.
-    :raises InputError: if a file is missing or does not fit, or if flags are unknown or contradict each other.
+    :raises InputError: if a file is missing, weights do not fit the network, or flags are unknown or contradictory.
     """
     kinds = {name: presets_for(name).keys() for name in (*MODELS, *PRESETS)}
     names = [name for name in kinds if "diffusion" in kinds[name] and "upsampler" not in kinds[name]]

@@ -21,9 +21,9 @@ class SiLU(nn.Module):
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group norm that computes in the dtype of its weights and returns the input's dtype.
+    """Group norm that computes in the dtype of its weights and returns a tensor of the input's dtype.
 
-    The weights stay in float32 when a network's convolutions are converted to half precision.
+    When a network is converted to half precision, the weights of its norms stay in float32.
     """
 
     def forward(self, x):
@@ -54,7 +54,7 @@ def linear(*args, **kwargs):
 def normalization(channels):
     """The networks' normalization: group norm with 32 groups.
 
-    :raises InputError: when the channels cannot be split into 32 groups.
+    :raises InputError: if the number of channels is not a multiple of 32.
     """
     if channels % NUM_GROUPS:
         raise InputError(
@@ -65,14 +65,17 @@ def normalization(channels):
 
 
 def zero_module(module):
-    """Set all parameters of `module` to zero and return it. A residual branch that ends so starts as the identity."""
+    """Set all parameters of `module` to zero and return the module.
+
+    A residual block whose branch ends in a zeroed module is the identity at the start of training.
+    """
     for p in module.parameters():
         p.detach().zero_()
     return module
 
 
 def scale_module(module, scale):
-    """Multiply all parameters of `module` by `scale` and return it."""
+    """Multiply all parameters of `module` by `scale` and return the module."""
     for p in module.parameters():
         p.detach().mul_(scale)
     return module
@@ -84,10 +87,10 @@ def mean_flat(tensor):
 
 
 def timestep_embedding(timesteps, dim, max_period=10000):
-    """Sinusoidal embedding of timesteps ("Attention Is All You Need", section 3.5, cosines first).
+    """Sinusoidal embedding of timesteps ("Attention Is All You Need", section 3.5), with the cosines first.
 
-    :param timesteps: [N], integers or floats; fractions are allowed.
-    :param dim: width of the embedding.
+    :param timesteps: [N], integers or floats. Fractional timesteps are allowed.
+    :param dim: the width of the embedding.
     :param max_period: the lowest frequency is about 1 / max_period.
     :return: [N, dim] float32.
     """
@@ -106,9 +109,9 @@ def update_ema(target_params, source_params, rate=0.99):
 
 
 def checkpoint(func, inputs, params, flag):
-    """Call `func(*inputs)`. With `flag`, recompute its activations in the backward pass instead of keeping them.
+    """Return `func(*inputs)`. If `flag` is set, the backward pass recomputes the activations of `func`.
 
-    :param params: ignored: torch finds the parameters that `func` uses. Accepted because existing callers pass them.
+    :param params: ignored, because torch finds the parameters that `func` uses. Existing callers pass this argument.
     """
     if flag:
         return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
@@ -116,16 +119,16 @@ def checkpoint(func, inputs, params, flag):
 
 
 def convert_convs(module, dtype):
-    """Cast the convolutions in `module` to `dtype`. Norms and linear layers keep theirs."""
+    """Cast the convolutions in `module` to `dtype`. Norms and linear layers keep their dtype."""
     for m in module.modules():
         if isinstance(m, CONVOLUTIONS):
             m.to(dtype)
 
 
 def as_weights_of(module, x, default=None):
-    """x in the dtype of the module's floating-point weights.
+    """Return x in the dtype of the module's floating-point weights.
 
-    :param default: the dtype for a module that has none, such as a quantized layer or a replica that DataParallel
-        made; by default, x's own.
+    :param default: the dtype for a module without floating-point weights, such as a quantized layer or a replica made
+        by DataParallel. The default is the dtype of x.
     """
     return x.to(next((p.dtype for p in module.parameters() if p.is_floating_point()), default or x.dtype))

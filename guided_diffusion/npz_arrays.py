@@ -1,4 +1,4 @@
-"""Arrays in .npz files that may be larger than memory: read a few rows at a time, written as a stream."""
+"""Read a few rows at a time from .npz files that are larger than memory, and write such files as a stream."""
 
 import zipfile
 import zlib
@@ -7,18 +7,19 @@ import numpy as np
 
 from . import files
 
-# Exceptions by which reading a damaged .npz fails
+# Exceptions that are raised when a damaged .npz is read
 DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class NpzArray:
-    """An array of an .npz file, mapped into memory: indexing it reads the selected rows and returns a copy.
+    """An array in an .npz file, mapped into memory. Indexing reads the selected rows and returns a copy.
 
-    Arrays at URLs and compressed ones are read as a whole.
+    Compressed arrays and arrays at URLs are read as a whole.
 
-    :param path: the file.
-    :param name: the array's name, without .npy.
-    :raises KeyError: if there is no such array; any of DAMAGED if the file cannot be read.
+    :param path: the path of the .npz file.
+    :param name: the name of the array, without .npy.
+    :raises KeyError: if the file has no such array.
+    :raises DAMAGED: one of these exceptions, if the file cannot be read.
     """
 
     def __init__(self, path, name):
@@ -31,7 +32,7 @@ class NpzArray:
                 with archive.open(info) as member:
                     self.rows = np.lib.format.read_array(member, allow_pickle=False)
             else:
-                f.seek(info.header_offset + 26)  # the lengths of two fields that the member's own header ends with
+                f.seek(info.header_offset + 26)  # the lengths of the two fields at the end of the zip member's header
                 name_and_extra = np.frombuffer(f.read(4), "<u2").sum()
                 start = info.header_offset + 30 + int(name_and_extra) + header_size
                 self.rows = np.memmap(path, self.dtype, "r", start, self.shape, "F" if fortran else "C")
@@ -44,8 +45,8 @@ class NpzArray:
 
 
 def _read_header(f):
-    """The shape, Fortran order and dtype of an .npy stream, which is left at the first row."""
-    # Version 3 differs from 2 in the encoding of field names, which arrays of plain numbers lack.
+    """Read the header of an .npy stream: (shape, whether the order is Fortran's, dtype)."""
+    # Versions 2 and 3 differ only in the encoding of field names, and arrays of plain numbers have no fields.
     first_version = np.lib.format.read_magic(f) == (1, 0)
     read = np.lib.format.read_array_header_1_0 if first_version else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(f)
@@ -55,10 +56,10 @@ def _read_header(f):
 
 
 def write_npz(f, arrays):
-    """Write an uncompressed .npz as a stream.
+    """Write an uncompressed .npz file as a stream.
 
-    :param f: a binary file.
-    :param arrays: {name: (shape, dtype, iterable of arrays that hold the rows in order)}.
+    :param f: a binary file, open for writing.
+    :param arrays: {name: (shape, dtype, parts)}, where `parts` is an iterable of arrays with consecutive rows.
     """
     with zipfile.ZipFile(f, "w", zipfile.ZIP_STORED) as archive:
         for name, (shape, dtype, parts) in arrays.items():

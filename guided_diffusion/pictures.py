@@ -9,14 +9,14 @@ from PIL import Image
 from . import files
 from .errors import InputError
 
-GRID = 64  # the number of samples in a grid
+GRID = 64  # the number of samples in a grid without rows for classes
 
 
 def to_uint8(sample, start=0):
     """Convert images [N, C, H, W] in [-1, 1] to uint8 [N, H, W, C].
 
-    :param start: the index of the first image, for the message.
-    :raises InputError: if an image has values that are not finite.
+    :param start: the index of the first image, for the error message.
+    :raises InputError: if an image contains NaN or infinite values.
     """
     bad = ~sample.isfinite().flatten(1).all(dim=1)
     if bad.any():
@@ -27,7 +27,7 @@ def to_uint8(sample, start=0):
 
 
 def save_pngs(folder, images, start, labels=None):
-    """Write samples start, start + 1, ... as INDEX.png, or as LABEL_INDEX.png: then the folder can be trained on.
+    """Write samples start, start + 1, ... as INDEX.png, or as LABEL_INDEX.png, the file names that training expects.
 
     :param images: uint8 [n, H, W, C].
     :param labels: the labels of all samples, or None.
@@ -41,14 +41,14 @@ def save_pngs(folder, images, start, labels=None):
 
 
 class Strip:
-    """A picture of the sampling process: a row for each sample, with the predictions of x_start at several steps."""
+    """A picture of the sampling process. Each row shows predictions of x_start for one sample, from noise to data."""
 
     def __init__(self, path, rows=8, columns=10):
         self.path, self.rows, self.columns = path, rows, columns
         self.seen = []
 
     def see(self, pred_xstart, step, num_steps):
-        """Keep the prediction of a step, 1 to num_steps, if it is to be shown. The last step writes the picture."""
+        """Keep the predictions of a step, 1 to num_steps, if the picture shows it. The last step writes the picture."""
         wanted = {round(1 + i * (num_steps - 1) / (self.columns - 1)) for i in range(self.columns)}
         if step in wanted:
             self.seen.append(to_uint8(pred_xstart[: self.rows].float().nan_to_num()).cpu().numpy())
@@ -59,7 +59,7 @@ class Strip:
 
 
 def grid_indices(num_samples, labels=None, columns=10):
-    """The indices of the samples to show: the first 64, or the first of each class if there are 2 to 16 classes."""
+    """The indices of the samples in a grid: the first 64, or the first of each class if there are 2 to 16 classes."""
     classes = [] if labels is None else np.unique(labels)
     if not 1 < len(classes) <= 16:
         return np.arange(min(num_samples, GRID))
@@ -67,11 +67,11 @@ def grid_indices(num_samples, labels=None, columns=10):
 
 
 def save_grid(path, images, labels=None, columns=None, rows=16):
-    """Write images [N, H, W, C] as one PNG: a row for each class if there are labels of few classes, else a square.
+    """Write images [N, H, W, C] as one PNG: a row for each class if there are 2 to `rows` classes, otherwise a square.
 
     Images smaller than 64 pixels are enlarged by an integer factor.
 
-    :param columns: the number of images in a row; by default as many as make a square, and at most 16.
+    :param columns: the number of images in a row. The default makes a square of at most 16 columns.
     """
     classes = [] if labels is None else sorted(set(labels.tolist()))
     if 1 < len(classes) <= rows:
@@ -81,7 +81,7 @@ def save_grid(path, images, labels=None, columns=None, rows=16):
         columns = columns or min(16, math.ceil(math.sqrt(len(images))))
         by_class = [images[i : i + columns] for i in range(0, min(len(images), columns * rows), columns)]
     height, width, channels = images.shape[1:]
-    canvas = np.full((len(by_class), height + 1, columns, width + 1, channels), 255, np.uint8)  # a white line between
+    canvas = np.full((len(by_class), height + 1, columns, width + 1, channels), 255, np.uint8)  # with white lines
     for r, row in enumerate(by_class):
         for c, image in enumerate(row):
             canvas[r, :-1, c, :-1] = image
@@ -94,5 +94,5 @@ def save_grid(path, images, labels=None, columns=None, rows=16):
 
 
 def _picture(image):
-    """An array [H, W, C] as a Pillow image."""
+    """Convert a uint8 array [H, W, C] to a Pillow image."""
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)

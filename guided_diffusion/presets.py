@@ -1,7 +1,7 @@
-"""The released models as data: what each was built with, how to sample from it, and how it was trained.
+"""The released models: the flags of their networks, recommended sampling settings, and training recipes.
 
-Head counts and attention order leave the shapes of weights as they are: a checkpoint built with the wrong ones loads
-without complaint and samples garbage. So nobody should have to type them.
+The number of attention heads and the attention order do not change the shapes of the weights. A released checkpoint
+therefore loads into a network with wrong flags, and the samples are noise. Presets avoid this mistake.
 """
 
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from .script_util import (
     sr_model_and_diffusion_defaults,
 )
 
-ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021"  # where the authors publish the files
+ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021"  # of the released files
 FACTORIES = {
     "diffusion": (create_model_and_diffusion, model_and_diffusion_defaults),
     "upsampler": (sr_create_model_and_diffusion, sr_model_and_diffusion_defaults),
@@ -26,16 +26,16 @@ FACTORIES = {
 
 @dataclass(frozen=True)
 class Preset:
-    """A released checkpoint.
+    """The settings of a released checkpoint.
 
     :param kind: "diffusion", "upsampler" or "classifier".
-    :param file_name: the released file's name.
-    :param flags: the flags it was built with, where they differ from the defaults.
-    :param sampling: recommended flags for sampling from it. For a classifier: of guided sampling with it, beside those
-        of the diffusion model.
-    :param ddim_sampling: the same for sampling fast with DDIM, where the paper recommends any.
-    :param fast_sampling: the same for the samplers that need fewest evaluations, such as unipc.
-    :param training: flags of the training recipe, with the global batch size over all ranks as "global_batch".
+    :param file_name: the name of the released file.
+    :param flags: the flags of the network and its process that differ from the defaults.
+    :param sampling: recommended sampling flags. A classifier's are for guided sampling, and supplement those of the
+        diffusion model.
+    :param ddim_sampling: recommended flags for DDIM with few steps. Empty if the paper has no recommendation.
+    :param fast_sampling: recommended flags for the fast samplers, such as unipc.
+    :param training: the flags of the training recipe, and the batch size over all ranks as "global_batch".
     """
 
     kind: str
@@ -48,37 +48,40 @@ class Preset:
 
     @property
     def address(self):
-        """Where the authors publish the file."""
+        """The URL of the released file."""
         return f"{ADDRESS}/{self.file_name}"
 
     def all_flags(self):
-        """The flags with the defaults filled in. What the released flags leave unsaid the training recipe says."""
+        """Return all flags of the network and its process: `flags`, then the training recipe, then the defaults."""
         defaults = FACTORIES[self.kind][1]()
         return {**defaults, **{k: v for k, v in self.training.items() if k in defaults}, **self.flags}
 
     def advice(self, sampler):
-        """The recommended flags for sampling with a sampler of this name."""
+        """The recommended flags for the sampler with the name `sampler`."""
         special = {"ddpm": {}, "ddim": self.ddim_sampling}
         return {**self.sampling, **special.get(sampler, self.fast_sampling)}
 
     def create(self, **changes):
         """Build the network and its process, with random weights.
 
-        :param changes: flags to change, such as timestep_respacing or use_fp16.
+        :param changes: flags with other values than the preset's, such as timestep_respacing or use_fp16.
         """
         return FACTORIES[self.kind][0](**{**self.all_flags(), **changes})
 
 
 def get_preset(name):
-    """The preset of a released checkpoint, by the name of its file without the suffix."""
+    """Return the preset of a released checkpoint.
+
+    :param name: the name of the released file without .pt.
+    """
     return choose("preset", name, PRESETS)
 
 
 def presets_for(name, flag="--preset"):
-    """What --preset NAME stands for: a dict of presets by kind.
+    """Return the presets that --preset NAME selects: {kind: Preset}.
 
-    :param name: a released checkpoint's name, or one of MODELS, which go together.
-    :param flag: the flag with the name, for messages.
+    :param name: the name of a released checkpoint, or a key of MODELS.
+    :param flag: the flag that `name` was given with, for error messages.
     """
     known = {**MODELS, **{name: (name,) for name in PRESETS}}
     found = {PRESETS[checkpoint].kind: PRESETS[checkpoint] for checkpoint in choose(flag, name, known)}
@@ -87,7 +90,7 @@ def presets_for(name, flag="--preset"):
     return found
 
 
-# What all diffusion models and upsamplers have in common (ADM, section 3 and appendix I).
+# The flags that all released diffusion models and upsamplers share (ADM, section 3 and appendix I).
 _ADM = dict(
     diffusion_steps=1000,
     learn_sigma=True,
@@ -99,7 +102,8 @@ _ADM = dict(
     use_fp16=True,
 )
 _TRAINING = dict(lr=1e-4, weight_decay=0.0, ema_rate="0.9999", global_batch=256)
-_STEPS_15 = dict(timestep_respacing="15")  # of DPM-Solver++ and UniPC: FID 7.7 at scale 2 on ADM-256 (UniPC, table 2)
+# With 15 evaluations at scale 2, UniPC and DPM-Solver++ reach FID 7.7 with the 256x256 model (UniPC, table 2).
+_STEPS_15 = dict(timestep_respacing="15")
 _IMAGENET_256 = dict(_ADM, image_size=256, num_channels=256, num_head_channels=64, class_cond=True)
 _LSUN = dict(_IMAGENET_256, class_cond=False, dropout=0.1)
 # The paper's best LSUN figures are those of all 1000 steps. Of 250 steps, these are better than uniformly spaced ones.
@@ -117,7 +121,7 @@ def _upsampler(name, iterations, **flags):
 
 
 def _classifier(size, scale, ddim_scale=None, fast_scale=None, iterations=300_000, training=None, **flags):
-    """scale is for 250 DDPM steps, ddim_scale for 25 DDIM steps, and fast_scale for the fast samplers."""
+    """`scale` is for 250 DDPM steps, `ddim_scale` for 25 DDIM steps, and `fast_scale` for the fast samplers."""
     recipe = dict(lr=3e-4, weight_decay=0.05, global_batch=256, iterations=iterations, anneal_lr=True)
     recipe["noise_schedule"] = "cosine" if size == 64 else "linear"
     ddim = dict(classifier_scale=ddim_scale, timestep_respacing="ddim25", use_ddim=True) if ddim_scale else {}
@@ -151,7 +155,7 @@ _RELEASED = (
 )  # fmt: skip
 PRESETS = {preset.file_name.removesuffix(".pt"): preset for preset in _RELEASED}
 
-# What belongs together, to sample with: a diffusion model, the classifier that guides it, and an upsampler after them.
+# Names for a diffusion model with the classifier that guides it, and perhaps an upsampler.
 MODELS = {
     "imagenet64": ("64x64_diffusion", "64x64_classifier"),
     "imagenet128": ("128x128_diffusion", "128x128_classifier"),
@@ -162,6 +166,6 @@ MODELS = {
     "imagenet128_512": ("128x128_diffusion", "128x128_classifier", "128_512_upsampler"),
 }
 
-# Where the classifier's own advice does not hold: a model without labels has all of them from the classifier. At scale
-# 1 its FID is worse than without guidance, 33.0 and not 26.2; at 10 it is 12.0 (ADM, table 4).
+# Guidance scales that replace the classifier's recommended scale. The unconditional model needs a large scale: its FID
+# is 26.2 without guidance, 33.0 at scale 1 and 12.0 at scale 10 (ADM, table 4).
 GUIDANCE = {"imagenet256_uncond": dict(classifier_scale=10.0)}

@@ -1,4 +1,4 @@
-"""Previews: pictures of samples from a model in training, always from the same noise, so that its progress shows."""
+"""Previews: grids of samples during training. All grids use the same noise, so that they show the model's progress."""
 
 from contextlib import contextmanager
 
@@ -13,16 +13,16 @@ from .solvers import SAMPLERS
 
 
 def average_is_ready(rate, steps):
-    """Whether a moving average has seen enough steps to be worth a preview: 3 / (1 - rate).
+    """Return whether a moving average has seen at least 3 / (1 - rate) steps.
 
-    Before that, more than exp(-3) = 5 % of it are still the initial weights, and its samples are noise.
+    After fewer steps, the initial weights are more than exp(-3) = 5 % of the average, and its samples are noise.
     """
     return rate < 1 and steps >= round(3 / (1 - rate))
 
 
 @contextmanager
 def evaluating(model, state_dict):
-    """Put a model into evaluation mode, with the weights in `state_dict`, in a `with` block."""
+    """Within a `with` block, put a model into evaluation mode and give it the weights in `state_dict`."""
     own = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(state_dict)
     model.eval()
@@ -34,12 +34,12 @@ def evaluating(model, state_dict):
 
 
 class Preview:
-    """Writes grids of DDIM samples with few steps, from the same noise and labels each time.
+    """Writes grids of samples made by DDIM in few steps, with the same noise and labels each time.
 
     :param diffusion: the process that the model is trained on.
     :param shape: (C, H, W) of a sample.
-    :param num_classes: the number of classes if the model is class-conditional; labels then come from `random_labels`.
-    :param conditions: more model keyword arguments, tensors [count, ...].
+    :param num_classes: the number of classes if the model is class-conditional. `random_labels` then draws the labels.
+    :param conditions: further keyword arguments of the model, tensors [count, ...].
     :param count: the number of samples.
     :param steps: the number of timesteps to visit.
     :param batch_size: samples that pass through the network at once, on each rank.
@@ -47,7 +47,7 @@ class Preview:
 
     def __init__(self, diffusion, shape, num_classes=None, conditions=None, count=16, steps=25, batch_size=16, seed=0):
         original_steps = getattr(diffusion, "original_num_steps", diffusion.num_timesteps)
-        if steps < diffusion.num_timesteps == original_steps:  # one that visits a subset already stays as it is
+        if steps < diffusion.num_timesteps == original_steps:  # not a subset already
             names = ("betas", "model_mean_type", "model_var_type", "loss_type", "rescale_timesteps")
             options = {name: getattr(diffusion, name) for name in names}
             diffusion = SpacedDiffusion(space_timesteps(diffusion.num_timesteps, [steps]), **options)
@@ -61,7 +61,7 @@ class Preview:
     def write(self, model, step, weights):
         """Sample with `model` and write preview/STEP_WEIGHTS.png to the run's folder, from rank 0.
 
-        Every rank must call it: the ranks share the sampling.
+        Every rank must call this method, because the ranks share the sampling.
 
         :param weights: the name of the model's weights, such as "ema_0.9999".
         :return: the path of the picture.
@@ -85,4 +85,4 @@ class Preview:
             self.diffusion, model, self.shape, self.seed, lambda _: conditions, sampler=SAMPLERS["ddim"]
         )
         *_, last = sampler.steps(indices)
-        return to_uint8(last["sample"].nan_to_num())  # grey if a diverging network gives NaN
+        return to_uint8(last["sample"].nan_to_num())  # NaN from a diverging network becomes grey

@@ -1,4 +1,4 @@
-"""Random numbers that belong to a sample or a training image, whichever rank and batch it falls into."""
+"""Random numbers for each sample and each training image that do not depend on ranks and batch sizes."""
 
 import numpy as np
 import torch as th
@@ -8,12 +8,12 @@ from .errors import InputError
 
 
 class SampleNoise:
-    """The random numbers of a batch of samples: each sample's are a function of (seed, its index) alone.
+    """Draws noise for a batch of samples. The noise of sample i is a function of (seed, i) alone.
 
-    :param seed: the run's seed.
-    :param indices: the samples' indices in the run.
-    :param device: where noise is drawn; other kinds of device give other numbers.
-    :param stream: another number gives other noise to the same samples, such as an upsampler's.
+    :param seed: the seed of the run.
+    :param indices: the indices of the samples in the run.
+    :param device: the device that draws the noise. CPUs and GPUs draw different numbers.
+    :param stream: selects an independent stream of noise for the same samples, for example for an upsampler.
     """
 
     def __init__(self, seed, indices, device="cpu", stream=0):
@@ -32,14 +32,14 @@ class SampleNoise:
 
 
 class TrainingRandomness:
-    """Training's random numbers: timesteps, noise and dropout, as functions of (seed, step, position in the batch).
+    """Draws the random numbers of training as functions of (seed, step, position in the global batch).
 
-    Image j of rank r's batch has position j * (number of ranks) + r in the global batch, as in ImageStream: timesteps
-    and noise do not depend on how the batch is split into ranks and microbatches. Each step seeds torch's global
-    generator for dropout, which differs between ranks.
+    Image j on rank r has the position j * (number of ranks) + r in the global batch, as in ImageStream. Timesteps and
+    noise therefore do not depend on how the batch is split into ranks and microbatches. For dropout, each step seeds
+    torch's global generator, with a different seed on each rank.
 
-    :param seed: with a negative seed, all numbers come from numpy's and torch's global generators as they are.
-    :param for_dropout: False leaves torch's global generator alone.
+    :param seed: the seed of the run. If the seed is negative, numpy's and torch's global generators draw all numbers.
+    :param for_dropout: whether to seed torch's global generator for dropout.
     """
 
     def __init__(self, seed, for_dropout=True):
@@ -47,7 +47,7 @@ class TrainingRandomness:
         self.for_dropout = for_dropout
 
     def start_step(self, step, batch_size, sampler):
-        """Draw the timesteps of a step of `batch_size` images on each rank from a ScheduleSampler."""
+        """Draw the timesteps of a training step from a ScheduleSampler, for `batch_size` images on each rank."""
         rank, num_ranks = dist_util.get_rank(), dist_util.get_world_size()
         global_batch = batch_size * num_ranks
         before = np.random.get_state()  # schedule samplers draw from numpy's global generator
@@ -74,24 +74,24 @@ class TrainingRandomness:
 
 
 def random_labels(seed, indices, num_classes):
-    """A uniform label for each sample, a function of (seed, its index) alone: int64 [len(indices)]."""
+    """Draw uniform labels, int64 [len(indices)]. The label of sample i is a function of (seed, i)."""
     check_seed(seed)
     return th.tensor([np.random.default_rng([seed, i, 1]).integers(num_classes) for i in indices])
 
 
 def check_seed(seed):
-    """Refuse a seed that samples cannot have."""
+    """Raise InputError for a negative seed, which samples cannot have."""
     if seed < 0:
         raise InputError(f"--seed {seed}: the seed of samples starts from 0")
 
 
 def seed_everything(seed):
-    """Seed numpy's and torch's global generators on this rank, differently on each."""
+    """Seed numpy's and torch's global generators, with a different seed on each rank."""
     mixed = _mix(seed, dist_util.get_rank())
     np.random.seed(mixed % 2**32)
     th.manual_seed(mixed)
 
 
 def _mix(*numbers):
-    # Generators with neighbouring seeds can be alike at first: hash the numbers.
+    # Hash the numbers, because generators with neighbouring seeds can draw similar numbers at first.
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -17,7 +17,8 @@ def create_named_schedule_sampler(name, diffusion):
 class ScheduleSampler(ABC):
     """A distribution over timesteps that reduces the variance of the training objective.
 
-    Sampling is by importance: losses are weighted such that the objective's mean does not change.
+    Timesteps are drawn by importance sampling, and losses are weighted so that the mean of the objective does not
+    change.
     """
 
     @abstractmethod
@@ -25,7 +26,7 @@ class ScheduleSampler(ABC):
         """The weights of the timesteps: a numpy array [num_timesteps] of positive numbers, which need not sum to 1."""
 
     def state_dict(self):
-        """The state that a restarted run needs."""
+        """Return the state to save in a checkpoint."""
         return {}
 
     def load_state_dict(self, state_dict):
@@ -44,7 +45,7 @@ class ScheduleSampler(ABC):
 
 
 class UniformSampler(ScheduleSampler):
-    """All timesteps with equal probability."""
+    """Draws all timesteps with equal probability."""
 
     def __init__(self, diffusion):
         self.diffusion = diffusion
@@ -55,17 +56,17 @@ class UniformSampler(ScheduleSampler):
 
 
 class LossAwareSampler(ScheduleSampler):
-    """A sampler whose weights follow the losses of training, those of all ranks."""
+    """A schedule sampler whose weights depend on the training losses of all ranks."""
 
     def update_with_local_losses(self, local_ts, local_losses):
-        """Update the weights with the losses of all ranks. A collective: every rank must call it with its own losses.
+        """Update the weights with the losses of all ranks. Every rank must call this method, with its own losses.
 
         :param local_ts: timesteps [N], where N may differ between ranks.
         :param local_losses: their losses [N].
         """
         pairs = th.stack([local_ts.double(), local_losses.detach().double()], dim=1)
         by_rank = dist_util.all_gather_uneven(pairs)
-        if len({len(p) for p in by_rank}) == 1:  # the order of the global batch, which does not depend on the ranks
+        if len({len(p) for p in by_rank}) == 1:  # the order of the global batch
             by_rank = th.stack(by_rank, dim=1).unbind()
         pairs = th.cat(tuple(by_rank))
         ts, losses = pairs[pairs[:, 1].isfinite()].T.tolist()  # one bad step must not affect later weights
@@ -73,18 +74,18 @@ class LossAwareSampler(ScheduleSampler):
 
     @abstractmethod
     def update_with_all_losses(self, ts, losses):
-        """Update the weights with `losses` at timesteps `ts`: lists that are the same on every rank.
+        """Update the weights with `losses` at timesteps `ts`, two lists that are equal on all ranks.
 
-        An implementation must be deterministic, so that all ranks keep the same state.
+        An implementation must be deterministic, so that the state stays equal on all ranks.
         """
 
 
 class LossSecondMomentResampler(LossAwareSampler):
-    """Weights proportional to sqrt(E[loss^2]) ("Improved DDPM", eq. 18), over the latest losses of each timestep.
+    """Weights timesteps by sqrt(E[loss^2]) over the latest losses of each timestep ("Improved DDPM", eq. 18).
 
-    :param history_per_term: the number of losses to keep per timestep. Until all timesteps have that many, sampling is
-        uniform.
-    :param uniform_prob: the fraction of samples that is always drawn uniformly.
+    :param history_per_term: the number of losses to keep per timestep. Until every timestep has this many losses, all
+        timesteps are drawn with equal probability.
+    :param uniform_prob: the fraction of timesteps that are drawn uniformly.
     """
 
     def __init__(self, diffusion, history_per_term=10, uniform_prob=0.001):
@@ -98,7 +99,7 @@ class LossSecondMomentResampler(LossAwareSampler):
         return {"history": th.from_numpy(self._loss_history.copy()), "counts": th.from_numpy(self._loss_counts.copy())}
 
     def load_state_dict(self, state_dict):
-        if state_dict["history"].shape == self._loss_history.shape:  # otherwise the saved process had other timesteps
+        if state_dict["history"].shape == self._loss_history.shape:  # else: of other timesteps
             self._loss_history = state_dict["history"].numpy().copy()
             self._loss_counts = state_dict["counts"].numpy().copy()
 

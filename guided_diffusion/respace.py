@@ -1,4 +1,4 @@
-"""Sampling with a subset of the timesteps a model was trained on."""
+"""Diffusion processes that visit a subset of the timesteps that a model was trained on."""
 
 from functools import wraps
 
@@ -10,15 +10,15 @@ from .gaussian_diffusion import GaussianDiffusion
 
 
 def space_timesteps(num_timesteps, section_counts):
-    """Choose timesteps of an original process.
+    """Select timesteps of an original process.
 
-    :param num_timesteps: T of the original process.
-    :param section_counts: how many to take from each of several equal sections of the process: a list of numbers, or
-        a string of numbers with commas between them. "10,10,15,20" takes 10 of the first quarter and 20 of the last.
-        "ddimN" takes N with a fixed integer stride, as the DDIM paper does. "quadN" takes N that are spaced
-        quadratically (DDIM, appendix D.2), from 0 to the last, denser at the clean end.
+    :param num_timesteps: the number of timesteps of the original process.
+    :param section_counts: the number of timesteps to select from each of several equal sections of the process: a list
+        of numbers, or a string such as "10,10,15,20", which selects 10 timesteps of the first quarter and 20 of the
+        last. "ddimN" selects N timesteps with a fixed integer stride, as the DDIM paper does. "quadN" selects N
+        quadratically spaced timesteps from 0 to the last, denser at the clean end (DDIM, appendix D.2).
     :return: a set of timesteps.
-    :raises InputError: when a section has fewer steps than are asked of it, or no integer stride gives N.
+    :raises InputError: if a section has too few timesteps, or if no integer stride gives N timesteps.
     """
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
@@ -41,7 +41,7 @@ def space_timesteps(num_timesteps, section_counts):
                 f"--timestep_respacing {','.join(map(str, section_counts))}: cannot take {count} timesteps from "
                 f"section {i + 1}, which has {size} of the process's {num_timesteps}"
             )
-        # Summing stride by stride and rounding halves to even decide which timesteps a count means.
+        # Adding stride by stride and rounding halves to even give the same timesteps as the original code.
         stride = (size - 1) / (count - 1) if count > 1 else 1
         position = 0.0
         for _ in range(count):
@@ -54,7 +54,7 @@ def space_timesteps(num_timesteps, section_counts):
 
 
 def _strided_timesteps(num_timesteps, spacing):
-    """Every k-th timestep, for the smallest k that leaves exactly the N of "ddimN"."""
+    """Select every k-th timestep for a spacing "ddimN", with the smallest k that gives exactly N timesteps."""
     count = _parse_count(spacing)
     by_count = {}
     for stride in range(1, num_timesteps + 1):
@@ -69,7 +69,7 @@ def _strided_timesteps(num_timesteps, spacing):
 
 
 def _quadratic_timesteps(num_timesteps, spacing):
-    """The N timesteps of "quadN". Where rounding makes neighbours equal, the later ones move up."""
+    """Select N timesteps for a spacing "quadN". If rounding makes two timesteps equal, the later one is increased."""
     count = _parse_count(spacing)
     if count > num_timesteps:
         raise InputError(f"--timestep_respacing {spacing}: the process has only {num_timesteps} timesteps")
@@ -79,7 +79,7 @@ def _quadratic_timesteps(num_timesteps, spacing):
 
 
 def _parse_count(spacing):
-    """The number N in "ddimN" or "quadN"."""
+    """Parse the number N in "ddimN" or "quadN"."""
     kind, count = spacing[:4], spacing[4:]
     if not count.isdecimal() or int(count) < 1:
         raise InputError(f"unknown spacing --timestep_respacing {spacing!r}: {kind}N needs a number, such as {kind}25")
@@ -87,12 +87,12 @@ def _parse_count(spacing):
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """A process that visits some of the timesteps of an original one, with the same alphas_cumprod at those.
+    """A process that visits some timesteps of an original process, with the same alphas_cumprod at these timesteps.
 
-    Models and cond_fns are shown the original process's timesteps.
+    Models and cond_fns are called with the timesteps of the original process.
 
-    :param use_timesteps: the timesteps of the original process to keep.
-    :param kwargs: GaussianDiffusion's arguments for the original process.
+    :param use_timesteps: the timesteps of the original process to visit.
+    :param kwargs: the arguments of GaussianDiffusion for the original process.
     """
 
     def __init__(self, use_timesteps, **kwargs):
@@ -131,11 +131,11 @@ class SpacedDiffusion(GaussianDiffusion):
         return _WrappedModel(model, self.timestep_map, self.rescale_timesteps, self.original_num_steps)
 
     def _scale_timesteps(self, t):
-        return t  # _WrappedModel scales them
+        return t  # _WrappedModel scales the timesteps
 
 
 class _WrappedModel:
-    """A model or cond_fn that sees the original process's timesteps when it is called with a SpacedDiffusion's."""
+    """Calls a model or cond_fn with the original timesteps, which it maps from those of a SpacedDiffusion."""
 
     def __init__(self, model, timestep_map, rescale_timesteps, original_num_steps):
         self.model = model

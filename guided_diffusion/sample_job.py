@@ -1,6 +1,6 @@
-"""Sampling jobs: many samples over all ranks, repeatable and restartable, into one .npz and a picture.
+"""Sampling jobs: all ranks make samples, which become one .npz file and a picture. A killed job can be continued.
 
-Sample i's label and noise are a function of (seed, i) alone, whatever rank and batch it falls into.
+The label and noise of sample i are functions of (seed, i). They do not depend on ranks and batch sizes.
 """
 
 import numpy as np
@@ -16,20 +16,20 @@ from .sample_shards import SampleStore
 from .solvers import SAMPLERS
 
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-UPSAMPLING = 1  # the noise stream of upsamplers: other noise than that of the small images
+UPSAMPLING = 1  # the noise stream of upsamplers, which differs from that of the small images
 
 
 class BatchSampler:
-    """Makes batches of samples. Sample i is a function of (seed, i) alone.
+    """Makes batches of samples. Sample i is a function of (seed, i).
 
-    :param diffusion: the process.
+    :param diffusion: the diffusion process.
     :param model: called as model(x, t, **conditions).
-    :param shape: (C, H, W) of a sample.
-    :param conditions: a function from a range of samples to the keyword arguments of model and cond_fn: tensors
-        [n, ...]. Or labels [N] of all samples, which are passed as y. Or None.
-    :param cond_fn: see GaussianDiffusion's sampling loops.
-    :param sampler: one of solvers.SAMPLERS, or a partial of it with its options.
-    :param stream: see SampleNoise.
+    :param shape: the shape (C, H, W) of a sample.
+    :param conditions: the labels [N] of all samples, which are passed as y. Or a function from a range of samples to a
+        dict of tensors [n, ...], the keyword arguments of model and cond_fn. Or None.
+    :param cond_fn: the guidance function of the sampling loops of GaussianDiffusion, or None.
+    :param sampler: a function of solvers.SAMPLERS, or a functools.partial of such a function with its options.
+    :param stream: the noise stream; see SampleNoise.
     """
 
     def __init__(self, diffusion, model, shape, seed, conditions=None, cond_fn=None, sampler=SAMPLERS["ddpm"],
@@ -39,7 +39,7 @@ class BatchSampler:
         self.num_steps = diffusion.num_timesteps
 
     def steps(self, indices):
-        """Sample a range of indices: yields the dict of each step, the last with the finished "sample"."""
+        """Make the samples whose indices are in a range. Yield the dict of each step."""
         noise = SampleNoise(self.seed, indices, dist_util.dev(), self.stream)
         return self.sampler(
             self.diffusion,
@@ -60,12 +60,12 @@ class BatchSampler:
 
 
 class BaseSamples:
-    """The small images for an upsampler, from an .npz with M images: sample i is made of image i mod M.
+    """The small images for an upsampler, from an .npz file of M images. Sample i is made from image i mod M.
 
-    :param path: the .npz: arr_0 uint8 [M, H, W, in_channels], and labels [M] as arr_1, if there are any.
-    :param size: (H, W).
-    :param class_cond: whether the upsampler needs the labels.
-    :raises InputError: if the file does not have such images and labels.
+    :param path: the .npz file: images as arr_0, uint8 [M, H, W, in_channels], and perhaps labels [M] as arr_1.
+    :param size: (H, W) of the small images.
+    :param class_cond: whether the upsampler needs labels.
+    :raises InputError: if the images or labels do not fit the upsampler.
     """
 
     def __init__(self, path, size, in_channels, num_classes, class_cond):
@@ -84,11 +84,11 @@ class BaseSamples:
             raise InputError(f"--base_samples {path}: labels outside the upsampler's 0..{num_classes - 1}")
 
     def labels_of(self, num_samples):
-        """The labels of samples 0, 1, ...: int64 [num_samples]; None if there are none."""
+        """Return the labels of the first `num_samples` samples, int64, or None if the file has no labels."""
         return None if self.labels is None else th.from_numpy(self.labels[np.arange(num_samples) % len(self.images)])
 
     def conditions(self, indices):
-        """For a range of samples: low_res [n, C, size, size] float32 in [-1, 1], and the labels y [n] if any."""
+        """Return model arguments for a range of samples: low_res [n, C, H, W] in [-1, 1], and perhaps labels y [n]."""
         places = np.arange(indices.start, indices.stop) % len(self.images)
         low_res = th.from_numpy(self.images[places]).permute(0, 3, 1, 2).float() / 127.5 - 1
         return {"low_res": low_res, **({} if self.labels is None else {"y": th.from_numpy(self.labels[places])})}
@@ -119,18 +119,19 @@ def _open_samples(path):
 
 def sample_job(sampler, job, num_samples, batch_size, labels=None, rows_by_class=False, save_images="",
                progress_grid=False, folder=None):  # fmt: skip
-    """Make all samples of a job that are missing, and then one .npz and a picture. All ranks call it.
+    """Make the missing samples of a job, and then one .npz file and a picture. Every rank must call this function.
 
-    Each rank writes its batches to the folder as it finishes them. The same job, started again on any number of ranks,
-    makes only the missing samples.
+    Each rank writes a batch to the folder as soon as it is finished. A job that is started again makes only the missing
+    samples, on any number of ranks.
 
-    :param job: what determines the images, a dict of plain values. A folder holds samples of one job.
-    :param labels: int64 [num_samples] to save with the images, or None.
-    :param rows_by_class: arrange the picture with a row for each class.
-    :param save_images: a folder to write each sample to as a PNG, or "".
+    :param sampler: a BatchSampler.
+    :param job: the facts that determine the images, a dict of plain values. A folder holds samples of one job.
+    :param labels: the labels to save with the images, int64 [num_samples], or None.
+    :param rows_by_class: draw the picture with one row for each class.
+    :param save_images: a folder for a PNG of each sample, or "".
     :param progress_grid: also draw the sampling process of the first samples.
-    :param folder: the folder of the samples; by default the run's folder.
-    :return: the path of the .npz.
+    :param folder: the folder for the samples. The default is the run folder.
+    :return: the path of the .npz file.
     """
     check_at_least(1, num_samples=num_samples, batch_size=batch_size)
     size = (num_samples, *sampler.shape[1:], sampler.shape[0])
@@ -153,7 +154,7 @@ def sample_job(sampler, job, num_samples, batch_size, labels=None, rows_by_class
                 if strip is not None:
                     strip.see(out["pred_xstart"], step, sampler.num_steps)
                 bar.set_postfix_str(f"step {step}/{sampler.num_steps}", refresh=False)
-                share = len(indices) / sum(map(len, mine)) / sampler.num_steps  # the other ranks are about as far
+                share = len(indices) / sum(map(len, mine)) / sampler.num_steps  # assume equal progress on all ranks
                 bar.update(min((num_samples - done) * share, num_samples - bar.n))
             images = to_uint8(out["sample"], indices.start).cpu().numpy()
             store.write(indices.start, images)
@@ -167,9 +168,9 @@ def sample_job(sampler, job, num_samples, batch_size, labels=None, rows_by_class
 
 
 def _in_batches(gaps, batch_size):
-    """Split the missing samples, a list of (start, stop), into ranges between multiples of batch_size.
+    """Split the missing samples, a list of (start, stop), into batches at multiples of batch_size.
 
-    After a kill the batches are then the same as without it.
+    A killed job that is continued then has the same batches as an undisturbed job.
     """
     batches = []
     for start, stop in gaps:
@@ -179,7 +180,7 @@ def _in_batches(gaps, batch_size):
 
 
 def _finish(store, rows_by_class):
-    """Write the .npz and the picture, and remove the shards. Not a collective: rank 0 calls it."""
+    """Write the .npz file and the picture, and remove the shards. Only rank 0 calls this function."""
     if files.exists(store.path):
         logger.log(f"{store.path} is complete")
     else:

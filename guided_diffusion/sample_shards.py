@@ -1,8 +1,8 @@
-"""The files of a sampling job: shards while it runs, one .npz at the end.
+"""The files of a sampling job: shards during the job, and one .npz file at the end.
 
     shards/job.json                   the job: flags, and fingerprints of the weights
     shards/000000032-000000048.npz    samples 32 to 47: arr_0 the images, arr_1 their labels
-    samples_50000x64x64x3.npz         all samples; the shards are removed once it is complete
+    samples_50000x64x64x3.npz         all samples; the shards are removed when this file is complete
     samples_50000x64x64x3.json        a copy of shards/job.json
 
 Every rank writes shards. Rank 0 alone calls `SampleStore.open`, `assemble` and `remove_shards`.
@@ -24,23 +24,23 @@ JOB = "job.json"
 class SampleStore:
     """The samples of one job.
 
-    :param folder: the job's folder.
-    :param shape: of all samples together: (N, H, W, C).
-    :param job: what determines the images: a dict of names and plain values.
-    :param labels: int64 [N], or None.
+    :param folder: the folder of the job.
+    :param shape: the shape (N, H, W, C) of all samples.
+    :param job: the facts that determine the images, a dict of plain values.
+    :param labels: the labels of all samples, int64 [N], or None.
     """
 
     def __init__(self, folder, shape, job, labels=None):
         self.folder, self.shape, self.labels = folder, tuple(shape), labels
-        self.job = json.loads(json.dumps(job))  # as it is read back
+        self.job = json.loads(json.dumps(job))  # the same types as after reading job.json
         self.shards = files.join(folder, "shards")
         self.stem = files.join(folder, f"samples_{'x'.join(map(str, self.shape))}")
         self.path = f"{self.stem}.npz"
 
     def open(self):
-        """Prepare the folder, and remove files that a kill left half-written.
+        """Prepare the folder, and remove the unfinished files of a killed job.
 
-        :return: the samples that are missing: a sorted list of (start, stop).
+        :return: the missing samples, a sorted list of (start, stop).
         :raises InputError: if the folder holds samples of another job, or a finished file that is damaged.
         """
         job_path = files.join(self.shards, JOB)
@@ -76,7 +76,7 @@ class SampleStore:
             np.savez(f, *arrays)
 
     def missing(self):
-        """The samples that no shard holds: a sorted list of (start, stop)."""
+        """Return the samples that are in no shard, a sorted list of (start, stop)."""
         gaps, position, total = [], 0, self.shape[0]
         for start, stop in [*(span for span, _ in self._spans()), (total, total)]:
             if position < min(start, total):
@@ -85,7 +85,7 @@ class SampleStore:
         return gaps
 
     def parts(self):
-        """Yield all images in order, in parts: (index of the first, array uint8 [..., H, W, C], slice of its rows)."""
+        """Yield the images in order, in parts of (first index, uint8 array [n, H, W, C], slice of the array's rows)."""
         if files.exists(self.path):
             images = NpzArray(self.path, "arr_0")
             for start in range(0, self.shape[0], 64):
@@ -99,8 +99,8 @@ class SampleStore:
                 position = last
 
     def assemble(self):
-        """Stream all shards into one .npz. The shards stay until remove_shards()."""
-        self._write_job(f"{self.stem}.json")  # before the .npz, which cannot be reused without it
+        """Copy all shards to one .npz file without loading them all. `remove_shards` removes the shards afterwards."""
+        self._write_job(f"{self.stem}.json")  # first, because a finished .npz without this file cannot be reused
         arrays = {"arr_0": (self.shape, np.uint8, (images[rows] for _, images, rows in self.parts()))}
         if self.labels is not None:
             arrays["arr_1"] = (self.labels.shape, np.int64, [self.labels])
@@ -108,22 +108,22 @@ class SampleStore:
             write_npz(f, arrays)
 
     def remove_shards(self):
-        """Remove the shards whose samples the .npz holds. Those of a run with more samples stay."""
+        """Remove the shards whose samples are in the .npz file. Shards of a run with more samples are kept."""
         for span, path in self._spans():
             if span[1] <= self.shape[0]:
                 files.remove(path)
         if not self._spans():
-            with suppress(OSError):  # a run that was killed here has removed some already
+            with suppress(OSError):  # a killed run may have removed the file already
                 files.remove(files.join(self.shards, JOB))
             with suppress(OSError):
                 files.rmdir(self.shards)
 
     def explained(self, path):
-        """A context that turns an error of the disk into one line."""
+        """Return a context manager that reports an error of the disk in one line."""
         return files.disk_errors(path, f"the finished samples are kept in {self.folder}")
 
     def _spans(self):
-        """The shards: a sorted list of ((start, stop), path)."""
+        """Return the shards, a sorted list of ((start, stop), path)."""
         names = files.list_dir(self.shards) if files.is_dir(self.shards) else []
         found = [re.fullmatch(r"(\d{9,})-(\d{9,})\.npz", name) for name in names]
         return sorted((tuple(map(int, m.groups())), files.join(self.shards, m[0])) for m in found if m)
@@ -135,7 +135,7 @@ class SampleStore:
         except DAMAGED:
             return False
         if labels is not None:
-            wanted = self.labels[slice(*span)]  # a shard of a run with more samples may have more
+            wanted = self.labels[slice(*span)]  # a shard of a run with more samples may have more labels
             if not np.array_equal(labels[: len(wanted)], wanted):
                 raise InputError(
                     f"{path}: these samples have other labels than this job's: the classes have changed: give another "
@@ -155,7 +155,7 @@ class SampleStore:
             return {}
 
     def _check_job(self, path):
-        """Refuse to mix samples with those of another job, or with samples of an unknown one."""
+        """Raise InputError if the folder holds samples of another job or of an unknown job."""
         job = self._read_job(path)
         for name in {**job, **self.job}:
             if job.get(name) != self.job.get(name):

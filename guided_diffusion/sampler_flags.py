@@ -1,4 +1,4 @@
-"""The flags that choose a sampler, the size of its samples and their guidance, and what these flags stand for."""
+"""The flags of samplers, sample sizes and guidance, and the objects that these flags select."""
 
 from functools import partial
 
@@ -11,22 +11,22 @@ from .solvers import SAMPLERS, thresholding
 
 
 def sampler_flags(prefix=""):
-    """The flags of a sampler, with their defaults."""
+    """Return the flags that select a sampler, with their defaults."""
     return {f"{prefix}{name}": default for name, default in dict(sampler="", threshold="", use_ddim=False).items()}
 
 
 def guide_flags():
-    """The flags of guidance by a second model, with their defaults."""
+    """Return the flags of guidance by a second model, with their defaults."""
     return dict(guide_model_path="", guide_preset="", guide_scale=1.0, guidance_interval="")
 
 
 def classifier_guidance_flags():
-    """The flags of guidance by a classifier, with their defaults."""
+    """Return the flags of guidance by a classifier, with their defaults."""
     return dict(classifier_path="", classifier_scale=1.0, guidance_interval="")
 
 
 def sampler_name(args, prefix=""):
-    """The name of the sampler that the flags ask for, a key of SAMPLERS.
+    """Return the name of the sampler that the flags select, a key of SAMPLERS.
 
     :raises InputError: if the flags are unknown or contradict each other.
     """
@@ -45,15 +45,15 @@ def sampler_name(args, prefix=""):
 
 
 def make_sampler(args):
-    """The sampler that the flags ask for, with its options: see SAMPLERS."""
+    """Return the sampler that the flags select, a function of SAMPLERS with its options."""
     options = {"threshold": args.threshold} if args.threshold else {}
     return partial(SAMPLERS[sampler_name(args)], clip_denoised=args.clip_denoised, **options)
 
 
 def sample_shape(args):
-    """The shape of a sample, (C, H, W): --sample_size, by default the size that the model was trained on.
+    """Return the shape (C, H, W) of a sample: --sample_size, or else the size that the model was trained on.
 
-    :raises InputError: if the network cannot halve that size as often as it has to.
+    :raises InputError: if the network cannot halve --sample_size once for each of its levels but the last.
     """
     upsamples = "large_size" in args
     trained = args.large_size if upsamples else args.image_size
@@ -74,7 +74,7 @@ def sample_shape(args):
 
 
 def small_shape(args):
-    """The size (H, W) of the images that an upsampler enlarges to sample_shape(args)."""
+    """Return the size (H, W) of the small images that an upsampler enlarges to sample_shape(args)."""
     _, *size = sample_shape(args)
     small = [n * args.small_size / args.large_size for n in size]
     if any(n != int(n) for n in small):
@@ -84,7 +84,7 @@ def small_shape(args):
 
 
 def guide(classifier, diffusion, classifier_scale, guidance_interval=""):
-    """The cond_fn that the flags of guidance ask for. None at scale 0, which does not need the classifier."""
+    """Return the cond_fn for guidance by a classifier, or None at scale 0, which does not call the classifier."""
     if not abs(classifier_scale) < float(np.finfo(np.float32).max):
         raise InputError(f"--classifier_scale {classifier_scale}: must be finite")
     interval = parse_interval(guidance_interval, diffusion)
@@ -95,10 +95,10 @@ def guide(classifier, diffusion, classifier_scale, guidance_interval=""):
 
 
 def parse_interval(guidance_interval, diffusion):
-    """The arguments of limit_guidance, (first, last, num_timesteps). None if guidance is not limited.
+    """Return the arguments (first, last, num_timesteps) of limit_guidance, or None if guidance is not limited.
 
-    :param guidance_interval: "a,b" limits guidance to the fraction a to b of the process, from its clean end, 0, to its
-        noisy one, 1.
+    :param guidance_interval: "a,b" limits guidance to the part of the process from a to b, where 0 is the clean end and
+        1 the noisy end; "" does not limit guidance.
     """
     ends = parse_numbers("guidance_interval", guidance_interval, float)
     if ends and (len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1):

@@ -1,7 +1,7 @@
-"""From a step to a sampling loop. The signature that all loops of GaussianDiffusion share is written once, in `sample`.
+"""The sampling loop of GaussianDiffusion, and methods made from it. All loops share the signature of `sample`.
 
-The notebooks' options (skip_timesteps, init_image, ...) are those of the fork of the original code that most
-CLIP-guided notebooks import.
+The options skip_timesteps, init_image, randomize_class, cond_fn_with_grad, transformation_fn and transformation_percent
+exist for CLIP-guided notebooks. Most of these notebooks import a fork of the original code that has these options.
 """
 
 import functools
@@ -17,24 +17,24 @@ def sample(
     device=None, progress=False, skip_timesteps=0, init_image=None, randomize_class=False, cond_fn_with_grad=False,
     transformation_fn=None, transformation_percent=(), **step_options,
 ):  # fmt: skip
-    """Sample from noise to data, yielding the dict of "sample" and "pred_xstart" that each step returns.
+    """Sample from noise to data. Yield the dict of "sample" and "pred_xstart" that each step returns.
 
-    :param shape: (N, C, ...) of the samples.
-    :param noise: x_T, of that shape; by default drawn from torch's generator.
+    :param shape: the shape (N, C, ...) of the samples.
+    :param noise: x_T, of the given shape. By default it is drawn from torch's generator.
     :param clip_denoised, denoised_fn, model_kwargs: see p_mean_variance.
     :param cond_fn: returns the gradient of log p(y | x_t), for guidance.
-    :param device: where to sample; by default the noise's device, else that of the model's parameters.
+    :param device: the device to sample on. The default is the device of the noise, or else of the model's parameters.
     :param progress: show a progress bar.
-    :param skip_timesteps: leave out this many of the first steps: start from init_image, noised to the timestep that
-        is reached there. Without an init_image, start from noised zeros.
+    :param skip_timesteps: the number of first steps to leave out. Sampling then starts from init_image, or from zeros,
+        noised to the first timestep that remains.
     :param init_image: images to start from, of the given shape.
-    :param randomize_class: before each step replace model_kwargs["y"] by labels drawn uniformly below
+    :param randomize_class: before each step, replace model_kwargs["y"] by uniformly drawn labels below
         model.num_classes, from torch's generator.
-    :param cond_fn_with_grad: call cond_fn(x, t, out, **model_kwargs), where `out` is the dict of p_mean_variance, in
-        which gradients with respect to x are recorded, and t is the process's own timestep.
-    :param transformation_fn: a function of x_t that is applied before the steps that transformation_percent names.
-    :param transformation_percent: fractions p of the loop; each names the timestep int(number of steps * (1 - p)).
-    :param step_options: more keyword arguments of the step, such as randn_like.
+    :param cond_fn_with_grad: call cond_fn(x, t, out, **model_kwargs), where `out` is the dict of p_mean_variance. Its
+        tensors record gradients with respect to x. t is the timestep of this process, not of the original process.
+    :param transformation_fn: a function of x_t that is applied before the steps selected by transformation_percent.
+    :param transformation_percent: fractions p of the loop. Each selects the timestep int(number of steps * (1 - p)).
+    :param step_options: further keyword arguments of the step, such as randn_like.
     :raises InputError: if skip_timesteps leaves no step.
     """
     if not 0 <= skip_timesteps < self.num_timesteps:
@@ -69,7 +69,7 @@ def sample(
 
 
 def progress_bar(timesteps, what, visible=True):
-    """Iterate over timesteps, with a progress bar if it is to be visible."""
+    """Iterate over timesteps, with a progress bar if `visible` is set."""
     if not visible:
         return timesteps
     from tqdm.auto import tqdm
@@ -78,10 +78,10 @@ def progress_bar(timesteps, what, visible=True):
 
 
 def progressive_loop(step, after="progress", **options):
-    """Make the method STEP_loop_progressive: `sample` with the method named `step`.
+    """Make the method STEP_loop_progressive, which calls `sample` with the method named `step`.
 
-    :param after: the parameter of `sample` that the step's own options follow.
-    :param options: the step's own options and their defaults.
+    :param after: the parameter of `sample` after which the options of the step are inserted into the signature.
+    :param options: the options of the step, with their defaults.
     """
     name = f"{step}_loop_progressive"
     self, _, *parameters = inspect.signature(sample).parameters.values()
@@ -109,7 +109,7 @@ def progressive_loop(step, after="progress", **options):
 
 
 def last_of(progressive):
-    """Make the method that returns the last sample, [N, C, ...], of a progressive loop. Its arguments are the same."""
+    """Make the method that returns the last sample [N, C, ...] of a progressive loop, and takes the same arguments."""
 
     @functools.wraps(progressive)
     def loop(self, *args, **kwargs):
@@ -119,5 +119,5 @@ def last_of(progressive):
 
     loop.__name__ = progressive.__name__.removesuffix("_progressive")
     loop.__qualname__ = f"GaussianDiffusion.{loop.__name__}"
-    loop.__doc__ = f"The last sample, [N, C, ...], of {progressive.__name__}, whose arguments it takes."
+    loop.__doc__ = f"Return the last sample [N, C, ...] of {progressive.__name__}, which documents the arguments."
     return loop

@@ -1,4 +1,4 @@
-"""From a sampling script's command line to its networks with their weights, and its labels."""
+"""Build the networks, guides and labels of a sampling script from its command line."""
 
 import math
 import os
@@ -32,30 +32,30 @@ from .script_util import (
 
 
 def sampling_flags():
-    """The flags that all sampling scripts share, with their defaults."""
+    """Return the flags that all sampling scripts share, with their defaults."""
     flags = dict(clip_denoised=True, sample_size="", model_path="", preset="", models_dir="models", log_dir="")
     return {**flags, **sampler_flags(), "seed": 0, "compile": False, **output_flags()}
 
 
 def output_flags():
-    """The flags that sample_job takes under the same names, with their defaults."""
+    """Return the flags that are arguments of sample_job, with their defaults."""
     return dict(num_samples=10000, batch_size=16, save_images="", progress_grid=False)
 
 
 def class_flags():
-    """The flags that choose labels, with their defaults."""
+    """Return the flags that select labels, with their defaults."""
     return dict(classes="", class_table="")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network that a script samples with.
+    """A network that a sampling script uses.
 
     :param kind: "diffusion", "classifier" or "upsampler", as in presets.
-    :param path_flag: the name of the flag with the path of its checkpoint.
-    :param flags: the flags that the network is built from, with their defaults.
-    :param prefix: the prefix of these flags' names on the command line.
-    :param optional: whether the path may be empty.
+    :param path_flag: the name of the flag that gives the path of the checkpoint.
+    :param flags: the flags of the network, with their defaults.
+    :param prefix: the prefix of these flags on the command line.
+    :param optional: whether the path of the checkpoint may be empty.
     """
 
     kind: str
@@ -65,7 +65,7 @@ class Network:
     optional: bool = False
 
 
-# A classifier must have been trained on the noise of the diffusion model.
+# A classifier must have been trained with the noise schedule and timesteps of the diffusion model.
 NOISE_FLAGS = ("noise_schedule", "diffusion_steps", "rescale_timesteps")
 DIFFUSION = Network("diffusion", "model_path", model_and_diffusion_defaults())
 CLASSIFIER = Network(
@@ -75,7 +75,7 @@ OPTIONAL_CLASSIFIER = replace(CLASSIFIER, optional=True)
 UPSAMPLER = Network("upsampler", "model_path", sr_model_and_diffusion_defaults())
 PIPELINE_UPSAMPLER = replace(UPSAMPLER, path_flag="upsampler_path", prefix="upsampler_")
 
-# Flags that do not change the images, except for rounding.
+# Flags that do not change the samples, except for rounding.
 NOT_OF_THE_JOB = {
     "num_samples", "batch_size", "compile", "log_dir", "save_images", "progress_grid", "preset", "models_dir",
     "class_table", "guide_preset", "use_checkpoint", "dropout", "use_kl", "rescale_learned_sigmas",
@@ -83,7 +83,7 @@ NOT_OF_THE_JOB = {
 
 
 def sampling_parser(description, flags, *networks):
-    """Create a script's parser: `flags` with their defaults, and the flags of its networks."""
+    """Create the parser of a script, with `flags` and the flags of its networks."""
     parser = FlagParser(description=description)
     of_networks = {network.prefix + name: v for network in networks for name, v in network.flags.items()}
     add_dict_to_argparser(parser, {**flags, **of_networks})
@@ -91,26 +91,26 @@ def sampling_parser(description, flags, *networks):
 
 
 def set_up_sampling(parser, *networks):
-    """Parse the command line, join the other ranks, open the run's folder, and complete the networks' flags.
+    """Parse the command line, join the other ranks, open the run folder, and complete the flags of the networks.
 
-    :param parser: the script's parser, with sampling_flags.
-    :param networks: the Networks that the script samples with.
-    :return: the complete flags: see complete_flags.
+    :param parser: the parser of the script, with sampling_flags.
+    :param networks: the Networks that the script uses.
+    :return: the flags, completed by complete_flags.
     """
     args = parser.parse_args()
     dist_util.setup_dist()
     logger.configure(dir=dist_util.broadcast_object(args.log_dir or logger.default_dir()))
     complete_flags(args, given_flags(parser), *networks)
     if dist_util.get_rank():
-        warnings.simplefilter("ignore")  # rank 0 shows them
+        warnings.simplefilter("ignore")  # rank 0 shows the warnings
     return args
 
 
 def complete_flags(args, given, *networks):
-    """Set the networks' flags in `args` to those of --preset and of the config.json beside each checkpoint.
+    """Set the flags of the networks in `args` from --preset and from the config.json beside each checkpoint.
 
     :param given: the flags given by hand, as given_flags returns them.
-    :raises InputError: if they contradict the preset or a config.json.
+    :raises InputError: if a flag given by hand contradicts the preset or a config.json.
     """
     settled = dict(given)
     if args.preset:
@@ -159,9 +159,9 @@ def _require_released(preset, option, models_dir, path_flag):
 
 
 def job_of(args, *networks, **more):
-    """What determines the images of a sampling run, for sample_job: a dict of flags and fingerprints of files.
+    """Return the facts that determine the samples, for sample_job: a dict of flags and fingerprints of files.
 
-    :param more: paths of more files, by the names of their flags.
+    :param more: {name of a flag: path} of further files that determine the samples.
     """
     paths = {network.path_flag: getattr(args, network.path_flag) for network in networks}
     no_part = {*NOT_OF_THE_JOB, *paths, *more, *(net.prefix + name for net in networks for name in NOT_OF_THE_JOB)}
@@ -173,13 +173,13 @@ def job_of(args, *networks, **more):
 
 
 def without_prefix(args, network):
-    """The flags of a network that has a prefix, under their names without it."""
+    """Return the flags of a network whose flags have a prefix, by their names without the prefix."""
     length = len(network.prefix)
     return Namespace(**{k[length:]: v for k, v in vars(args).items() if k.startswith(network.prefix)})
 
 
 def class_names_of(args, *path_flags):
-    """The names of the classes, from --class_table or the config.json beside one of the checkpoints; or None."""
+    """Return the class names from --class_table or from the config.json beside a checkpoint, or None if unknown."""
     if args.class_table:
         return dist_util.from_rank_0(lambda: read_class_table(args.class_table))
     configs = [checkpoint_util.Checkpoint(getattr(args, flag)).config or {} for flag in path_flags]
@@ -190,10 +190,10 @@ def class_names_of(args, *path_flags):
 
 
 def prepare_network(model, path, use_fp16=False, use_bf16=False, compile=False):
-    """Load weights into a network and prepare it for sampling on this rank's device.
+    """Load weights into a network, and prepare the network for sampling on this rank's device.
 
-    :param use_fp16, use_bf16: reduce the torso's precision.
-    :param compile: compile it with torch.compile, in its first call, and again for a batch of another size.
+    :param use_fp16, use_bf16: run the torso of the network in half precision.
+    :param compile: use torch.compile. The network is compiled in its first call, and again for another batch size.
     """
     checkpoint_util.load_weights(model, path)
     model.to(dist_util.dev(), memory_format=th.channels_last).eval().requires_grad_(False)
@@ -208,7 +208,10 @@ def prepare_network(model, path, use_fp16=False, use_bf16=False, compile=False):
 
 
 def load_diffusion(args):
-    """The diffusion model with its weights, a function of (x, t, y) that may ignore the labels y, and its process."""
+    """Return the diffusion model with its weights, as a function of (x, t, y), and its process.
+
+    An unconditional model ignores the labels y.
+    """
     logger.log("creating model and diffusion...")
     model, diffusion = create_model_and_diffusion(**args_to_dict(args, model_and_diffusion_defaults()))
     model = prepare_network(model, args.model_path, args.use_fp16, args.use_bf16, args.compile)
@@ -216,11 +219,12 @@ def load_diffusion(args):
 
 
 def load_guide(args):
-    """The second model that guides the diffusion model, like load_diffusion's. None if no flag names one.
+    """Return the second model that guides the diffusion model, as a function of (x, t, y), or None without such a
+    model.
 
-    Its flags come from --guide_preset or its config.json.
+    The flags of the guide come from --guide_preset or from its config.json.
 
-    :raises InputError: if its predictions are not of the same thing as the diffusion model's.
+    :raises InputError: if the guide and the diffusion model differ in size, schedule or predicted quantity.
     """
     path, preset = args.guide_model_path, None
     if args.guide_preset:
@@ -236,7 +240,7 @@ def load_guide(args):
     checkpoint_util.require_path("guide_model_path", path)
     recorded = preset.all_flags() if preset else checkpoint_util.Checkpoint(path).flags
     if not recorded:
-        raise InputError(f"--guide_model_path {path}: no config.json beside it says what it is: give --guide_preset")
+        raise InputError(f"--guide_model_path {path}: no config.json beside it: restore it, or give --guide_preset")
     flags = {**DIFFUSION.flags, **recorded, "use_fp16": args.use_fp16, "use_bf16": args.use_bf16}
     flags = Namespace(**{name: flags[name] for name in DIFFUSION.flags})
     labels = ("num_classes",) if flags.class_cond else ()
@@ -253,16 +257,16 @@ def load_guide(args):
 
 
 def with_guide(args, model, guide, diffusion, scale):
-    """The model of load_diffusion, guided by that of load_guide."""
+    """Return the diffusion model of load_diffusion, guided by the model of load_guide."""
     if not abs(scale) < math.inf:
         raise InputError(f"--guide_scale {scale}: must be finite")
     return guide_by_model(model, guide, scale, parse_interval(args.guidance_interval, diffusion))
 
 
 def load_classifier(flags, path, compile=False):
-    """A classifier with its weights.
+    """Return a classifier with its weights.
 
-    :param flags: the classifier's flags, without prefix.
+    :param flags: the flags of the classifier, without a prefix.
     :param compile: see prepare_network.
     """
     logger.log("creating classifier...")
@@ -271,7 +275,7 @@ def load_classifier(flags, path, compile=False):
 
 
 def load_guiding_classifier(args):
-    """The classifier that guides sampling."""
+    """Return the classifier that guides sampling."""
     _, *size = sample_shape(args)
     if args.classifier_scale and args.classifier_pool == "attention" and set(size) != {args.image_size}:
         raise InputError(f"--sample_size {args.sample_size}: a classifier with --classifier_pool attention takes only "
@@ -283,9 +287,11 @@ def load_guiding_classifier(args):
 
 
 def load_upsampler(flags, path, compile=False):
-    """The upsampler with its weights, a function of (x, t, low_res, y) that may ignore y, and its process.
+    """Return the upsampler with its weights, as a function of (x, t, low_res, y), and its process.
 
-    :param flags: the upsampler's flags, without prefix.
+    An unconditional upsampler ignores the labels y.
+
+    :param flags: the flags of the upsampler, without a prefix.
     :param compile: see prepare_network.
     """
     logger.log("creating upsampler...")
@@ -295,13 +301,13 @@ def load_upsampler(flags, path, compile=False):
 
 
 def sampler_options(args):
-    """The arguments of a BatchSampler that follow from flags alone."""
+    """Return the arguments of a BatchSampler that depend only on flags."""
     return dict(shape=sample_shape(args), seed=args.seed, sampler=make_sampler(args))
 
 
 def labels_for(args, num_classes, *path_flags):
-    """The label of every sample, from --classes: see choose_labels.
+    """Return the labels of all samples that --classes selects; see choose_labels.
 
-    :param path_flags: the flags of the checkpoints that may record the class names.
+    :param path_flags: the flags of the checkpoints whose config.json may contain the class names.
     """
     return choose_labels(args.classes, args.num_samples, num_classes, args.seed, class_names_of(args, *path_flags))

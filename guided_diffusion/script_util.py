@@ -1,14 +1,14 @@
-"""From flags to models and diffusion processes.
+"""Create models and diffusion processes from flags.
 
-Each flag of a network or process is declared once, in a table below, with its default. `*_defaults()` hand out copies,
-the scripts' parsers and the factories derive from them.
+The tables below declare each flag of a network or process once, with its default. The functions `*_defaults()` return
+copies of these tables for the parsers of the scripts and for the factories.
 """
 
 import math
 
 from . import gaussian_diffusion as gd
 from .errors import InputError
-from .flags import ADDED_FLAGS, FlagParser, add_dict_to_argparser, args_to_dict, given_flags, str2bool  # noqa: F401  others import these from here
+from .flags import ADDED_FLAGS, FlagParser, add_dict_to_argparser, args_to_dict, given_flags, str2bool  # noqa: F401
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
@@ -55,7 +55,7 @@ CLASSIFIER_FLAGS = dict(
     classifier_pool="attention",
     **DATA_FLAGS,
 )
-# Flags that change how a network runs and not which function its weights make.
+# Flags that do not change the function that a network with given weights computes, except for rounding.
 RUNTIME_FLAGS = {
     "use_fp16", "use_bf16", "use_checkpoint", "dropout", "classifier_use_fp16", "classifier_use_bf16",
     "timestep_respacing", "use_kl", "rescale_learned_sigmas",
@@ -67,32 +67,32 @@ CLASSIFIER_HEAD_CHANNELS = 64
 
 
 def diffusion_defaults():
-    """The flags of the process."""
+    """Return the flags of the diffusion process."""
     return dict(DIFFUSION_FLAGS)
 
 
 def classifier_defaults():
-    """The flags of the classifier."""
+    """Return the flags of the classifier."""
     return {**CLASSIFIER_FLAGS, "num_classes": NUM_CLASSES}
 
 
 def model_and_diffusion_defaults():
-    """The flags of the diffusion model and its process."""
+    """Return the flags of the diffusion model and its process."""
     return {**MODEL_FLAGS, "num_classes": NUM_CLASSES, **DIFFUSION_FLAGS}
 
 
 def classifier_and_diffusion_defaults():
-    """The flags of the classifier and of the process whose noise it sees."""
+    """Return the flags of the classifier and of the diffusion process that noises its images."""
     return {**classifier_defaults(), **DIFFUSION_FLAGS}
 
 
 def sr_model_and_diffusion_defaults():
-    """The flags of the upsampler and its process."""
+    """Return the flags of the upsampler and its process."""
     return {**UPSAMPLER_FLAGS, "num_classes": NUM_CLASSES, **DIFFUSION_FLAGS}
 
 
-# The positional parameters of the functions below are those of the original code, in its order: other projects pass
-# them by position and read their names with inspect. Parameters that this package adds are keyword-only.
+# The functions below have the positional parameters of the original code in the original order, because other projects
+# pass them by position and inspect their names. Parameters that this package adds are keyword-only.
 
 
 def create_model_and_diffusion(
@@ -124,11 +124,11 @@ def create_model(
     use_scale_shift_norm=False, dropout=0, resblock_updown=False, use_fp16=False, use_new_attention_order=False, *,
     num_classes=None, in_channels=3, use_bf16=False,
 ):  # fmt: skip
-    """Create a UNet. The defaults are those of the original function, which differ from those of the scripts' flags.
+    """Create a UNet. The defaults are those of the original function, and differ from the defaults of the flags.
 
-    :param channel_mult: numbers separated by commas, one per level; "" derives them from the image size.
+    :param channel_mult: numbers separated by commas, one per level. "" derives the numbers from the image size.
     :param attention_resolutions: the resolutions that have attention, numbers separated by commas.
-    :param num_classes: the number of classes if class_cond is set; by default NUM_CLASSES.
+    :param num_classes: the number of classes if class_cond is set. The default is NUM_CLASSES.
     """
     if channel_mult == "":
         channel_mult = default_channel_mult(image_size)
@@ -149,7 +149,7 @@ def _count_classes(num_classes):
 
 
 def _bf16(use_bf16):
-    return {"use_bf16": True} if use_bf16 else {}  # networks of a project's own unet.py lack the argument
+    return {"use_bf16": True} if use_bf16 else {}  # a unet.py of another project may lack the argument
 
 
 def create_classifier_and_diffusion(
@@ -217,7 +217,7 @@ def sr_create_model(
     attention_resolutions, num_heads, num_head_channels, num_heads_upsample, use_scale_shift_norm, dropout,
     resblock_updown, use_fp16, *, num_classes=None, in_channels=3, use_bf16=False,
 ):  # fmt: skip
-    """Create an upsampler. It takes low-resolution images of any size; small_size is not used."""
+    """Create an upsampler. It takes low-resolution images of any size, and ignores small_size."""
     return SuperResModel(
         image_size=large_size, in_channels=in_channels, model_channels=num_channels,
         out_channels=in_channels * (2 if learn_sigma else 1), num_res_blocks=num_res_blocks,
@@ -234,11 +234,11 @@ def create_gaussian_diffusion(
     *, steps=1000, learn_sigma=False, sigma_small=False, noise_schedule="linear", use_kl=False, predict_xstart=False,
     rescale_timesteps=False, rescale_learned_sigmas=False, timestep_respacing="",
 ):  # fmt: skip
-    """Make a process.
+    """Create a diffusion process.
 
-    :param steps: timesteps of the process that the model is trained on.
-    :param timestep_respacing: which of them to visit: see space_timesteps; "" visits all.
-    :param sigma_small: where the variance is not learned, take the posterior's instead of beta.
+    :param steps: the number of timesteps of the process that the model is trained on.
+    :param timestep_respacing: the timesteps to visit; see space_timesteps. "" visits all timesteps.
+    :param sigma_small: if the variance is not learned, use the variance of the posterior instead of beta.
     """
     if steps < 1:
         raise InputError(f"--diffusion_steps {steps}: a process needs at least one timestep")
@@ -268,10 +268,10 @@ def create_gaussian_diffusion(
 
 
 def default_channel_mult(image_size, table=CHANNEL_MULTS):
-    """The channel multiples for an image size: the paper's for 64, 128, 256 and 512, else derived.
+    """Return the channel multiples for an image size: those of the paper for 64, 128, 256 and 512 pixels.
 
-    Another size takes those of the next smaller of these (64, if there is none), as far as it can be halved to no less
-    than 4.
+    Any other size takes the multiples of the next smaller of these sizes, or of 64. It has at most as many levels as
+    the size can be halved without becoming smaller than 4.
     """
     if image_size in table:
         return table[image_size]
@@ -283,7 +283,7 @@ def default_channel_mult(image_size, table=CHANNEL_MULTS):
 
 
 def attention_factors(flag, resolutions, image_size):
-    """Turn resolutions that have attention ("32,16,8") into downsampling factors of an image size."""
+    """Convert the resolutions that have attention, such as "32,16,8", to downsampling factors of an image size."""
     resolutions = parse_numbers(flag, resolutions, int)
     if any(r < 1 for r in resolutions):
         raise InputError(f"--{flag} {','.join(map(str, resolutions))}: resolutions start from 1")
@@ -291,9 +291,10 @@ def attention_factors(flag, resolutions, image_size):
 
 
 def parse_numbers(flag, text, kind):
-    """Parse a flag's list of numbers with commas. What is a list already is returned as a tuple.
+    """Parse the value of a flag that is a list of numbers separated by commas. Return a tuple.
 
-    :param kind: int or float; whole floats become ints.
+    :param text: a string, or a sequence of numbers, which is not parsed.
+    :param kind: int or float. Whole floats become ints.
     """
     if not isinstance(text, str):
         return tuple(text)
@@ -308,5 +309,5 @@ def parse_numbers(flag, text, kind):
 
 
 def identity_flags(defaults):
-    """The names of those flags that decide which function a model's weights make."""
+    """Return the names of the flags that determine the function that a network with given weights computes."""
     return [name for name in defaults if name not in RUNTIME_FLAGS]

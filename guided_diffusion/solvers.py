@@ -1,18 +1,18 @@
-"""Samplers that need few evaluations of the model: SAMPLERS maps their names to functions.
+"""Samplers that need few evaluations of the model. SAMPLERS maps the names of all samplers to functions.
 
-All take (diffusion, model, shape, *, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress,
-randn_like) and their own options, and yield a dict of "sample", x_{i-1}, and "pred_xstart" for each timestep i of the
-process from the last to the first: T timesteps take T evaluations (PLMS takes one more). The last sample is the last
-prediction of x_start.
+A sampler takes (diffusion, model, shape, *, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress,
+randn_like) and its own options. For each timestep i of the process, from the last to the first, it yields a dict of
+"sample", which is x_{i-1}, and "pred_xstart". T timesteps take T evaluations of the model; PLMS takes one more. The
+last sample equals the last prediction of x_start.
 
     diffusion = create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing="12")
     for out in SAMPLERS["unipc"](diffusion, model, (16, 3, 64, 64), device="cuda"):
         pass
     images = out["sample"]
 
-In the solvers below, x_i = alpha_i x_start + sigma_i eps, lambda_i = log(alpha_i / sigma_i), and x0 is the prediction
-of x_start. They guide as DDIM does (ADM, algorithm 2). The last transition, from timestep 1 to 0, is of first order:
-lambda changes so much there that a second-order step overshoots.
+Notation of the solvers: x_i = alpha_i x_start + sigma_i eps, lambda_i = log(alpha_i / sigma_i), and x0 is the
+prediction of x_start. The solvers apply guidance as DDIM does (ADM, algorithm 2). The transition from timestep 1 to 0
+is of first order, because lambda changes so much there that a second-order step overshoots.
 """
 
 from functools import wraps
@@ -27,12 +27,12 @@ from .sampling_loops import progress_bar
 
 
 def thresholding(threshold):
-    """Return the function that limits a prediction of x_start [N, C, ...].
+    """Return a function that limits a prediction of x_start [N, C, ...].
 
     :param threshold: "static" clips to [-1, 1]. "dynamic" clips each sample to [-s, s] and divides it by s, where s is
         the 0.995 quantile of its absolute values, but at least 1 (Saharia et al. 2022, arXiv 2205.11487, section 2.3).
-        A number in (0, 1] is such a quantile.
-    :raises InputError: for another threshold.
+        A number in (0, 1] is dynamic thresholding with this quantile.
+    :raises InputError: for any other threshold.
     """
     if threshold == "static":
         return lambda x_start: x_start.clamp(-1, 1)
@@ -53,7 +53,10 @@ def thresholding(threshold):
 
 
 def _limits(clip_denoised, threshold, default="static"):
-    """The arguments of guided_mean_variance for a threshold; `default` is that of samples which are clipped."""
+    """Return the arguments of guided_mean_variance that limit predictions.
+
+    :param default: the threshold that replaces an empty one if clip_denoised is set.
+    """
     threshold = threshold or (default if clip_denoised else None)
     if not threshold:
         return {"clip_denoised": clip_denoised}
@@ -64,18 +67,18 @@ def _limits(clip_denoised, threshold, default="static"):
 
 
 def ddpm(diffusion, model, shape, **options):
-    """Ancestral sampling: diffusion.p_sample_loop_progressive."""
+    """Ancestral sampling, by diffusion.p_sample_loop_progressive."""
     return diffusion.p_sample_loop_progressive(model, shape, **options)
 
 
 def ddim(diffusion, model, shape, *, clip_denoised=True, threshold=None, **options):
-    """diffusion.ddim_sample_loop_progressive, with its option eta. By default it does not limit guided predictions."""
+    """DDIM, by diffusion.ddim_sample_loop_progressive. Without a threshold, guided predictions are not limited."""
     limits = _limits(clip_denoised, threshold, default=None)
     return diffusion.ddim_sample_loop_progressive(model, shape, **limits, **options)
 
 
 def plms(diffusion, model, shape, *, clip_denoised=True, threshold=None, randn_like=None, **options):
-    """diffusion.plms_sample_loop_progressive, with its option order. Guided predictions are limited as below."""
+    """PLMS, by diffusion.plms_sample_loop_progressive. Guided predictions are limited as in the solvers."""
     return diffusion.plms_sample_loop_progressive(model, shape, **_limits(clip_denoised, threshold), **options)
 
 
@@ -83,10 +86,10 @@ def plms(diffusion, model, shape, *, clip_denoised=True, threshold=None, randn_l
 
 
 def _solver(steps):
-    """Make a sampler from a generator of its steps, steps(x, denoise, process, **options).
+    """Make a sampler from a generator function steps(x, denoise, process, **options).
 
-    :param steps: yields (x_{i-1}, x0) for each i in process.timesteps. denoise(x, i) is x0 at timestep i, guided and
-        limited. process.alpha, sigma and lambda_ are lists indexed by timestep.
+    :param steps: yields (x_{i-1}, x0) for each i in process.timesteps. denoise(x, i) returns the guided and limited x0
+        at timestep i. process.alpha, process.sigma and process.lambda_ are lists indexed by timestep.
     """
 
     @wraps(steps)
@@ -142,7 +145,7 @@ def dpmpp_2m(x, denoise, process):
 
 @_solver
 def dpmpp_2m_sde(x, denoise, process):
-    """SDE-DPM-Solver++(2M): the same, with fresh noise in each step (Lu et al. 2022, section 5)."""
+    """SDE-DPM-Solver++(2M), of second order, with fresh noise in each step (Lu et al. 2022, section 5)."""
     alpha, sigma, lambda_ = process.alpha, process.sigma, process.lambda_
     x0_before = None
     for i in process.timesteps:
@@ -159,7 +162,7 @@ def dpmpp_2m_sde(x, denoise, process):
 
 
 def _extrapolate(x0, x0_before, lambda_, i):
-    """D of DPM-Solver++(2M): x0 extrapolated to half of the step from i to i - 1. Of first order in the outer steps."""
+    """Extrapolate x0 to the middle of the step from i to i - 1 (D in DPM-Solver++(2M)), except in the outer steps."""
     if x0_before is None or i == 1:
         return x0
     h, h_before = lambda_[i - 1] - lambda_[i], lambda_[i] - lambda_[i + 1]
@@ -170,7 +173,7 @@ def _extrapolate(x0, x0_before, lambda_, i):
 def unipc(x, denoise, process):
     """UniPC of order 2 with B(h) = exp(-h) - 1, predicting x_start (Zhao et al. 2023, arXiv 2302.04867).
 
-    Each evaluation of the model both corrects the step that led to it and predicts the next one.
+    Each evaluation of the model corrects the previous step and predicts the next step.
     """
     alpha, sigma, lambda_ = process.alpha, process.sigma, process.lambda_
     x0, x0_before = denoise(x, len(alpha) - 1), None

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from . import dist_util, logger
-from .checkpoint_util import (  # other projects import these names from here
+from .checkpoint_util import (  # other projects import these names from train_util
     find_ema_checkpoint,
     find_resume_checkpoint,
     get_blob_logdir,
@@ -35,33 +35,34 @@ __all__ = ["TrainLoop", "find_ema_checkpoint", "find_resume_checkpoint", "get_bl
 class TrainLoop:
     """Trains a diffusion model. Subclasses override `prepare`, `compute_loss` and `after_step` to train other networks.
 
-    The gradient of a step is that of the mean loss over the whole batch, over all ranks, however it is split into
-    microbatches. `step` counts the steps of this process, and `resume_step` those before it. Both count skipped steps.
+    The gradient of a step is the gradient of the mean loss over the global batch, for any number of ranks and
+    microbatches. `step` is the number of steps of this process, and `resume_step` the number of steps of the resumed
+    checkpoint. Both numbers include skipped steps.
 
-    :param model: the network, on this rank's device, with the same architecture on every rank.
+    :param model: the network, on this rank's device. All ranks have the same architecture.
     :param data: an iterator of pairs (images [batch_size, C, ...], dict of model keyword arguments [batch_size, ...]).
     :param batch_size: images per step on each rank.
-    :param microbatch: images that pass through the network at once; -1 for the whole batch.
-    :param ema_rate: the rates of the weights' moving averages: a number, or a string of numbers with commas.
-    :param log_interval, save_interval: in steps.
-    :param resume_checkpoint: the modelNNNNNN.pt to resume from; "auto" for the newest in the run's folder; or "".
-    :param schedule_sampler: selects the timesteps to train on; uniform by default.
-    :param lr_anneal_steps: steps over which the learning rate falls linearly to zero, after which training ends; 0
-        keeps it constant.
-    :param warmup_steps: steps over which the learning rate first rises linearly.
+    :param microbatch: the number of images that pass through the network at once; -1 for the whole batch.
+    :param ema_rate: the rates of the moving averages of the weights: a number, or a string of numbers with commas.
+    :param log_interval, save_interval: the number of steps between log rows, and between checkpoints.
+    :param resume_checkpoint: the modelNNNNNN.pt to resume from, "auto" for the newest one in the run folder, or "".
+    :param schedule_sampler: the ScheduleSampler that draws timesteps. The default draws them uniformly.
+    :param lr_anneal_steps: the number of steps over which the learning rate falls linearly to zero. Training then ends.
+        0 keeps the learning rate constant.
+    :param warmup_steps: the number of first steps over which the learning rate rises linearly.
     :param max_grad_norm: see MixedPrecisionTrainer.
-    :param max_bad_steps: the number of consecutive skipped steps after which training ends with an error; 0 disables
-        it. A step is skipped if its loss or gradient is not finite.
-    :param total_steps: steps after which training ends; 0 leaves that to lr_anneal_steps.
+    :param max_bad_steps: the number of consecutive skipped steps after which training ends with an error; 0 for no
+        limit. A step is skipped if its loss or gradient is not finite.
+    :param total_steps: the number of steps after which training ends; 0 for no limit other than lr_anneal_steps.
     :param keep_checkpoints: the number of checkpoints to keep; 0 keeps all.
     :param preview: a previews.Preview, which is written every `sample_interval` steps.
-    :param seed: makes timesteps and noise functions of (seed, step, position in the global batch). If it is negative,
-        they come from the global generators, and a resumed run does not repeat them.
+    :param seed: timesteps and noise are functions of (seed, step, position in the global batch). With a negative seed,
+        the global generators draw them, and a resumed run draws other numbers.
     :param compile: compile the network with torch.compile in the first step.
     :param use_fp16, use_bf16, fp16_scale_growth, initial_lg_loss_scale: see MixedPrecisionTrainer.
     """
 
-    ANNEAL_DELAY = 1  # The original set the rate after each step, so that steps 0 and 1 both have the full rate.
+    ANNEAL_DELAY = 1  # In the original, annealing begins one step late: steps 0 and 1 have the full rate.
 
     def __init__(
         self, *, model, diffusion, data, batch_size, microbatch, lr, ema_rate, log_interval, save_interval,
@@ -114,7 +115,7 @@ class TrainLoop:
         self.checkpoints.load()
 
     def _wrap_model(self, compile):
-        """Set `ddp_model`: the network in DistributedDataParallel if there are several GPUs, and compiled if wanted."""
+        """Set `ddp_model`: the network, in DistributedDataParallel if there are several GPUs, and perhaps compiled."""
         self.ddp_model = self.model
         self.use_ddp = th.cuda.is_available() and dist_util.get_world_size() > 1
         if self.use_ddp:
@@ -128,19 +129,20 @@ class TrainLoop:
             self.ddp_model = th.compile(self.ddp_model, dynamic=False)
 
     def stateful(self):
-        """Return the objects whose state_dict belongs to a checkpoint, by name. Subclasses may add to them."""
+        """Return {name: object}, the objects whose state is saved in a checkpoint. Subclasses may add objects."""
         return {"schedule_sampler": self.schedule_sampler, "data": self.data}
 
     @property
     def steps_done(self):
-        """The number of steps that the weights have had, in this process and before it."""
+        """The number of training steps of the weights, including those before this process."""
         return self.step + self.resume_step
 
     def run_loop(self):
-        """Train until the end, with a progress bar on rank 0. Log, save and write previews at their intervals."""
+        """Train until the end of the run. Write log rows, checkpoints and previews at their intervals."""
         if self.total_steps is None:
             logger.log("this run has no end: stop it by hand, or give --total_steps or --lr_anneal_steps")
-        # A run that was killed has logged steps after its last checkpoint, which this run logs again.
+        # A killed run may have logged steps after its last checkpoint. This run repeats these steps and logs them
+        # again.
         if continues_records(self.resume_checkpoint):
             dist_util.from_rank_0(lambda: logger.truncate_records(logger.get_dir(), self.steps_done))
         saved, due = self.steps_done, False
@@ -158,10 +160,10 @@ class TrainLoop:
                 self.step += 1
                 bar.update()
                 due = due or self.steps_done % self.save_interval == 0
-                if due and not self.bad_steps:  # after a skipped step, wait: the run may be diverging
+                if due and not self.bad_steps:  # do not save after a skipped step, because the run may be diverging
                     self.save()
                     saved, due = self.steps_done, False
-                    if os.environ.get("DIFFUSION_TRAINING_TEST"):  # integration tests end after the first save
+                    if os.environ.get("DIFFUSION_TRAINING_TEST"):  # as in the original, for integration tests
                         return
                 if any(dist_util.gather_objects(bool(signals))):
                     logger.log(f"stopping after step {self.steps_done}, as a signal asked")
@@ -188,7 +190,7 @@ class TrainLoop:
         self.log_step()
 
     def _anneal_lr(self):
-        """Set the learning rate of the next step."""
+        """Set the learning rate for the next step."""
         lr = self.lr
         if self.lr_anneal_steps:
             lr *= 1 - max(0, self.steps_done - self.ANNEAL_DELAY) / self.lr_anneal_steps
@@ -214,11 +216,11 @@ class TrainLoop:
             dist_util.average_gradients(self.mp_trainer.model_params)
 
     def prepare(self, batch, cond):
-        """Change a batch before it is split into microbatches. For subclasses."""
+        """Transform a batch before it is split into microbatches. Subclasses override this method."""
         return batch, cond
 
     def compute_loss(self, micro, cond):
-        """Return the mean loss of a microbatch, and log its terms. For subclasses."""
+        """Return the mean loss of a microbatch, and log the terms of the loss. Subclasses override this method."""
         t, weights, noise = self.randomness.draw(micro)
         losses = self.diffusion.training_losses(self.ddp_model, micro, t, model_kwargs=cond, noise=noise)
         if isinstance(self.schedule_sampler, LossAwareSampler):
@@ -227,10 +229,10 @@ class TrainLoop:
         return (losses["loss"] * weights).mean()
 
     def after_step(self):
-        """Do further work after each step, before it is logged. For subclasses."""
+        """Called after each step, before it is logged. Subclasses override this method."""
 
     def log_step(self):
-        """Log the number of the step, and how many images the run has seen."""
+        """Log the step and the number of images that the run has seen."""
         logger.logkv("step", self.steps_done)
         logger.logkv("samples", (self.steps_done + 1) * self.global_batch)
 
@@ -246,7 +248,7 @@ class TrainLoop:
         self.checkpoints.save(self.steps_done)
 
     def write_preview(self):
-        """Write samples of the first moving average, or of the weights while it is young. Every rank must call it."""
+        """Write a preview of the first moving average, or of the weights until the average is ready."""
         weights, name, what = self.model.state_dict(), "weights", "weights themselves"
         if self.ema_rate and average_is_ready(self.ema_rate[0], self.steps_done):
             weights = self.mp_trainer.master_params_to_state_dict(self.ema_params[0])
@@ -258,9 +260,9 @@ class TrainLoop:
 
 @contextmanager
 def noting_signals():
-    """Collect the SIGTERM and SIGUSR1 that arrive in a `with` block in a list. Clusters send them to end a job."""
+    """Collect the signals SIGTERM and SIGUSR1 during a `with` block in a list. Clusters end jobs with these signals."""
     signals = []
-    # Other threads than the main one may not set handlers.
+    # Only the main thread may set signal handlers.
     numbers = (signal.SIGTERM, signal.SIGUSR1) if threading.current_thread() is threading.main_thread() else ()
     before = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in numbers}
     try:

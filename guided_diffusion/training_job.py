@@ -1,4 +1,4 @@
-"""The set-up of a training script: its flags, ranks, folder, seed, checkpoint to resume, data, and config.json."""
+"""Set up a training script: flags, ranks, run folder, seed, checkpoint to resume, data and config.json."""
 
 import os
 import secrets
@@ -23,27 +23,27 @@ from .training_state import continues_records, find_model_to_resume, refuse_late
 
 
 def common_training_flags(batch_size):
-    """Return the flags that all training scripts pass on to TrainLoop, with their defaults."""
+    """Return the flags that all training scripts pass to TrainLoop, with their defaults."""
     flags = dict(batch_size=batch_size, microbatch=-1, seed=-1, log_interval=10, save_interval=10000, compile=False)
     flags.update(resume_checkpoint="", keep_checkpoints=0, warmup_steps=0, max_grad_norm=0.0, max_bad_steps=20)
     return flags
 
 
 def diffusion_training_flags():
-    """Return the flags that scripts for diffusion models pass on to TrainLoop, with their defaults."""
+    """Return the flags that the scripts for diffusion models and upsamplers pass to TrainLoop, with their defaults."""
     flags = dict(lr=1e-4, weight_decay=0.0, lr_anneal_steps=0, total_steps=0, ema_rate="0.9999", sample_interval=0)
     flags.update(use_fp16=False, use_bf16=False, fp16_scale_growth=1e-3)
     return {**flags, **common_training_flags(batch_size=1)}
 
 
 def set_up_training(parser, kind):
-    """Parse the command line, join the other ranks, open the run's folder, seed, and find the checkpoint to resume.
+    """Parse the command line, join the other ranks, open the run folder, seed, and find the checkpoint to resume.
 
-    :param parser: the script's parser, with log_dir, preset and the common training flags.
-    :param kind: what is trained: "diffusion", "upsampler" or "classifier".
-    :return: the flags and a record for record_run. A resumed run has the network flags of its config.json, and a
-        `batch_size` that keeps its global batch. A negative `seed` is replaced by that of the run to resume, or by a
-        random one. The record is a dict. Its "classes" are those of the run that continues in its own folder, or None.
+    :param parser: the parser of the script, with log_dir, preset and the common training flags.
+    :param kind: the kind of network: "diffusion", "upsampler" or "classifier".
+    :return: the flags, and a dict for record_run. A resumed run has the network flags of its config.json, and a
+        `batch_size` that keeps the global batch size. A negative `seed` is replaced by the seed of the resumed run, or
+        by a random seed. The entry "classes" of the dict has the class names if a run continues in its own folder.
     """
     args = parser.parse_args()
     dist_util.setup_dist()
@@ -62,7 +62,7 @@ def set_up_training(parser, kind):
         require_path("resume_checkpoint", args.resume_checkpoint)
         network_flags = FACTORIES[kind][1]()
         checkpoint.adopt_flags(args, settled, identity_flags(network_flags))
-        # Flags of how the network runs may change from run to run: those given by hand hold.
+        # Flags given by hand take precedence for settings that do not change the function of the network.
         checkpoint.adopt_flags(args, {}, sorted(RUNTIME_FLAGS & network_flags.keys() - given.keys()))
         if args.seed < 0:
             checkpoint.adopt_flags(args, {}, ["seed"])
@@ -80,13 +80,14 @@ def set_up_training(parser, kind):
 
 
 def _apply_preset(args, settled, kind):
-    """Set the flags of a preset's network and training that are not given by hand. The ranks share its global batch.
+    """Set the network and training flags of a preset that are not given by hand. Divide its global batch among the
+    ranks.
 
     :param settled: see settle_flags.
     """
     preset, ranks = presets_for(args.preset).get(kind), dist_util.get_world_size()
     if preset is None:
-        raise InputError(f"--preset {args.preset} names no {kind}, which this script trains")
+        raise InputError(f"--preset {args.preset} contains no {kind}, which this script trains: choose another preset")
     values = {**preset.training, **preset.flags}
     total = values.pop("global_batch")
     if total % ranks and "batch_size" not in settled:
@@ -105,9 +106,9 @@ def _apply_preset(args, settled, kind):
 
 
 def _keep_global_batch(args, checkpoint):
-    """Set args.batch_size so that a run keeps its global batch when it resumes on another number of ranks.
+    """Set args.batch_size such that a run that resumes on another number of ranks keeps its global batch size.
 
-    A --batch_size that differs from the recorded one changes the global batch.
+    A --batch_size that differs from the recorded one changes the global batch size.
     """
     total, ranks = (checkpoint.config or {}).get("global_batch"), dist_util.get_world_size()
     if not total or checkpoint.flags.get("batch_size") != args.batch_size or total == ranks * args.batch_size:
@@ -122,10 +123,10 @@ def _keep_global_batch(args, checkpoint):
 
 
 def training_data(args, record, image_size, **changes):
-    """Return an iterator of the images that the flags select. See load_data.
+    """Return an iterator over the images that the flags select; see load_data.
 
-    :param record: the record from set_up_training.
-    :param changes: arguments of load_data that differ from the flags.
+    :param record: the dict that set_up_training returns.
+    :param changes: arguments of load_data that replace those from the flags.
     """
     options = args_to_dict(args, [*data_flags(), "batch_size", "num_classes", "seed"])
     options.update(image_size=image_size, channels=args.in_channels, classes=record["classes"])
@@ -133,9 +134,9 @@ def training_data(args, record, image_size, **changes):
 
 
 def record_run(record, kind, classes):
-    """Write config.json to the run's folder, and print the table of classes.
+    """Write config.json to the checkpoint folder, and log the classes.
 
-    :param record: the record from set_up_training.
+    :param record: the dict that set_up_training returns.
     :param kind: "diffusion", "upsampler" or "classifier".
     :param classes: the names of the classes in the order of their labels, or None.
     """

@@ -11,7 +11,8 @@ from . import logger
 
 
 def log_loss_dict(diffusion, ts, losses):
-    """Log the mean of each loss, and its mean by quartile of the timesteps (NAME_q0 has the least noise).
+    """Log the mean of each loss over all timesteps, and over each quartile of the timesteps (NAME_q0 has the least
+    noise).
 
     :param ts: timesteps [N].
     :param losses: a dict of tensors [N].
@@ -25,7 +26,7 @@ def log_loss_dict(diffusion, ts, losses):
 
 
 class Throughput:
-    """Measures how fast a run trains, between two rows of the log."""
+    """Measures the speed of training between two log rows."""
 
     def __init__(self):
         self._restart()
@@ -35,18 +36,18 @@ class Throughput:
 
     @contextmanager
     def waiting(self):
-        """Count the time in a `with` block as waiting for the batch of the next step."""
+        """Count the time in a `with` block as time spent waiting for data, and count a step."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
         self.steps += 1
 
     def metrics(self, images_per_step, steps_left=None):
-        """Return the metrics of a row, and start to measure for the next one.
+        """Return the metrics of a log row, and start measuring for the next row.
 
-        :param images_per_step: over all ranks.
-        :param steps_left: the steps until the end of the run, if it has one.
-        :return: a dict: steps_per_s; images_per_s over all ranks; data_wait, the share of the time that this rank
+        :param images_per_step: the number of images per step on all ranks.
+        :param steps_left: the number of steps until the end of the run, or None if the run has no end.
+        :return: a dict of steps_per_s; images_per_s on all ranks; data_wait, the fraction of the time that this rank
             waited for data; memory_mb, see peak_memory_mb; and eta, the time left.
         """
         seconds = time.perf_counter() - self.start
@@ -60,7 +61,7 @@ class Throughput:
 
 
 def peak_memory_mb():
-    """Return the most memory this process has used, in MiB: on its GPU, or without a GPU its resident set."""
+    """Return the peak memory of this process in MiB: allocated GPU memory, or the resident set without a GPU."""
     if th.cuda.is_available():
         return th.cuda.max_memory_allocated() / 2**20
     import resource  # does not exist on Windows

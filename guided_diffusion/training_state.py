@@ -1,11 +1,11 @@
-"""Checkpoints of a training run: which one to resume from, what they hold, and which are kept.
+"""Save, find, restore and prune the checkpoints of a training run.
 
-The checkpoint of step N is a set of files in the run's folder. Rank 0 writes them in this order, all ranks read them:
+The checkpoint of step N is a set of files in the run folder. Rank 0 writes the files in this order:
 
     optN.pt         the optimizer's state
-    stateN.pt       loss scale, position in the data, history of the schedule sampler
-    ema_RATE_N.pt   the weights' moving averages
-    modelN.pt       the weights: a set without it is incomplete
+    stateN.pt       the loss scale, the position in the data, the history of the schedule sampler
+    ema_RATE_N.pt   the moving averages of the weights
+    modelN.pt       the weights; a checkpoint without this file is incomplete
 """
 
 import os
@@ -35,11 +35,11 @@ class CheckpointIO:
     """Saves the state of a training run, and restores it.
 
     :param trainer: the MixedPrecisionTrainer, with the model.
-    :param opt: the optimizer of its master parameters.
-    :param averages: pairs of a rate and the moving averages of the master parameters.
+    :param opt: the optimizer of the trainer's master parameters.
+    :param averages: a list of (rate, moving averages of the master parameters).
     :param resume_checkpoint: the modelNNNNNN.pt to restore, or "".
     :param keep: the number of checkpoints to keep; 0 keeps all.
-    :param stateful: further objects to save, by name. Those without a load_state_dict are skipped.
+    :param stateful: further objects to save, by name. Objects without a load_state_dict are skipped.
     """
 
     def __init__(self, trainer, opt, averages, resume_checkpoint="", keep=0, **stateful):
@@ -49,10 +49,10 @@ class CheckpointIO:
         self.resume_checkpoint = resume_checkpoint
         self.keep = keep
         self.stateful = {name: v for name, v in stateful.items() if hasattr(v, "load_state_dict")}
-        self.last_good = resume_checkpoint  # the path that errors advise to go back to
+        self.last_good = resume_checkpoint  # the path that error messages recommend
 
     def load(self):
-        """Restore everything from resume_checkpoint, if there is one. Every rank must call it."""
+        """Restore the state of the run from resume_checkpoint, if there is one. Every rank must call this method."""
         if not self.resume_checkpoint:
             return
         require_path("resume_checkpoint", self.resume_checkpoint)
@@ -80,7 +80,7 @@ class CheckpointIO:
 
     @th.no_grad()
     def _copy_to(self, params, state_dict):
-        """Copy the weights in a state_dict of the model to tensors that are laid out like the master parameters."""
+        """Copy the weights in a state_dict of the model to `params`, which have the layout of the master parameters."""
         for p, value in zip(params, self.trainer.state_dict_to_master_params(state_dict), strict=True):
             p.copy_(value)
 
@@ -89,11 +89,11 @@ class CheckpointIO:
         moments = self.trainer.adapt_moments(saved["state"])
         if moments is None:
             raise InputError(f"{path}: the optimiser's state of another network")
-        # Learning rate and weight decay come from this run's flags, not from the file.
+        # The learning rate and weight decay come from the flags of this run, not from the file.
         self.opt.load_state_dict({**self.opt.state_dict(), "state": moments})
 
     def save(self, step):
-        """Write the checkpoint of `step`, and remove old ones. Every rank must call it.
+        """Write the checkpoint of `step`, and remove old checkpoints. Every rank must call this method.
 
         :raises InputError: on every rank, if weights are not finite or the disk is full.
         """
@@ -120,7 +120,7 @@ class CheckpointIO:
         return path
 
     def diverged(self, step, trouble):
-        """Return the error for a run that diverged: what happened, where it can go back to, and what may help."""
+        """Return the error of a run that diverged. The message names the last good checkpoint."""
         return RunStopped(
             f"step {step}: {trouble}. Last good checkpoint: {self.last_good or 'none yet'}. "
             f"A lower --lr, --max_grad_norm 1, or --use_bf16 in place of --use_fp16 may help"
@@ -131,9 +131,9 @@ class CheckpointIO:
 
 
 def find_model_to_resume(value):
-    """Return the path of the model file that --resume_checkpoint names. Every rank must call it.
+    """Return the path of the model file that --resume_checkpoint selects. Every rank must call this function.
 
-    :param value: a path; "auto" for the newest complete checkpoint in the run's folder; or "", which is returned.
+    :param value: a path, "auto" for the newest complete checkpoint in the run folder, or "", which is returned.
     :return: the path, or "" if "auto" finds no checkpoint.
     :raises InputError: for another file of a checkpoint, such as a moving average.
     """
@@ -150,28 +150,28 @@ def find_model_to_resume(value):
 def _newest():
     folder = get_blob_logdir()
     for name in files.list_dir(folder):
-        if re.fullmatch(r"(model|opt|state|ema_|config|progress).*\.\d+\.tmp", name):  # a write that was killed
+        if re.fullmatch(r"(model|opt|state|ema_|config|progress).*\.\d+\.tmp", name):  # of a killed run
             files.remove(files.join(folder, name))
     steps = _saved_steps()
     return files.join(folder, model_name(steps[-1])) if steps else ""
 
 
 def _saved_steps():
-    """Return the steps of the complete checkpoints in the run's folder, in ascending order."""
+    """Return the steps of the complete checkpoints in the run folder, in ascending order."""
     names = files.list_dir(get_blob_logdir())
     return sorted(int(m.group(1)) for name in names if (m := re.fullmatch(r"model(\d+)\.pt", name)))
 
 
 def continues_records(resume_checkpoint):
-    """Whether a run continues the records in its folder: it is new, or resumes from a checkpoint in this folder."""
+    """Return whether a run is new or resumes from a checkpoint in its own folder."""
     folder = files.dirname(resume_checkpoint)
     return not resume_checkpoint or os.path.realpath(folder) == os.path.realpath(get_blob_logdir())
 
 
 def refuse_later_checkpoints(step):
-    """Raise InputError if the run's folder has checkpoints of steps after `step`. Rank 0 calls it.
+    """Raise InputError if the run folder has checkpoints of later steps than `step`. Only rank 0 calls this function.
 
-    They belong to another run, and a later --resume_checkpoint auto would mix the two.
+    Later checkpoints belong to another run. A later --resume_checkpoint auto would mix the two runs.
     """
     newest = max(_saved_steps(), default=0)
     if newest > step:
@@ -182,14 +182,14 @@ def refuse_later_checkpoints(step):
 
 
 def prune(newest, keep):
-    """Remove all checkpoints up to step `newest` in the run's folder but the last `keep`; 0 keeps all. Rank 0 calls it.
+    """Remove the checkpoints up to step `newest` in the run folder, except the last `keep`. 0 keeps all.
 
-    Checkpoints of later steps, perhaps of another run, stay.
+    Checkpoints of later steps, which may belong to another run, are kept. Only rank 0 calls this function.
     """
     if keep < 1:
         return
     folder, kept = get_blob_logdir(), [step for step in _saved_steps() if step <= newest][-keep:]
-    # The model files first: a set without one is incomplete.
+    # Remove the model files first, because a checkpoint without its model file counts as incomplete.
     for name in sorted(files.list_dir(folder), key=lambda name: not name.startswith("model")):
         match = re.fullmatch(r"(?:model|opt|state|ema_[^_]+_)(\d+)\.pt", name)
         if match and int(match.group(1)) < kept[0]:

@@ -1,10 +1,10 @@
 """The networks of ADM: a UNet with attention at several resolutions, its encoder as a classifier, and an upsampler.
 
-Parameter names, their order and the order in which layers are created are those of the released checkpoints: weights,
-optimizer states and seeded initial values depend on them.
+The released checkpoints determine the names and order of the parameters. Optimizer states and seeded initial values
+also depend on the order in which the layers are created.
 
-From top to bottom: resampling layers, ResBlock, AttentionBlock and its attention functions, the encoder that all
-networks share, UNetModel, SuperResModel, EncoderUNetModel.
+Contents: resampling layers, ResBlock, AttentionBlock and its attention functions, the encoder that all networks share,
+UNetModel, SuperResModel, EncoderUNetModel.
 """
 
 import math
@@ -30,11 +30,11 @@ from .nn import (
     zero_module,
 )
 
-POOLS = ("adaptive", "attention", "spatial", "spatial_v2")  # of EncoderUNetModel
+POOLS = ("adaptive", "attention", "spatial", "spatial_v2")  # the pooling types of EncoderUNetModel
 
 
 class TimestepBlock(nn.Module):
-    """A module whose `forward(x, emb)` also takes the embedding of the timestep (and class)."""
+    """A module whose `forward(x, emb)` also takes the embedding of the timestep, and perhaps of the class."""
 
     @abstractmethod
     def forward(self, x, emb):
@@ -51,7 +51,7 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by two, then a convolution if `use_conv`. 3D data keeps its first spatial axis.
+    """Nearest-neighbour upsampling by two, followed by a convolution if `use_conv`. The first axis of 3D data is kept.
 
     [N, channels, ...] -> [N, out_channels, ...]
     """
@@ -71,7 +71,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Downsampling by two, with a strided convolution or an average pool. 3D data keeps its first spatial axis.
+    """Downsampling by two, by a strided convolution or an average pool. The first axis of 3D data is kept.
 
     [N, channels, ...] -> [N, out_channels, ...]
     """
@@ -95,19 +95,19 @@ class Downsample(nn.Module):
 
 
 class ResBlock(TimestepBlock):
-    """A residual block, optionally resampling, conditioned on the embedding.
+    """A residual block conditioned on the embedding. It can also resample.
 
     [N, channels, ...], [N, emb_channels] -> [N, out_channels, ...]
 
-    :param channels: input channels.
-    :param emb_channels: width of the embedding.
+    :param channels: the number of input channels.
+    :param emb_channels: the width of the embedding.
     :param dropout: the dropout rate.
-    :param out_channels: output channels; equal to the input channels by default.
-    :param use_conv: if the number of channels changes, use a 3x3 convolution as the skip connection instead of a 1x1.
-    :param use_scale_shift_norm: adaptive group norm (ADM, section 3.1): the embedding scales and shifts the second
-        norm's output. Otherwise it is added before that norm.
-    :param use_checkpoint: recompute the block's activations in the backward pass instead of keeping them.
-    :param up, down: resample both branches by two.
+    :param out_channels: the number of output channels. The default is the number of input channels.
+    :param use_conv: use a 3x3 convolution instead of a 1x1 convolution in a skip connection that changes the channels.
+    :param use_scale_shift_norm: use adaptive group norm (ADM, section 3.1): the embedding scales and shifts the output
+        of the second norm. Otherwise the embedding is added to the input of the second norm.
+    :param use_checkpoint: recompute the activations of the block in the backward pass instead of keeping them.
+    :param up, down: upsample or downsample both branches by two.
     """
 
     def __init__(
@@ -171,11 +171,11 @@ class ResBlock(TimestepBlock):
 
 
 class AttentionBlock(nn.Module):
-    """Residual self-attention between all positions: [N, channels, ...] -> the same.
+    """Residual self-attention between all positions of [N, channels, ...].
 
     :param num_heads: the number of heads. Ignored if `num_head_channels` gives the width of a head.
-    :param use_checkpoint: recompute the block's activations in the backward pass instead of keeping them.
-    :param use_new_attention_order: the layout of the projection's channels: QKVAttention's, else QKVAttentionLegacy's.
+    :param use_checkpoint: recompute the activations of the block in the backward pass instead of keeping them.
+    :param use_new_attention_order: use the channel layout of QKVAttention instead of that of QKVAttentionLegacy.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class AttentionBlock(nn.Module):
 
 
 def count_heads(channels, num_heads, num_head_channels):
-    """The number of attention heads: `num_heads`, or channels / num_head_channels if that is given (not -1)."""
+    """Return the number of attention heads: channels / num_head_channels, or num_heads if num_head_channels is -1."""
     if num_head_channels != -1:
         if num_head_channels < 1 or channels % num_head_channels:
             raise InputError(
@@ -214,13 +214,13 @@ def count_heads(channels, num_heads, num_head_channels):
 
 
 def count_flops_attn(model, _x, y):
-    """Count an attention module's operations for the `thop` package: two matrix products per sample, T x T x C each."""
+    """Count the operations of an attention module for `thop`: two matrix products of T x T x C per sample."""
     n, c, *spatial = y[0].shape
     model.total_ops += th.DoubleTensor([2 * n * math.prod(spatial) ** 2 * c])
 
 
 class QKVAttention(nn.Module):
-    """Attention over a projection whose channels are the queries of all heads, then all keys, then all values.
+    """Attention for channels in the order: queries of all heads, keys of all heads, values of all heads.
 
     [N, 3 * n_heads * C, T] -> [N, n_heads * C, T]
     """
@@ -238,7 +238,7 @@ class QKVAttention(nn.Module):
 
 
 class QKVAttentionLegacy(nn.Module):
-    """Attention over a projection whose channels are the first head's queries, keys and values, then the second's, ...
+    """Attention for channels in the order: queries, keys and values of the first head, then of the second head, ...
 
     [N, n_heads * 3 * C, T] -> [N, n_heads * C, T]
     """
@@ -258,14 +258,14 @@ class QKVAttentionLegacy(nn.Module):
 def attend(q, k, v):
     """Scaled dot-product attention: q, k, v [N, T, heads, C] -> [N, heads * C, T].
 
-    The fused kernels need the channels of a head to be contiguous in memory.
+    The channels of a head must be contiguous in memory for the fused kernels.
     """
     h = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # [N, heads, T, C]
     return h.transpose(1, 2).flatten(2).transpose(1, 2)
 
 
 class AttentionPool2d(nn.Module):
-    """Attention pooling, whose query is the mean over all positions (CLIP): [N, embed_dim, S, S] -> [N, output_dim].
+    """Attention pooling as in CLIP. The query is the mean over all positions. [N, embed_dim, S, S] -> [N, output_dim].
 
     :param spacial_dim: S.
     :param num_heads_channels: the width of a head.
@@ -290,13 +290,13 @@ class AttentionPool2d(nn.Module):
 
 
 class _Encoder(nn.Module):
-    """The part of the UNet that the classifier also has: time_embed, input_blocks and middle_block.
+    """The layers that UNetModel and EncoderUNetModel share: time_embed, input_blocks and middle_block.
 
-    A base class rather than a submodule, so that parameter names are those of the released checkpoints. UNetModel
-    documents the arguments.
+    The encoder is a base class and not a submodule, because a submodule would change the parameter names of the
+    released checkpoints. UNetModel documents the arguments.
     """
 
-    TORSO = ("input_blocks", "middle_block")  # what convert_to_fp16 and convert_to_bf16 convert
+    TORSO = ("input_blocks", "middle_block")  # converted to half precision
 
     def __init__(
         self, image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout=0,
@@ -377,17 +377,17 @@ class _Encoder(nn.Module):
         self._encoder_ds = ds
 
     def _build_decoder(self):
-        """Create output_blocks and the output layers. A classifier has no decoder."""
+        """Create output_blocks and the output layers. The classifier does not override this method."""
 
     def _level_block(self, ch, out_ch, ds, num_heads):
-        """A residual block, followed by attention if attention_resolutions has the downsampling factor ds."""
+        """Create a residual block, and attention if attention_resolutions contains the downsampling factor ds."""
         layers = [self._res_block(ch, out_channels=out_ch)]
         if ds in self.attention_resolutions:
             layers.append(self._attention_block(out_ch, num_heads=num_heads))
         return TimestepEmbedSequential(*layers)
 
     def _check_size(self, sizes):
-        """Refuse an image size that the levels cannot halve and double back to itself."""
+        """Raise InputError for an image size that is not divisible by the total downsampling factor."""
         sizes = sizes[-2:]  # the first axis of 3D data is not resampled
         halvings = len(self.channel_mult) - 1
         if any(size < 1 or size % 2**halvings for size in sizes):
@@ -415,7 +415,7 @@ class _Encoder(nn.Module):
         self._convert(th.float32)
 
     def _encode(self, x, timesteps, y=None):
-        """Run the encoder. Returns the embedding, the outputs of all input blocks, and the middle block's output."""
+        """Run the encoder. Return the embedding, the outputs of all input blocks, and that of the middle block."""
         emb = timestep_embedding(timesteps, self.model_channels)  # [N, model_channels], or [1, ...] for all samples
         emb = self.time_embed(as_weights_of(self.time_embed, emb))
         if y is not None:
@@ -433,25 +433,28 @@ class _Encoder(nn.Module):
 
 
 class UNetModel(_Encoder):
-    """The diffusion model's UNet.
+    """The UNet of the diffusion model.
 
-    :param image_size: the images' side, or their (height, width), checked against the number of levels; None is not.
-    :param in_channels: channels of the input.
-    :param model_channels: the base width, which channel_mult multiplies.
-    :param out_channels: channels of the output.
-    :param num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
-    :param attention_resolutions: the downsampling factors that have attention: {4} is attention at a quarter of the
-        image's resolution.
+    :param image_size: the side of the images, or (height, width), which must fit the number of levels; None is not
+        checked.
+    :param in_channels: the number of input channels.
+    :param model_channels: the base width, which is multiplied by channel_mult.
+    :param out_channels: the number of output channels.
+    :param num_res_blocks: the number of residual blocks per level of the encoder. Each level of the decoder has one
+        more.
+    :param attention_resolutions: the downsampling factors with attention. For example, {4} is attention at a quarter of
+        the resolution of the images.
     :param dropout: the dropout rate.
     :param channel_mult: the width of each level, as a multiple of model_channels; fractions are allowed.
-    :param conv_resample: resample with learned convolutions. Without effect if resblock_updown is set.
-    :param dims: 1, 2 or 3, for sequences, images or videos (whose first axis keeps its length).
-    :param num_classes: makes the model class-conditional, with this number of classes.
-    :param use_checkpoint: save memory in training by computing activations twice.
-    :param use_fp16, use_bf16: the torso's precision. Call convert_to_fp16() or convert_to_bf16() after loading weights.
-    :param num_heads: heads of each attention block. Ignored if num_head_channels gives the width of a head.
-    :param num_heads_upsample: the number of heads in the decoder, if it differs.
-    :param use_scale_shift_norm: see ResBlock.
+    :param conv_resample: resample with learned convolutions. Ignored if resblock_updown is set.
+    :param dims: 1, 2 or 3, for sequences, images or videos. The first axis of a video keeps its length.
+    :param num_classes: the number of classes of a class-conditional model, or None for an unconditional model.
+    :param use_checkpoint: save memory in training by recomputing activations in the backward pass.
+    :param use_fp16, use_bf16: the precision of the torso. After loading weights, call convert_to_fp16() or
+        convert_to_bf16().
+    :param num_heads: the number of heads of each attention block. Ignored if num_head_channels gives their width.
+    :param num_heads_upsample: the number of heads in the decoder; -1 for num_heads.
+    :param use_scale_shift_norm: use adaptive group norm; see ResBlock.
     :param resblock_updown: resample inside residual blocks, as BigGAN does.
     :param use_new_attention_order: see AttentionBlock.
     :raises InputError: for arguments that cannot be combined.
@@ -486,7 +489,7 @@ class UNetModel(_Encoder):
 
         :param x: [N, in_channels, ...] floats.
         :param timesteps: [N], or [1] for all samples; integers or floats.
-        :param y: [N] int64 labels, if and only if the model is class-conditional.
+        :param y: labels [N] int64 for a class-conditional model; None for an unconditional model.
         :return: [N, out_channels, ...] in x's dtype.
         """
         if (y is not None) != (self.num_classes is not None):
@@ -501,28 +504,28 @@ class UNetModel(_Encoder):
 
 
 class SuperResModel(UNetModel):
-    """A UNet that upsamples images: its input is x_t and the enlarged low-resolution image, concatenated.
+    """A UNet that upsamples images. Its input is the concatenation of x_t and the enlarged low-resolution image.
 
-    `image_size` is the output's. The input convolution takes 2 * in_channels channels.
+    `image_size` is the size of the large images. The input convolution takes 2 * in_channels channels.
     """
 
     def __init__(self, image_size, in_channels, *args, **kwargs):
         super().__init__(image_size, in_channels * 2, *args, **kwargs)
 
     def forward(self, x, timesteps, low_res=None, **kwargs):
-        """As UNetModel.forward, with low_res [N, in_channels, ...] of any smaller size."""
+        """Apply the model given low-resolution images low_res [N, in_channels, ...]; see UNetModel.forward."""
         mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[self.dims]
         upsampled = F.interpolate(low_res, x.shape[2:], mode=mode)
         return super().forward(th.cat([x, upsampled], dim=1), timesteps, **kwargs)
 
 
 class EncoderUNetModel(_Encoder):
-    """The noisy-image classifier: the UNet's encoder and a pooling head.
+    """The noisy-image classifier: the encoder of the UNet with a pooling head.
 
-    The arguments are UNetModel's; out_channels is the number of classes.
+    UNetModel documents the arguments. out_channels is the number of classes.
 
-    :param pool: "adaptive" (average pooling), "attention", or "spatial" and "spatial_v2" (an MLP on the spatial means
-        of all blocks, the second with a group norm).
+    :param pool: the pooling head: "adaptive" (average pooling), "attention", "spatial" (an MLP on the spatial means of
+        all blocks), or "spatial_v2" (the MLP with a group norm).
     """
 
     def __init__(

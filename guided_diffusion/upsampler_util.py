@@ -1,4 +1,4 @@
-"""Training the upsampler: a TrainLoop that makes small images from large ones."""
+"""Train an upsampler: a TrainLoop that makes the small images from the large ones."""
 
 import torch.nn.functional as F
 
@@ -9,10 +9,10 @@ from .train_util import TrainLoop
 
 
 class UpsamplerTrainLoop(TrainLoop):
-    """Trains a diffusion model of large images given small ones. It makes the small images on the device.
+    """Trains a diffusion model of large images given small images, which it makes from the large ones on the device.
 
     :param small_size: the side of the small images.
-    :param kwargs: TrainLoop's. The data are large images.
+    :param kwargs: the arguments of TrainLoop. The data are the large images.
     """
 
     def __init__(self, *, small_size, **kwargs):
@@ -25,7 +25,7 @@ class UpsamplerTrainLoop(TrainLoop):
 
 
 def shrink(images, size):
-    """Resize images [N, C, H, W] to [N, C, size, size]. Each new pixel is the mean of the area that it covers."""
+    """Resize images [N, C, H, W] to [N, C, size, size]. Each new pixel is the mean of the old pixels that it covers."""
     return F.interpolate(images, (size, size), mode="area")
 
 
@@ -36,7 +36,7 @@ def check_sizes(large_size, small_size):
 
 
 def fixed_conditions(dataset, small_size, count, skip_bad_images=False):
-    """Return the conditions for previews: `count` images spread over a data set, shrunk, and their labels if any.
+    """Return model arguments for previews: `count` small images from a data set as low_res, and perhaps their labels.
 
     :param dataset: an ImageDataset.
     """

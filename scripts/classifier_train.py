@@ -1,4 +1,4 @@
-"""Train a classifier on noised images, to guide a diffusion model with."""
+"""Train a classifier on noised images, which can then guide a diffusion model."""
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.classifier_util import (

@@ -21,14 +21,14 @@ def main():
     if args.list:
         print_list()
     elif not args.names:
-        raise InputError("no NAME is given: --list shows what there is")
+        raise InputError("no NAME is given: --list shows the names")
     wanted = [preset for name in args.names for preset in presets_for(name.removesuffix(".pt"), "NAME").values()]
     for preset in wanted:
         download(preset, os.path.join(args.models_dir, preset.file_name))
 
 
 def download(preset, path):
-    """Download the file of a Preset, unless there is one at `path`. Refuse weights that do not fit its network."""
+    """Download the file of a Preset unless `path` exists. Raise InputError for weights that do not fit its network."""
     if os.path.exists(path):
         print(f"{path} exists already")
         return
@@ -38,13 +38,13 @@ def download(preset, path):
 
 
 def build(preset):
-    """Return the network of a Preset without memory for its weights."""
+    """Return the network of a Preset on the meta device, which allocates no memory."""
     with th.device("meta"):
         return preset.create()[0]
 
 
 def print_list():
-    """Print the names of all presets, and what they stand for."""
+    """Print the names of all presets, with their files."""
     for name, preset in PRESETS.items():
         flags = preset.all_flags()
         gigabytes = sum(4 * p.numel() for p in build(preset).parameters()) / 1e9

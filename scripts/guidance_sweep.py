@@ -49,7 +49,7 @@ def main():
     swept, scales = parse_scales(args)
     model = GuidedModel(args)
     labels = model.labels(args)
-    evaluation = Evaluation(args)  # before the samples, so that mistakes show at once
+    evaluation = Evaluation(args)  # before sampling, so that mistakes in its flags are reported at once
 
     rows = []
     for scale in scales:
@@ -71,7 +71,7 @@ def main():
 
 
 class Evaluation:
-    """A reference batch, and the network whose features compare samples with it.
+    """A reference batch, and the network whose features are compared.
 
     :ivar name: the name of the network, if it is not Inception.
     """
@@ -108,7 +108,7 @@ class Evaluation:
         if {height, width} != {args.image_size}:
             raise InputError(f"{args.ref_batch}: images of {height}x{width}, but the classifier of --feature_path "
                              f"takes {args.image_size}x{args.image_size}")  # fmt: skip
-        self.reference.statistics = None  # they are of Inception's features
+        self.reference.statistics = None  # statistics of Inception features cannot be used
         return ClassifierFeatures(load_classifier(flags, flags.path))
 
     def figures(self, path):
@@ -120,7 +120,7 @@ class Evaluation:
 
 
 def write(rows, features):
-    """Write the table and the picture of the scales that are done. Not a collective: rank 0 calls it."""
+    """Write the table and the picture of all finished scales. Only rank 0 calls this function."""
     write_table(files.join(logger.get_dir(), "sweep.csv"), rows, features)
     try:
         draw(files.join(logger.get_dir(), "sweep.png"), rows, features)
@@ -129,7 +129,7 @@ def write(rows, features):
 
 
 def parse_scales(args):
-    """The name of the flag to sweep, and its values in order."""
+    """Return the name of the flag to sweep, and its values in ascending order."""
     swept, flag = ("guide_scale", "guide_scales") if args.guide_scales else ("classifier_scale", "scales")
     text = getattr(args, flag)
     scales = sorted(set(parse_numbers(flag, text, float)))

@@ -1,4 +1,4 @@
-"""Bound a diffusion model's likelihood of images: bits a dimension, with its terms by timestep."""
+"""Bound the negative log-likelihood of images under a diffusion model, in bits per dimension."""
 
 import math
 from contextlib import contextmanager
@@ -47,16 +47,16 @@ def main():
 
 
 def mean_and_error(values):
-    """The mean of independent values [N] and its standard error; nan for a single one."""
+    """Return the mean of independent values [N] and its standard error, which is nan for a single value."""
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), float(error)
 
 
 def save_likelihood(result):
-    """Write what bits_per_dim found to the run's folder. Not a collective: rank 0 calls it.
+    """Write the result of bits_per_dim to the run folder. Only rank 0 calls this function.
 
-    bpd.npz holds all of it by name; vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz, as the original wrote them,
-    hold a term by timestep as arr_0; terms.png shows the terms.
+    bpd.npz contains all arrays by name. vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz contain one term by
+    timestep as arr_0, as in the original code. terms.png is a plot of the terms.
     """
     for name, arrays in [("bpd", result), *((f"{name}_terms", {"arr_0": result[name]}) for name in TERMS)]:
         with _writing(f"{name}.npz") as f:

@@ -30,7 +30,7 @@ from guided_diffusion.sampling_networks import (
 )
 from guided_diffusion.script_util import args_to_dict
 
-# The flags of the small images that the upsampler's flags must agree with
+# {flag of the upsampler: the flag of the small images that must have the same value}
 BASE = {"small_size": "image_size", "in_channels": "in_channels", "num_classes": "num_classes"}
 
 
@@ -42,7 +42,7 @@ def main():
     _, *size = sample_shape(args)
     flags.sample_size = ",".join(str(n * flags.large_size // flags.small_size) for n in size)
     job = job_of(args, DIFFUSION, CLASSIFIER, PIPELINE_UPSAMPLER, guide_model_path=args.guide_model_path)
-    # Before hours go into small images: a mistake in the upsampler's flags shows here.
+    # Load the upsampler first, so that mistakes in its flags are reported before hours of sampling.
     upsampler = load_upsampler(flags, flags.path, args.compile)
     base_samples = sample_base(args, {k: v for k, v in job.items() if not k.startswith(PIPELINE_UPSAMPLER.prefix)})
     upsample(args, flags, job, base_samples, *upsampler)
@@ -50,7 +50,7 @@ def main():
 
 
 def check_fit(args, flags):
-    """Refuse an upsampler that was trained for other images than those of the first stage."""
+    """Raise InputError if the upsampler was trained for small images of another kind than those of the first stage."""
     check_at_least(1, upsampler_batch_size=flags.batch_size)
     misfits = [name for name in ("small_size", "in_channels") if getattr(flags, name) != getattr(args, BASE[name])]
     if flags.class_cond and flags.num_classes < args.num_classes:
@@ -61,7 +61,7 @@ def check_fit(args, flags):
 
 
 def sample_base(args, job):
-    """The first stage, as in classifier_sample.py. Returns the path of its .npz."""
+    """Sample the small images, as classifier_sample.py does. Return the path of their .npz file."""
     model = GuidedModel(args)
     labels = model.labels(args)
     logger.log("sampling small images...")
@@ -76,7 +76,7 @@ def sample_base(args, job):
 
 
 def upsample(args, flags, job, base_samples, model, diffusion):
-    """The second stage, as in super_res_sample.py."""
+    """Upsample the small images, as super_res_sample.py does."""
     base = BaseSamples(base_samples, small_shape(flags), flags.in_channels, flags.num_classes, flags.class_cond)
     sampler = BatchSampler(diffusion, model, conditions=base.conditions, stream=UPSAMPLING, **sampler_options(flags))
     logger.log("upsampling...")

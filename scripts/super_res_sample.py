@@ -1,4 +1,4 @@
-"""Upsample images: an .npz of small images becomes one of large images.
+"""Upsample the images in an .npz file.
 
 Run the same command again after a kill: it makes the missing samples.
 """

@@ -1,4 +1,4 @@
-"""Train an upsampler: a diffusion model of large images given small ones. Small images are made from the large ones."""
+"""Train an upsampler, a diffusion model of large images given small images, which are made from the large ones."""
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.image_datasets import data_flags
