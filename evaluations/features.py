@@ -182,4 +182,4 @@ def check_batches(reference, samples, used):
         say(f"warning: {used} samples: FID is biased upwards in proportion to 1/N; published values use 50,000 samples")
     if samples.shape[1:] != reference.shape[1:]:
         sizes = [f"{b.shape[1]}x{b.shape[2]}" for b in (samples, reference)]
-        say(f"warning: samples are {sizes[0]}, reference images {sizes[1]}: both are resized to the network's input size")
+        say(f"warning: samples are {sizes[0]}, reference images {sizes[1]}: both are resized for the network")

@@ -139,7 +139,7 @@ class InceptionV3(th.nn.Module):
 
     @th.inference_mode()
     def logits(self, pool):
-        """Return the class logits for the Inception Score, float64 [N, 1008]. The original evaluator omits the bias, too."""
+        """Return the class logits for the Inception Score, float64 [N, 1008], without bias as in the original evaluator."""
         return pool.double() @ self.softmax_weights
 
     def _conv(self, name, x):
@@ -258,7 +258,7 @@ def parse_graph(data, source):
 
 
 def find_graph(path=""):
-    """Return the path of the Inception graph: `path` if given, else a local copy, else a download in the cache folder."""
+    """Return the path of the Inception graph: `path`, or else a local copy, or else a download in the cache folder."""
     if path:
         if not os.path.exists(path):
             raise InputError(f"--inception_path {path}: no such file: get {FILE_NAME} from {ADDRESS}")

@@ -307,7 +307,7 @@ def _ignore_signals(worker):
 
 @atexit.register
 def _kill_workers():
-    """Kill the workers. They ignore SIGTERM, which multiprocessing's own exit handler sends before it waits for them."""
+    """Kill the workers, because they ignore the SIGTERM of multiprocessing's own exit handler, which waits for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the handler of torch would report killed workers as an error
     for process in multiprocessing.active_children():
         if process.daemon:
