@@ -1,10 +1,10 @@
-"""ADM's choices of architecture, changed one at a time in a small model of 16x16 digits (the paper's tables 1 and 2).
+"""Change the architecture choices of ADM one at a time, in a small model of 16x16 digits (the paper's tables 1 and 2).
 
     python benchmarks/ablations.py --data_dir quickstart/digits --held_out_dir quickstart/digits_held_out \
         --clean_path DIR/model000300.pt --out_dir ablations --workers 2
 
-`make quickstart` writes the digits. The clean classifier is trained as its noisy one is, with --noised False added.
-All variants train for the same number of steps, with the same images, timesteps and noise for the same seed. Columns:
+`make quickstart` writes the digits. docs/evaluation.md has a command that trains the clean classifier. With the same
+seed, all variants train for the same number of steps with the same images, timesteps and noise. Columns:
 
     parameters    the number of weights
     loss          the training loss of held-out images, at timesteps and noise that are the same for all models
@@ -12,9 +12,9 @@ All variants train for the same number of steps, with the same images, timesteps
                   was trained on clean images (--clean_path); samples take 15 evaluations by dpmpp_2m_sde
     seconds       the CPU time of training and sampling, on one core
 
-Loss and samples are those of the moving average of the weights. Rows are appended to ablations.csv in --out_dir as they
-are done, and the same command continues after a kill. At the end it prints a table (mean over seeds and half their
-range) and writes ablations.png.
+The loss and the samples use the moving average of the weights. Each finished row is appended to ablations.csv in
+--out_dir, and a killed benchmark continues when the same command is run again. At the end, the script prints a table
+(mean over seeds and half their range) and writes ablations.png.
 
 By default 10 variants train for 300 steps of 32 images with 3 seeds. On a busy machine with AVX2, one thread takes 0.29
 to 0.4 s for a step of the base, and 11 times as long for a step of all variants; 500 samples of the base take 30 s.
@@ -123,7 +123,7 @@ def start_worker(images, held_out, batch_size):
 
 
 def exit_with_parent():
-    """End this worker when the parent is killed, instead of after its current model."""
+    """Exit when the parent process is killed."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -143,8 +143,8 @@ def train_and_sample(key):
 
 
 def train(flags, images, steps, seed, batch_size=32):
-    """Train a model. Returns the moving average of its weights, as a model, and the process."""
-    th.manual_seed(seed)  # of the initial weights
+    """Train a model. Return a model with the moving average of the weights, and the diffusion process."""
+    th.manual_seed(seed)  # for the initial weights
     model, diffusion = create_model_and_diffusion(**flags)
     model.to(DEVICE)
     average = copy.deepcopy(model).eval().requires_grad_(False)

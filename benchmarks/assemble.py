@@ -41,7 +41,7 @@ def main():
 
 
 class Noise:
-    """Replaces a BatchSampler: sample i's pixels are a function of i alone."""
+    """Stands in for a BatchSampler. The pixels of sample i are a function of i."""
 
     num_steps = 1
 
@@ -58,7 +58,7 @@ def pixels(index, shape):
 
 
 def measure(args, folder):
-    """Run the job. Returns (MB grown over the whole job, MB grown after the rank's last batch) and its seconds."""
+    """Run the job. Return (MB grown over the job, MB grown after the last batch of this rank) and the seconds."""
     logger.configure(f"{folder}/log", format_strs=[])
     ranks = dist_util.get_world_size()
     labels = th.arange(args.num_samples) % 1000
@@ -71,7 +71,7 @@ def measure(args, folder):
 
 
 class Marked(Noise):
-    """Records the memory at every batch."""
+    """Records the memory of the process at every batch."""
 
     def __init__(self, size, num_samples, marks):
         super().__init__(size)

@@ -2,9 +2,9 @@
 
     python benchmarks/evaluate.py
 
-Each row is measured in a process of its own. The Inception network has random weights, which changes nothing about its
-speed; with --inception_path it has the real ones. Utilisation is the share of the machine's rate for a large matrix
-product of the same type, measured in the same process.
+Each row is measured in a separate process. The Inception network has random weights unless --inception_path is given;
+the weights do not change the speed. Utilisation is relative to the machine's rate for a large matrix product of the
+same type, measured in the same process.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main():
 
 
 def features(args, dtype):
-    """Images a second through the network, in batches as the evaluator makes them."""
+    """Measure images per second through the network, in the batches of the evaluator."""
     import torch as th
 
     from evaluations.inception import InceptionV3, read_graph
@@ -42,14 +42,14 @@ def features(args, dtype):
     with OtherLoad() as load:
         seconds = timed(lambda: network(images), rounds=7)
     peak = peak_rss_mb()
-    counted = InceptionV3(constants, th.bfloat16).to(args.device)  # torch's counter knows its convolutions, at least
+    counted = InceptionV3(constants, th.bfloat16).to(args.device)  # counts matrix products and convolutions
     operations = count_operations(lambda: counted(images[:1])) * args.batch_size
     share = operations / seconds / matmul_rate(dtype, args.device)
     return report(f"{args.batch_size / seconds:.1f} images/s", load, peak, share)
 
 
 def distance(args):
-    """The Frechet distance of two full-rank Gaussians."""
+    """Measure the Frechet distance of two full-rank Gaussians."""
     import numpy as np
 
     from evaluations.metrics import frechet_distance
@@ -67,7 +67,7 @@ def distance(args):
 
 
 def manifolds(args):
-    """Precision and recall of features drawn at random."""
+    """Measure precision and recall of random features."""
     import torch as th
 
     from evaluations.metrics import precision_recall
@@ -119,7 +119,7 @@ def report(figure, load, peak_mb, share=None):
 
 
 def random_constants():
-    """Weights that keep the features' size from layer to layer."""
+    """Return random weights with which features have about the same size in all layers."""
     import numpy as np
 
     from evaluations.inception import expected_shapes

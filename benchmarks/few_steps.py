@@ -1,18 +1,18 @@
-"""Quality against the number of the model's evaluations, for every sampler, with and without a classifier's guidance.
+"""Measure the quality of every sampler by the number of evaluations, with and without guidance by a classifier.
 
     python benchmarks/few_steps.py --model_path DIR/ema_0.995_001200.pt --classifier_path DIR/model000300.pt \
         --clean_path DIR/model000300.pt --data_dir FOLDER
 
-For each sampler, spacing and number of evaluations it makes samples of balanced classes and reports:
+For each sampler, spacing and number of evaluations, the script makes samples of balanced classes and reports:
 
     frechet    the Frechet distance to the images of --data_dir, in features of a classifier that was trained on clean
                images (classifier_train.py --noised False)
-    agreement  the share of samples that this classifier takes for the class asked for
-    distance   the RMS distance of 16 samples to those of the 1000-step DDIM path from the same noise (deterministic
-               samplers, first seed)
+    agreement  the share of samples that this classifier recognises as the requested class
+    distance   the RMS distance of 16 samples to the samples of 1000 DDIM steps from the same noise (only for
+               deterministic samplers and the first seed)
 
-Rows are appended to few_steps.csv in --out_dir as they are done; the same command goes on where it was stopped. At the
-end it writes few_steps.png and prints the table, the mean over seeds with their spread.
+Each finished row is appended to few_steps.csv in --out_dir, and a killed benchmark continues when the same command is
+run again. At the end, the script writes few_steps.png and prints tables of the mean over seeds and half their range.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from guided_diffusion.solvers import SAMPLERS  # noqa: E402
 
 COLUMNS = ("sampler", "spacing", "evaluations", "scale", "seed", "frechet", "agreement", "distance")
 STOCHASTIC = ("ddpm", "dpmpp_2m_sde")
-SPACINGS = {"ddpm": ["N"], "ddim": ["ddimN"]}  # of the others: --spacings
+SPACINGS = {"ddpm": ["N"], "ddim": ["ddimN"]}  # all other samplers use --spacings
 DEVICE = th.device("cuda" if th.cuda.is_available() else "cpu")
 
 
@@ -67,7 +67,7 @@ def main():
 
 
 def planned(args):
-    """All (sampler, spacing, evaluations, scale, seed) to measure."""
+    """Yield the (sampler, spacing, evaluations, scale, seed) of all rows."""
     for seed in map(int, args.seeds.split(",")):
         for scale in map(float, args.scales.split(",")):
             for n in map(int, args.evaluations.split(",")):
@@ -77,7 +77,7 @@ def planned(args):
 
 
 class Bench:
-    """The networks and the reference statistics."""
+    """Holds the networks and the reference statistics, and measures rows."""
 
     def __init__(self, args):
         self.args = args
@@ -96,7 +96,7 @@ class Bench:
         self.reference = moments(pool)
 
     def sample(self, sampler, respacing, scale, seed, count, **options):
-        """Samples 0 to count - 1: float [count, C, H, W]."""
+        """Make samples 0 to count - 1: float [count, C, H, W]."""
         names = ("learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps")
         flags = {name: self.model_flags[name] for name in names}
         diffusion = create_gaussian_diffusion(
@@ -129,7 +129,7 @@ class Bench:
         return f"{frechet:.3f}", f"{agreement:.4f}", distance
 
     def path(self, scale, seed):
-        """The ends of the 1000-step paths of the first 16 samples, kept in --out_dir."""
+        """Return the first 16 samples of 1000 DDIM steps. They are kept in --out_dir."""
         kept = os.path.join(self.args.out_dir, f"path_{scale:g}_{seed}.npy")
         if not os.path.exists(kept):
             np.save(kept, self.sample("ddim", "", scale, seed, 16, threshold="static").cpu().numpy())
@@ -137,7 +137,7 @@ class Bench:
 
 
 def load(path, create, defaults):
-    """The flags of a checkpoint with a config.json, and its network."""
+    """Return the flags of a checkpoint from its config.json, and its network with weights."""
     checkpoint = Checkpoint(path)
     flags = {**defaults, **{name: value for name, value in checkpoint.flags.items() if name in defaults}}
     network, _ = create(**flags)
@@ -210,7 +210,7 @@ def draw(path, rows):
                 points = [(n, [float(row[name]) for row in of_n if row[name]]) for n, of_n in sorted(by_count.items())]
                 points = [(n, np.mean(values)) for n, values in points if values]
                 if points:
-                    color = f"C{names.index(curve)}"  # the same in all panels
+                    color = f"C{names.index(curve)}"  # one colour per sampler in all panels
                     axes.plot(*zip(*points), marker="o", markersize=3, label=curve, color=color)
             axes.set(xscale="log", xlabel="evaluations", title=f"{name}, {f'scale {scale:g}' if scale else 'unguided'}")
             axes.set_yscale("linear" if name == "agreement" else "log")

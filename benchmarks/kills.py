@@ -1,11 +1,11 @@
-"""Kill a small training run again and again, and compare where it ends with a run that was left alone.
+"""Kill a small training run many times, and compare its end with that of an undisturbed run.
 
     python benchmarks/kills.py --kills 30
 
-trains a tiny network on digits twice with the same seed and flags: once undisturbed, and once with SIGKILL to all its
-processes at random moments, many of them within a save, as every step is saved. After every kill all checkpoint files
-must be readable; in the end weights, average, optimiser, logged steps and losses must be equal bit for bit. About
-five minutes on two cores. Exits with 1 on the first difference.
+trains a tiny network on digits twice with the same seed and flags: once undisturbed, and once with SIGKILL to all
+processes at random moments. Many kills hit a save, because every step is saved. After each kill, all checkpoint files
+must be readable. At the end, weights, moving averages, optimiser states, logged steps and losses must be equal bit for
+bit. The benchmark takes about five minutes on two cores, and exits with 1 at the first difference.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main():
 
 
 def command(args, digits, folder):
-    """Train, or go on training, in `folder`."""
+    """Start training in `folder`, or continue it."""
     flags = dict(
         data_dir=digits, log_dir=folder, resume_checkpoint="auto", seed=3, total_steps=args.steps, save_interval=1,
         log_interval=1, batch_size=6, lr=1e-4, ema_rate=RATE, image_size=8, num_channels=64, channel_mult="1",
@@ -62,7 +62,7 @@ def command(args, digits, folder):
 
 
 def run_and_kill(argv, folder, seconds):
-    """Start a run and kill all of it `seconds` after it has begun to train: what it was at."""
+    """Start a run and kill all its processes `seconds` after training has started. Return what the run was doing."""
     process = subprocess.Popen(
         argv, env=ENVIRONMENT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -83,7 +83,7 @@ def run_and_kill(argv, folder, seconds):
 
 
 def check_files(folder):
-    """Read every checkpoint file: the newest model's step."""
+    """Read every checkpoint file. Return the step of the newest model."""
     newest = 0
     for name in os.listdir(folder):
         if name.endswith(".pt"):
@@ -107,7 +107,7 @@ def compare(a, b, step):
 
 
 def same(a, b):
-    """Whether two nested containers of tensors and plain values are equal."""
+    """Return whether two nested containers of tensors and plain values are equal."""
     if isinstance(a, th.Tensor):
         return isinstance(b, th.Tensor) and th.equal(a, b)
     if isinstance(a, dict):

@@ -1,4 +1,4 @@
-"""What all benchmarks measure with: times, the machine's own rate, peak memory, and whether others were at work."""
+"""Measurements for all benchmarks: times, the machine's rate of operations, peak memory, load by other processes."""
 
 import json
 import os
@@ -12,7 +12,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def timed(work, rounds, warmup=1):
-    """The median wall time of work(), in seconds."""
+    """Return the median wall time of work() in seconds."""
     import torch as th
 
     seconds = []
@@ -26,9 +26,9 @@ def timed(work, rounds, warmup=1):
 
 
 def matmul_rate(dtype, device="cpu", side=0):
-    """The machine's rate for a large square matrix product: operations a second. What utilisation is relative to.
+    """Return the machine's rate for a large square matrix product in operations per second, for utilisation.
 
-    On a GPU that of float32 is TF32's, in which torch's convolutions run by default.
+    On a GPU, the float32 rate is that of TF32, which torch's convolutions use by default.
     """
     import torch as th
 
@@ -43,7 +43,7 @@ def matmul_rate(dtype, device="cpu", side=0):
 
 
 def count_operations(work):
-    """The floating-point operations of work(), by torch's counter: matrix products and convolutions."""
+    """Return the floating-point operations of work(): matrix products and convolutions, by torch's counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -52,14 +52,14 @@ def count_operations(work):
 
 
 def peak_rss_mb():
-    """The most memory that this process has had, in MB of 10^6 bytes."""
+    """Return the peak memory of this process in MB (10^6 bytes)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 class OtherLoad:
-    """How many cores other processes kept busy meanwhile (`cores`); above 0.1, times are not to be trusted. Linux only.
+    """A context manager that measures how many cores other processes keep busy (`cores`). Linux only.
 
-    Used as a context manager around what is measured.
+    If `cores` is above 0.1, measured times are unreliable.
     """
 
     def __enter__(self):
@@ -73,7 +73,7 @@ class OtherLoad:
 
     @staticmethod
     def _read():
-        """The time, the machine's and this process' seconds of work."""
+        """Return the time, the CPU seconds of the machine, and those of this process."""
         own = sum(os.times()[:4])
         try:
             with open("/proc/stat") as f:
@@ -85,7 +85,7 @@ class OtherLoad:
 
 
 def in_own_process(script, *args):
-    """Run a benchmark's part in a process of its own, for a peak of its own: what it prints last, parsed as JSON."""
+    """Run a part of a benchmark in a separate process, which has its own peak memory. Return its last line as JSON."""
     argv = [sys.executable, os.path.abspath(script), *map(str, args)]
     done = subprocess.run(argv, stdout=subprocess.PIPE, text=True)
     if done.returncode:

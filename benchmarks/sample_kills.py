@@ -1,4 +1,4 @@
-"""Kill a small sampling job again and again, and compare its .npz with that of an undisturbed job.
+"""Kill a small sampling job many times, and compare its .npz with that of an undisturbed job.
 
     python benchmarks/sample_kills.py --kills 30
 
@@ -66,7 +66,7 @@ def save_network(path):
 
 
 def command(args, model_path, folder):
-    """The command that samples, or goes on sampling, in `folder`."""
+    """Return the command that starts or continues sampling in `folder`."""
     flags = dict(
         model_path=model_path, log_dir=folder, seed=3, num_samples=args.num_samples, batch_size=args.batch_size,
         timestep_respacing=4, **NETWORK,
@@ -78,18 +78,18 @@ def command(args, model_path, folder):
 
 
 def shards(folder):
-    """The finished shards by name, each with what distinguishes its file from a rewritten one."""
+    """Return {name: facts that distinguish a file from a rewritten one} of the finished shards."""
     found = [e for e in os.scandir(os.path.join(folder, "shards")) if e.name.endswith(".npz")]
     return {e.name: (e.stat().st_ino, e.stat().st_mtime_ns) for e in found}
 
 
 def run_and_kill(argv, folder, goal, rng):
-    """Start a run and kill all its processes once there are `goal` shards, or within the assembly if it is None."""
+    """Start a run and kill all its processes once there are `goal` shards, or during the assembly if `goal` is None."""
     process = subprocess.Popen(
         argv, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     finished, growing = (os.path.join(folder, p) for p in ("shards/*-*.npz", "samples_*.npz.*.tmp"))
-    left = set(glob.glob(growing))  # by an earlier kill: the run removes it
+    left = set(glob.glob(growing))  # left by an earlier kill; the run removes it
     while len(glob.glob(finished)) < goal if goal is not None else not set(glob.glob(growing)) - left:
         if process.poll() is not None:
             sys.exit("the run had ended before the kill: give more --num_samples")
@@ -105,7 +105,7 @@ def run_and_kill(argv, folder, goal, rng):
 
 
 def compare(alone, killed):
-    """Exit unless two folders hold the same files of samples, and no shards."""
+    """Exit unless two folders hold the same samples and no shards."""
     names = [sorted(n for n in os.listdir(f) if n.startswith("samples_") or n == "shards") for f in (alone, killed)]
     if names[0] != names[1]:
         sys.exit(f"{killed} holds {names[1]} and not {names[0]}")

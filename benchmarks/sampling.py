@@ -1,13 +1,13 @@
-"""Measure the speed of a sampling step of the released models: of the UNet, and with the classifier's gradient.
+"""Measure the speed of a sampling step of the released models, with and without the gradient of the classifier.
 
     python benchmarks/sampling.py
     python benchmarks/sampling.py --presets all --batch_sizes 1,8,64 --precisions bf16,fp16 --compile False,True
 
 prints a row for each model, batch size, precision, and compiled or not: seconds per step, images per second at 250
-steps, utilisation (the step's operations per second, by torch's counter, over the machine's rate for a large matrix
-product of the same dtype), peak memory, and the relative error of the step's update against eager float32. --psnr True
-adds the PSNR of unguided samples of 25 DDIM steps against float32. Weights are random, scaled so that activations keep
-their size. Each row is measured in a process of its own.
+steps, utilisation (operations per second, by torch's counter, relative to the machine's rate for a large matrix product
+of the same dtype), peak memory, and the relative error of the update compared with eager float32. --psnr True adds the
+PSNR of unguided samples of 25 DDIM steps compared with float32. Weights are random, and scaled such that activations
+have about the same size in all layers. Each row is measured in a separate process.
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path.insert(0, ROOT)
 CLASSIFIERS = {"64x64_diffusion": "64x64_classifier", "128x128_diffusion": "128x128_classifier",
                "256x256_diffusion": "256x256_classifier", "512x512_diffusion": "512x512_classifier"}  # fmt: skip
 
-STEPS = 250  # what images a second are counted by
+STEPS = 250  # the number of steps per image, for images per second
 COLUMNS = "s/step", "images/s", "of matmul", "peak MB", "error", "PSNR", "others"
 
 
@@ -48,7 +48,7 @@ def main():
 
 
 def measure(args, preset_name, batch_size, precision, compiled, guided):
-    """Time the step of one row."""
+    """Measure one row."""
     import torch as th
 
     from guided_diffusion.guidance import classifier_cond_fn, route_labels
@@ -84,7 +84,7 @@ def measure(args, preset_name, batch_size, precision, compiled, guided):
     step, images = sampler(networks)
     expected, expected_images = step(), images()
     operations = count_operations(lambda: route_labels(model, preset.flags.get("class_cond"))(x, t, **kwargs))
-    for classifier in networks[1:]:  # an input's gradient takes as many operations as the way forward
+    for classifier in networks[1:]:  # the gradient of the input takes as many operations as the forward pass
         operations += 2 * count_operations(lambda c=classifier: c(x, t))
     for network in networks:
         {"fp32": network.convert_to_fp32, "bf16": network.convert_to_bf16, "fp16": network.convert_to_fp16}[precision]()
@@ -105,7 +105,7 @@ def measure(args, preset_name, batch_size, precision, compiled, guided):
 
 
 def inputs(preset, n, guided, device):
-    """A batch as the model sees it: x_t, t and the keyword arguments."""
+    """Return the arguments of the model for a batch: x_t, t and the keyword arguments."""
     import torch as th
 
     size = preset.flags.get("image_size", preset.flags.get("large_size"))

@@ -1,4 +1,4 @@
-"""Shared by the scripts of this folder: errors, complete files, held-out images, and tar archives."""
+"""Functions that the scripts in datasets/ share: errors, complete files, held-out images, and tar archives."""
 
 import argparse
 import io
@@ -15,10 +15,10 @@ DAMAGE = (tarfile.TarError, EOFError, zlib.error)
 
 
 def write_file(path, data):
-    """Write bytes to a file that is complete or absent.
+    """Write bytes to a file, whole or not at all.
 
-    It does not wait for the disk, which for millions of small files would take hours. After a power cut files may be
-    empty. A restart recognises them by `size_of`.
+    The function does not wait for the disk, which would take hours for millions of small files. After a power cut,
+    files may be empty. A restarted script recognises empty files by `size_of`.
     """
     with disk_errors(path, "then run this again"), write_atomically(path, sync=False) as f:
         f.write(data)
@@ -40,9 +40,9 @@ def size_of(path):
 
 
 def check_count(folder, pattern, expected, source):
-    """Refuse a folder that holds more or fewer images than `source`. Removes the temporary files of killed runs.
+    """Raise InputError if a folder holds more or fewer images than `source`. Remove the temporary files of killed runs.
 
-    :param pattern: a regular expression that the images' names match.
+    :param pattern: a regular expression that matches the names of the images.
     """
     count = 0
     for entry in os.scandir(folder):
@@ -63,17 +63,17 @@ def split_parser(description, size):
     :param size: the default of --size.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out_dir", help="the folder to write to")
-    parser.add_argument("--held_out_dir", default="", help="another folder for a fifth of the images, to validate on")
+    parser.add_argument("out_dir", help="the output folder")
+    parser.add_argument("--held_out_dir", default="", help="output folder for a fifth of the images (held out)")
     parser.add_argument("--size", type=int, default=size, help=f"the images' side in pixels (default: {size})")
     return parser
 
 
 def write_split(args, images, pattern):
-    """Write images to --out_dir. With --held_out_dir, every fifth group goes there instead.
+    """Write images to --out_dir. With --held_out_dir, write every fifth group of images there instead.
 
     :param images: yields (file name, number of the group, PIL image).
-    :param pattern: a regular expression that all these file names match.
+    :param pattern: a regular expression that matches all file names.
     """
     out_dir, held_out_dir = (os.path.join(os.path.realpath(d), "") for d in (args.out_dir, args.held_out_dir))
     if args.held_out_dir and held_out_dir.startswith(out_dir):  # training also searches subfolders
@@ -86,14 +86,14 @@ def write_split(args, images, pattern):
         write_png(os.path.join(folder, name), image)
         counts[folder] += 1
     for folder, count in counts.items():
-        # Images of an earlier run with another --held_out_dir would be both trained on and validated on.
+        # After an earlier run with another --held_out_dir, some images would be used for both training and validation.
         check_count(folder, pattern, count, "this data set's part for it")
         print(f"{folder}: {count:,} images of {args.size}x{args.size} pixels")
 
 
 @contextmanager
 def open_tar(path, expected):
-    """Open a tar archive. Errors in reading it become InputErrors that name it.
+    """Open a tar archive in a `with` block. Reading errors become InputErrors that name the archive.
 
     :param expected: the name of the archive that the script needs.
     """
@@ -101,20 +101,20 @@ def open_tar(path, expected):
         with tarfile.open(path) as tar:
             yield tar
     except (*DAMAGE, OSError) as e:
-        if getattr(e, "filename", None) not in (None, path):  # the error of another file
+        if getattr(e, "filename", None) not in (None, path):  # an error of another file
             raise
         raise InputError(f"{path}: not a tar archive, or truncated ({reason(e)}): give {expected}, complete") from None
 
 
 def files_in(tar):
-    """Yield the regular files of an open tar archive: (name without folders, TarInfo).
+    """Yield (name without folders, TarInfo) for each regular file in an open tar archive.
 
-    Without folders, no name can lead out of the destination folder.
+    A name without folders cannot lead to a file outside the output folder.
     """
     for member in tar:
         if member.isreg():
             yield os.path.basename(member.name), member
-    # tarfile treats an unreadable header as the end of the archive, which should be a block of zeros.
+    # tarfile treats an unreadable header as the end of the archive. A real end is a block of zeros.
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
         raise tarfile.ReadError(f"bad header at byte {tar.offset:,}")

@@ -1,7 +1,7 @@
 """Write CIFAR-10 as images to train on: PNGs named airplane_00000.png and so on, in OUT_DIR/train and OUT_DIR/test.
 
-The number is the image's place in the training or test set. Sorted, the ten names have CIFAR-10's own labels, 0 to 9.
-Run the same command again after a kill: it writes the missing images.
+The number is the index of the image in the training or test set. In sorted order, the ten class names have the labels
+of CIFAR-10, 0 to 9. If the script is killed, run the same command again: it writes the missing images.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main():
 
 
 def read_batches(path):
-    """Read the files of the binary version, 180 MB, from its archive or the folder in it: {name: records}."""
+    """Read the binary version of CIFAR-10 (180 MB) from its archive or unpacked folder: {file name: records}."""
     wanted = {name for batch in SPLITS.values() for name in batch}
     if os.path.isdir(path):
         data = {file.name: file.read_bytes() for file in Path(path).rglob("*.bin")}
@@ -50,7 +50,7 @@ def read_batches(path):
 
 
 def write_images(records, folder):
-    """Write the missing images, named by their labels. Returns their number."""
+    """Write the missing images, named by their labels. Return the number of written images."""
     os.makedirs(folder, exist_ok=True)
     new = 0
     for i, record in enumerate(tqdm(records, unit=" images")):

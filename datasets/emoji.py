@@ -1,7 +1,8 @@
 """Write the emoji of a font, in colour on white, as images to train on, named CLASS_CODEPOINTS.png.
 
 The classes are the nine groups of Unicode's emoji-test.txt: activities, animals, flags, food, objects, people, smileys,
-symbols and travel. An apple is food_1f34e.png. The skin-tone variants of an emoji are all held out, or none of them.
+symbols and travel. The file of the red apple is food_1f34e.png. All skin-tone variants of an emoji are in the same
+output folder.
 """
 
 import math
@@ -44,7 +45,7 @@ def open_font(path):
 
 
 def read_table(path):
-    """Read emoji-test.txt. Returns a list of (class, emoji, number of its group)."""
+    """Read emoji-test.txt. Return a list of (class, emoji, number of the group of its skin-tone variants)."""
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as e:
@@ -57,7 +58,7 @@ def read_table(path):
             class_name = line.split()[2].lower()  # "Food & Drink" becomes food
         elif match := EMOJI.match(line):
             text = "".join(chr(int(code, 16)) for code in match[1].split()).replace(COLOUR_SELECTOR, "")
-            group += SKIN_TONES.isdisjoint(text)  # the variants follow their emoji
+            group += SKIN_TONES.isdisjoint(text)  # skin-tone variants follow their emoji
             emoji.append((class_name, text, group))
     if not emoji:
         raise InputError(f"--table {path}: no emoji in it: give the path of Unicode's emoji-test.txt")
@@ -67,8 +68,8 @@ def read_table(path):
 def draw_all(font, emoji, size):
     """Yield (file name, number of the group, image) of each emoji that the font has.
 
-    Of equal pictures only the first is kept, so that none is both trained on and held out: Norway's flag, for example,
-    is also that of Bouvet Island.
+    Only the first of several equal pictures is used, so that no picture is in both output folders. For example, the
+    flags of Norway and Bouvet Island are equal.
     """
     seen = set()
     for class_name, text, group in tqdm(emoji, unit=" emoji"):
@@ -81,7 +82,7 @@ def draw_all(font, emoji, size):
 
 
 def draw(font, text):
-    """Draw an emoji centred on a white square. Returns None if the font lacks it or draws it as several glyphs."""
+    """Draw an emoji centred on a white square. Return None if the font does not have exactly one glyph for it."""
     width = font.getlength("\U0001f600")  # all emoji are of equal width
     side = math.ceil(width)
     image = Image.new("RGB", (2 * side, 2 * side), "white")

@@ -1,8 +1,9 @@
 """Unpack ImageNet's archives into images to train on, and write the table of its classes.
 
-ILSVRC2012_img_train.tar, a tar of 1,000 tars, goes to OUT_DIR/train, ILSVRC2012_img_val.tar to OUT_DIR/val: the
-original JPEG files, named WNID_*.JPEG, in a folder for each class. OUT_DIR/classes.csv lists each class's label,
-WordNet id and name; labels number the sorted ids. Run the same command again after a kill: it writes missing images.
+ILSVRC2012_img_train.tar, a tar of 1,000 tars, is unpacked to OUT_DIR/train, and ILSVRC2012_img_val.tar to OUT_DIR/val.
+The original JPEG files are named WNID_*.JPEG and are in one folder for each class. OUT_DIR/classes.csv lists the label,
+WordNet id and name of each class. Labels number the sorted WordNet ids. If the script is killed, run the same command
+again: it writes the missing images.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def main():
 
 
 def read_names(path):
-    """Read lines such as "n01440764 tench, Tinca tinca". Returns {WordNet id: name}."""
+    """Read a file of lines such as "n01440764 tench, Tinca tinca". Return {WordNet id: name}."""
     names = {}
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in filter(str.strip, f):
@@ -63,10 +64,10 @@ def read_names(path):
 
 
 def read_devkit(path):
-    """Read the development kit. Returns {WordNet id: name}, and the list of the validation images' ids.
+    """Read the development kit. Return {WordNet id: name}, and the WordNet ids of the validation images.
 
-    The kit has numbers of its own, which are not in the order of the ids; its list of labels uses them. meta.mat also
-    lists the more general synsets above the classes, which have children.
+    The kit numbers the classes in an order that differs from the sorted WordNet ids. Its labels of validation images
+    are these numbers. meta.mat also lists more general synsets, which have children and are not classes.
     """
     try:
         from scipy.io import loadmat
@@ -84,7 +85,7 @@ def read_devkit(path):
             if synset["num_children"] == 0
         }
         labels = [classes[int(number)][0] for number in data[VAL_LABELS].split()]
-    except Exception:  # scipy raises many types for damaged files
+    except Exception:  # for damaged files, scipy raises exceptions of many types
         raise InputError(f"--devkit {path}: {META} or {VAL_LABELS} is missing or damaged: get {DEVKIT} again") from None
     return dict(classes.values()), labels
 
@@ -101,7 +102,7 @@ def write_class_table(path, classes):
 
 
 def which_split(tar):
-    """Return "train" or "val": the images that the archive holds."""
+    """Return "train" or "val", the kind of images in the archive."""
     for name, _ in files_in(tar):
         if CLASS_TAR.fullmatch(name):
             return "train"
@@ -111,7 +112,7 @@ def which_split(tar):
 
 
 def unpack_train(tar, classes, folder):
-    """Write the missing training images. Returns {WordNet id: number of its images}, and how many were written now."""
+    """Write the missing training images. Return {WordNet id: number of images}, and the number of written images."""
     tars = {match[1]: member for name, member in files_in(tar) if (match := CLASS_TAR.fullmatch(name))}
     if odd := sorted(set(classes) ^ set(tars)):
         raise InputError(
@@ -128,7 +129,7 @@ def unpack_train(tar, classes, folder):
 
 
 def unpack_class(tar, member, folder):
-    """Write the missing images of one class. Returns the number of its images, and how many were written now."""
+    """Write the missing images of one class. Return the numbers of all its images and of the written images."""
     os.makedirs(folder, exist_ok=True)
     wnid = os.path.basename(folder)
     names, new = set(), 0
@@ -144,7 +145,7 @@ def unpack_class(tar, member, folder):
 
 
 def unpack_val(tar, labels, folder):
-    """Write the missing validation images. Returns {WordNet id: number of its images}, and how many were written now.
+    """Write the missing validation images. Return {WordNet id: number of images}, and the number of written images.
 
     :param labels: the WordNet ids of all validation images, in order.
     """
@@ -164,7 +165,7 @@ def unpack_val(tar, labels, folder):
 
 
 def write_missing(tar, member, path):
-    """Write a member to `path` unless a file of that size exists. Returns whether it was written."""
+    """Write a member of an archive to `path` unless a file of that size exists. Return whether it was written."""
     if size_of(path) == member.size:
         return False
     write_file(path, tar.extractfile(member).read())
@@ -174,7 +175,7 @@ def write_missing(tar, member, path):
 def create_argparser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archive", help=ARCHIVES)
-    parser.add_argument("out_dir", help="the folder to write to; give both archives the same")
+    parser.add_argument("out_dir", help="the output folder, the same for both archives")
     classes = parser.add_mutually_exclusive_group(required=True)
     classes.add_argument("--devkit", help=f"{DEVKIT}: the classes, and the validation images' labels (needs scipy)")
     classes.add_argument("--names", help=f"{NAMES}: the classes alone, which is enough for the training images")

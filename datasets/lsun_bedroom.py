@@ -1,7 +1,8 @@
 """Write the images of an LSUN lmdb as square PNGs to train on: OUT_DIR/bedroom_0000000.png and so on.
 
-Each is shrunk with a box filter until its shorter side is the image size, and cropped at the centre. The number is the
-entry's place in the database. Run the same command again after a kill: it makes the missing images.
+Each image is reduced with a box filter until its shorter side has the image size, and cropped at the centre. The number
+is the index of the entry in the database. If the script is killed, run the same command again: it writes the missing
+images.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from guided_diffusion.errors import InputError, check_at_least, run
 from guided_diffusion.flags import str2bool
 
-CHUNK = 1024  # entries that the workers are given at a time
+CHUNK = 1024  # the number of entries that are passed to the workers at once
 
 
 def main():
@@ -49,7 +50,7 @@ def main():
 
 
 def open_lmdb(path):
-    """Open a database for reading. Refuses a truncated one: reading past its end would kill the process."""
+    """Open a database for reading. Raise InputError for a truncated one: reading past its end kills the process."""
     try:
         import lmdb
     except ImportError:
@@ -65,14 +66,14 @@ def open_lmdb(path):
 
 
 def check_image_size(folder, pattern, image_size):
-    """Refuse a folder with images in another size."""
+    """Raise InputError if the output folder holds images of another size."""
     made = next((e.path for e in os.scandir(folder) if re.fullmatch(pattern, e.name) and e.stat().st_size), None)
     if made and Image.open(made).size != (image_size, image_size):
         raise InputError(f"{made}: not of --image-size {image_size}: choose another folder, or the images' size")
 
 
 def convert(env, args):
-    """Make the missing images. Returns a Counter of "kept", "written" and "bad" images."""
+    """Write the missing images. Return a Counter of "kept", "written" and "bad" images."""
 
     def make(entry):
         index, key = entry
@@ -84,7 +85,7 @@ def convert(env, args):
         try:
             with Image.open(io.BytesIO(data)) as encoded:
                 image = encoded.convert("RGB")
-        except Exception as e:  # the type depends on the damaged image's format
+        except Exception as e:  # the type of the exception depends on the image format
             tqdm.write(f"not an image, or damaged: the entry with the key {key!r} ({e})", file=sys.stderr)
             return "bad"
         write_png(path, shrink_and_crop(image, args.image_size))
@@ -105,7 +106,7 @@ def convert(env, args):
 
 
 def shrink_and_crop(image, image_size):
-    """Shrink an image with a box filter until its shorter side is image_size, and crop its centre."""
+    """Reduce an image with a box filter until its shorter side has image_size pixels, and crop the centre."""
     scale = image_size / min(image.size)
     image = image.resize([round(side * scale) for side in image.size], resample=Image.BOX)
     left, top = ((side - image_size) // 2 for side in image.size)
@@ -115,16 +116,16 @@ def shrink_and_crop(image, image_size):
 def create_argparser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lmdb_path", help="an LSUN database: a folder with a data.mdb, such as bedroom_train_lmdb")
-    parser.add_argument("out_dir", help="the folder to write to")
+    parser.add_argument("out_dir", help="the output folder")
     parser.add_argument("--image-size", "--image_size", type=int, default=256, help="the images' side (default: 256)")
-    parser.add_argument("--prefix", default="bedroom", help="what file names begin with (default: bedroom)")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="threads (default: one a CPU core)")
+    parser.add_argument("--prefix", default="bedroom", help="the prefix of file names (default: bedroom)")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="threads (default: one per CPU core)")
     parser.add_argument(
         "--skip_bad_images",
         type=str2bool,
         default=False,
         metavar="BOOL",
-        help="True leaves out what cannot be decoded; otherwise that ends in an error when all others are written",
+        help="skip entries that cannot be decoded; False: fail after all other entries are written",
     )
     return parser
 

@@ -22,7 +22,7 @@ class ClassifierFeatures:
 
     @th.inference_mode()
     def __call__(self, images):
-        """Return the pool features float32 [N, pool_dim] of uint8 images [N, H, W, C], and empty spatial features [N, 0]."""
+        """Return pool features float32 [N, pool_dim] of uint8 images [N, H, W, C], and no spatial features [N, 0]."""
         seen = []
         hook = self.last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:

@@ -139,7 +139,7 @@ class InceptionV3(th.nn.Module):
 
     @th.inference_mode()
     def logits(self, pool):
-        """Return the class logits for the Inception Score, float64 [N, 1008], without bias as in the original evaluator."""
+        """Return the logits for the Inception Score, float64 [N, 1008]. As in the original, the bias is left out."""
         return pool.double() @ self.softmax_weights
 
     def _conv(self, name, x):

@@ -88,7 +88,7 @@ def main():
             arrays[f"mu{suffix}"], arrays[f"sigma{suffix}"] = features.moments[kind].statistics()
     with write_output(args.out) as f:
         np.savez(f, **arrays)
-    say(f"{args.out}: {len(chosen)} images" + ("" if args.no_statistics else f", statistics of all {len(paths)} images"))
+    say(f"{args.out}: {len(chosen)} images" + ("" if args.no_statistics else f"; statistics of {len(paths)} images"))
 
 
 def create_argparser():
