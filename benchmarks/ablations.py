@@ -110,7 +110,7 @@ def measure(args, keys, path):
 
 
 def load_images(folder):
-    """All images of a folder: float32 [N, C, H, W] in [-1, 1]."""
+    """Return all images of a folder: float32 [N, C, H, W] in [-1, 1]."""
     dataset, _ = image_dataset(folder, SIZE, channels=CHANNELS)
     return np.concatenate([batch.numpy() for _, batch, _ in each_once(dataset, 500)])
 

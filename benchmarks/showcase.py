@@ -1,14 +1,14 @@
-"""The paper's claims on a laptop: train on emoji, sample, evaluate, and write the tables and pictures to look at.
+"""Reproduce the paper's claims on a laptop: train on emoji, sample, evaluate, and write tables and pictures.
 
     make showcase
     python benchmarks/showcase.py --out_dir showcase --ranks 2
 
-Each stage is a command of this repository, which is printed before it runs and can be run again by hand. Run the same
-command again after a kill: stages that are done are skipped, and the one that was interrupted goes on. Two CPU cores
-train 32x32 images and an upsampler to 64x64 for 80 minutes, and sample and evaluate for about an hour. A GPU trains
-64x64 images and an upsampler to 128x128. In --out_dir:
+Each stage is a command of this repository. The command is printed before it runs, and can be repeated by hand. If the
+script is killed, run it again: it skips finished stages and continues the interrupted one. On two CPU cores, the script
+trains models of 32x32 images and an upsampler to 64x64 for 80 minutes, and samples and evaluates for about an hour. On
+a GPU, it trains models of 64x64 images and an upsampler to 128x128. The files in --out_dir:
 
-    emoji, held_out           the images; every fifth emoji is held out
+    emoji, held_out           the images; every fifth emoji is held out of training
     base, classifier, upsampler, clean, clean_large    runs of the training scripts
     sweep/sweep.csv, .png     guidance trades diversity for fidelity (paper: figures 4 and 5)
     few_steps/few_steps.png   quality against the number of the network's evaluations (paper: table 5)
@@ -49,11 +49,11 @@ SCHEDULE = dict(noise_schedule="cosine", random_flip=False)
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of images and networks, and steps of training, for one kind of machine."""
+    """The sizes of images and networks, and the numbers of training steps, for one kind of machine."""
 
     small: int
     large: int
-    batch_size: int  # of all ranks together
+    batch_size: int  # images per step on all ranks
     base: dict  # flags of the base model
     upsampler: dict
     classifier: dict
@@ -82,7 +82,7 @@ GPU = Scale(
 
 
 class Showcase:
-    """The stages, in order. Each names a command and its flags by what it is to make."""
+    """Runs the stages in order. Each stage is a command with its flags."""
 
     def __init__(self, args):
         self.out, self.ranks, self.scale = args.out_dir, args.ranks, GPU if th.cuda.is_available() else LAPTOP
@@ -93,7 +93,7 @@ class Showcase:
         return os.path.join(self.out, *names)
 
     def run(self, stage, script, *words, launch=True, **flags):
-        """Run a command unless times.csv says that it is done."""
+        """Run the command of a stage unless the stage is listed in times.csv."""
         if os.path.exists(self.times):
             with open(self.times, newline="") as f:
                 if stage in [row[0] for row in csv.reader(f)]:
@@ -140,7 +140,7 @@ class Showcase:
                      noised=name == "classifier", random_crop=name != "classifier", **held_out)  # fmt: skip
 
     def weights(self, name):
-        """The path of a run's last weights, or of their average if it has one."""
+        """Return the path of the last weights of a run, or of their moving average if the run has one."""
         scale, average = self.scale, f"ema_{self.scale.ema_rate}_"
         file_name = {
             "base": f"{average}{scale.base_steps:06d}.pt",
@@ -168,7 +168,7 @@ class Showcase:
                  log_dir=self.path("likelihood"), num_samples=100, batch_size=25, timestep_respacing=100)  # fmt: skip
 
     def report(self):
-        """Compare the four kinds of large samples; write stages.csv, enlarged samples and nearest neighbours."""
+        """Evaluate the four kinds of large samples. Write stages.csv, enlarged samples and nearest neighbours."""
         classifier = (create_classifier_and_diffusion, classifier_and_diffusion_defaults())
         _, network = load(self.weights("clean_large"), *classifier)
         features, reference = ClassifierFeatures(network), Batch(self.reference(self.scale.large), 3)
@@ -196,7 +196,7 @@ class Showcase:
         return self.path(name, folder, f"samples_{self.scale.samples}x{size}x{size}x3.npz")
 
     def enlarge(self, name):
-        """Enlarge the small samples of a pipeline by bicubic interpolation: write an .npz and a picture."""
+        """Enlarge the small samples of a pipeline by bicubic interpolation. Write an .npz file and a picture."""
         with np.load(self.samples(name, "base", self.scale.small)) as arrays:
             small, labels = arrays["arr_0"], arrays["arr_1"]
         side = (self.scale.large, self.scale.large)
@@ -207,7 +207,7 @@ class Showcase:
         return path + ".npz"
 
     def neighbours(self, features, known):
-        """Draw 16 guided samples, each above its nearest training image by pixels, and by the judge's features."""
+        """Draw 16 guided samples, each above its nearest training images by pixels and by classifier features."""
         with np.load(self.samples("guided")) as arrays, np.load(self.reference(self.scale.large)) as reference:
             samples, training = arrays["arr_0"][:16], reference["arr_0"]
         pool, _ = features(th.from_numpy(samples))
@@ -218,7 +218,7 @@ class Showcase:
 
 
 def nearest(points, pool):
-    """The index of the nearest row of `pool` for each row of `points`, by Euclidean distance."""
+    """Return the index of the nearest row of `pool` for each row of `points`, by Euclidean distance."""
     return [int(((pool - point) ** 2).sum(axis=1).argmin()) for point in points]
 
 

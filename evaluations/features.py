@@ -21,7 +21,8 @@ FEWEST, ADVISED = 4, 10_000
 
 
 class Features:
-    """Features of a batch of images, reduced to the statistics that the metrics need. Every rank must create one.
+    """Features of a batch of images, reduced to the statistics that the metrics need. Every rank must create an
+    instance.
 
     On rank 0 the statistics cover the whole batch; on the other ranks they cover only the rank's share.
 

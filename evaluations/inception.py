@@ -154,7 +154,7 @@ class InceptionV3(th.nn.Module):
         return x
 
     def _widest(self, name, x, pooled):
-        """Apply one of the last two blocks, in which each tower ends in two parallel convolutions."""
+        """Apply one of the last two blocks. Each of their towers ends in two parallel convolutions."""
         tower, tower_1 = self._conv(f"{name}/tower/conv", x), self._chain(f"{name}/tower_1", x, 2)
         forks = [
             self._conv(f"{name}/{scope}/mixed/{conv}", y)

@@ -74,7 +74,7 @@ class ModelVarType(enum.Enum):
 class LossType(enum.Enum):
     """The loss that training minimises."""
 
-    MSE = enum.auto()  # mean squared error, plus the variational bound, which alone trains a learned variance
+    MSE = enum.auto()  # mean squared error; plus the variational bound, which trains a learned variance
     RESCALED_MSE = enum.auto()  # MSE, with the variational bound scaled by num_timesteps / 1000
     KL = enum.auto()  # the variational bound's term at the sampled timestep
     RESCALED_KL = enum.auto()  # KL times num_timesteps: an estimate of the whole variational bound

@@ -59,7 +59,7 @@ class TrainingRandomness:
             if self.for_dropout:
                 th.manual_seed(_mix(self.seed, 0, step, rank))
         self.timesteps, self.factors = timesteps[rank::num_ranks], factors[rank::num_ranks]
-        self.positions = range(step * global_batch + rank, (step + 1) * global_batch, num_ranks)  # in the whole run
+        self.positions = range(step * global_batch + rank, (step + 1) * global_batch, num_ranks)  # in the sequence
         self.used = 0
 
     def draw(self, x):
