@@ -52,7 +52,7 @@ BASE = dict(
     attention_resolutions="8", num_head_channels=32, resblock_updown=True, use_scale_shift_norm=True,
     learn_sigma=True, noise_schedule="cosine",
 )  # fmt: skip
-# The middle block always has attention. Attention at 8x8 has 64 channels: 2 heads in the base.
+# The middle block always has attention. The attention blocks have 64 channels, and therefore 2 heads in the base.
 VARIANTS = {
     "base": {},
     "attention in the middle only": dict(attention_resolutions=""),
@@ -192,7 +192,7 @@ def by_variant(rows, figure):
 
 
 def print_table(args, rows):
-    """Print a Markdown table: the mean over seeds, and +- half their range if there are several."""
+    """Print a Markdown table: the mean over seeds, and half the range of its values."""
     print(f"\n{args.steps} steps, {args.num_samples} samples, seeds {args.seeds}; Frechet distance in features of")
     print(f"{args.clean_path}\n\n| variant | " + " | ".join(FIGURES) + " |\n|" + "---|" * (len(FIGURES) + 1))
     columns = [by_variant(rows, figure) for figure in FIGURES]

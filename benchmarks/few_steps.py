@@ -176,7 +176,7 @@ def by_curve(rows):
 
 
 def print_table(rows):
-    """Print a Markdown table of each figure: the mean over seeds, and +- half their range if there are several."""
+    """Print a Markdown table for each metric: the mean over seeds, and half the range of its values."""
     for scale, curves in sorted(by_curve(rows).items()):
         counts = sorted({n for curve in curves.values() for n in curve})
         for figure in COLUMNS[5:]:

@@ -103,7 +103,7 @@ def open_tar(path, expected):
     except (*DAMAGE, OSError) as e:
         if getattr(e, "filename", None) not in (None, path):  # an error of another file
             raise
-        raise InputError(f"{path}: not a tar archive, or truncated ({reason(e)}): give {expected}, complete") from None
+        raise InputError(f"{path}: not a tar archive, or truncated ({reason(e)}): give a whole {expected}") from None
 
 
 def files_in(tar):
@@ -114,7 +114,7 @@ def files_in(tar):
     for member in tar:
         if member.isreg():
             yield os.path.basename(member.name), member
-    # tarfile treats an unreadable header as the end of the archive. A real end is a block of zeros.
+    # tarfile treats an unreadable header as the end of the archive. A complete archive ends with a block of zeros.
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
         raise tarfile.ReadError(f"bad header at byte {tar.offset:,}")

@@ -39,7 +39,7 @@ def read_samples(path):
 
 
 def train_judge(size):
-    """Train a classifier of 8x8 digits on the real digits, enlarged to `size` pixels and reduced as samples are."""
+    """Train a classifier of 8x8 digits on the real digits, enlarged to `size` pixels and then reduced to 8x8."""
     try:
         from sklearn.svm import SVC
     except ImportError:

@@ -41,7 +41,7 @@ def download_file(address, path, check):
 
 
 def _fetch(address, part):
-    """Complete the file `part`. A server without byte ranges sends the whole file again."""
+    """Download the missing part of the file `part`. A server without byte ranges sends the whole file again."""
     # Request the last byte again: if `part` is already complete, a request beyond the last byte would be an error.
     start = max(0, os.path.getsize(part) - 1) if os.path.exists(part) else 0
     request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"} if start else {})

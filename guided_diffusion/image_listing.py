@@ -161,7 +161,7 @@ def _read_csv(labels):
                 if len(row) != 2 or not all(cell.strip() for cell in row):
                     raise InputError(f"--labels {labels}: line {rows.line_num} is not path,label")
                 path = posixpath.normpath(row[0])
-                if _is_image(posixpath.basename(path)):  # a header is not an image
+                if _is_image(posixpath.basename(path)):  # skips a header line
                     by_path[path] = row[1].strip()
     except (UnicodeDecodeError, csv.Error, *files.READ_ERRORS) as e:
         raise InputError(f"--labels {labels}: cannot read it as CSV in UTF-8 ({reason(e)})") from None

@@ -15,7 +15,7 @@ from .solvers import SAMPLERS
 def average_is_ready(rate, steps):
     """Return whether a moving average has seen at least 3 / (1 - rate) steps.
 
-    After fewer steps, the initial weights are more than exp(-3) = 5 % of the average, and its samples are noise.
+    Before, the initial weights still make up more than exp(-3) = 5 % of the average, and samples from it are noise.
     """
     return rate < 1 and steps >= round(3 / (1 - rate))
 

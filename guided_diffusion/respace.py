@@ -100,7 +100,7 @@ class SpacedDiffusion(GaussianDiffusion):
         self.original_num_steps = len(kwargs["betas"])
         self.timestep_map = sorted(self.use_timesteps)
         if not self.timestep_map or not 0 <= self.timestep_map[0] <= self.timestep_map[-1] < self.original_num_steps:
-            raise InputError(f"timesteps to keep must be some of 0..{self.original_num_steps - 1}")
+            raise InputError(f"timesteps to keep must be a subset of 0..{self.original_num_steps - 1}")
 
         alphas_cumprod = np.cumprod(1.0 - np.asarray(kwargs["betas"], dtype=np.float64))[self.timestep_map]
         kwargs["betas"] = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])

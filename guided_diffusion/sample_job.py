@@ -125,7 +125,7 @@ def sample_job(sampler, job, num_samples, batch_size, labels=None, rows_by_class
     samples, on any number of ranks.
 
     :param sampler: a BatchSampler.
-    :param job: the facts that determine the images, a dict of plain values. A folder holds samples of one job.
+    :param job: the settings that determine the images, as a dict of plain values. A folder holds samples of one job.
     :param labels: the labels to save with the images, int64 [num_samples], or None.
     :param rows_by_class: draw the picture with one row for each class.
     :param save_images: a folder for a PNG of each sample, or "".

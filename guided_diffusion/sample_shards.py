@@ -26,7 +26,7 @@ class SampleStore:
 
     :param folder: the folder of the job.
     :param shape: the shape (N, H, W, C) of all samples.
-    :param job: the facts that determine the images, a dict of plain values.
+    :param job: the settings that determine the images, as a dict of plain values.
     :param labels: the labels of all samples, int64 [N], or None.
     """
 

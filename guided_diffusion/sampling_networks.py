@@ -159,7 +159,7 @@ def _require_released(preset, option, models_dir, path_flag):
 
 
 def job_of(args, *networks, **more):
-    """Return the facts that determine the samples, for sample_job: a dict of flags and fingerprints of files.
+    """Return the settings that determine the samples, for sample_job: a dict of flags and fingerprints of files.
 
     :param more: {name of a flag: path} of further files that determine the samples.
     """

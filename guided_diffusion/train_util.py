@@ -260,7 +260,7 @@ class TrainLoop:
 
 @contextmanager
 def noting_signals():
-    """Collect the signals SIGTERM and SIGUSR1 during a `with` block in a list. Clusters end jobs with these signals."""
+    """Record SIGTERM and SIGUSR1 in a list within a `with` block. Clusters send these signals to end a job."""
     signals = []
     # Only the main thread may set signal handlers.
     numbers = (signal.SIGTERM, signal.SIGUSR1) if threading.current_thread() is threading.main_thread() else ()

@@ -283,7 +283,7 @@ class AttentionPool2d(nn.Module):
         x = x.flatten(2)  # [N, C, S*S]
         positions = self.positional_embedding.shape[1] - 1
         if x.shape[2] != positions:
-            raise InputError(f"attention pooling was built for {positions} positions and is given {x.shape[2]}")
+            raise InputError(f"attention pooling was built for {positions} positions but got {x.shape[2]}")
         x = th.cat([x.mean(dim=-1, keepdim=True), x], dim=-1)  # [N, C, 1 + S*S]
         x = x + self.positional_embedding.to(x.dtype)
         return self.c_proj(self.attention(self.qkv_proj(x)))[:, :, 0]

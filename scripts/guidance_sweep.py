@@ -1,8 +1,8 @@
 """Sample at several scales of guidance and evaluate each against a reference batch: sweep.csv and sweep.png.
 
 It sweeps the classifier's scale (--scales), or with --guide_scales that of a second model. The samples of each scale
-are those of classifier_sample.py, in a folder of --log_dir. Run the same command again after a kill, or with more
-scales: it makes the missing samples. `--features classifier` replaces Inception by a classifier of clean images
+are those of classifier_sample.py, in a folder of --log_dir. Run the same command again if the job is killed, or with
+more scales: it makes the missing samples. `--features classifier` replaces Inception by a classifier of clean images
 (classifier_train.py --noised False), whose flags have the prefix `feature_`.
 """
 
@@ -120,7 +120,7 @@ class Evaluation:
 
 
 def write(rows, features):
-    """Write the table and the picture of all finished scales. Only rank 0 calls this function."""
+    """Write the table and the plot of all finished guidance scales. Only rank 0 calls this function."""
     write_table(files.join(logger.get_dir(), "sweep.csv"), rows, features)
     try:
         draw(files.join(logger.get_dir(), "sweep.png"), rows, features)

@@ -1,6 +1,6 @@
 """Sample from a diffusion model: an .npz of images, and a picture.
 
-Run the same command again after a kill: it makes the missing samples.
+If the job is killed, run the same command again: it makes the missing samples.
 """
 
 from guided_diffusion import logger

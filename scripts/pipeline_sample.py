@@ -1,7 +1,7 @@
 """Sample small images with guidance and upsample them, as one job (ADM-G, ADM-U).
 
 The upsampler's flags are those of super_res_sample.py with the prefix `upsampler_`. The small images stay in the folder
-`base` of --log_dir. Run the same command again after a kill: it makes the missing samples.
+`base` of --log_dir. If the job is killed, run the same command again: it makes the missing samples.
 """
 
 from guided_diffusion import files, logger

@@ -1,6 +1,6 @@
 """Upsample the images in an .npz file.
 
-Run the same command again after a kill: it makes the missing samples.
+If the job is killed, run the same command again: it makes the missing samples.
 """
 
 from guided_diffusion import logger
