@@ -112,7 +112,8 @@ def _meet(rank, world_size, gpu):
         return dist.HashStore(), [gpu]
     try:
         store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
-        store = dist.PrefixStore(f"process group {next(_group_numbers)}", store)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)  # torchrun keeps its store when it restarts ranks
+        store = dist.PrefixStore(f"attempt {attempt}, process group {next(_group_numbers)}", store)
         store.set(f"GPU of rank {rank}", gpu)
         return store, [store.get(f"GPU of rank {r}").decode() for r in range(world_size)]  # store.get waits for the key
     except (RuntimeError, ValueError) as e:

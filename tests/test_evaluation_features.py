@@ -201,7 +201,7 @@ def test_the_command_prints_the_figures(command, pair, tmp_path):
 
 def test_warnings(command, pair, tmp_path, monkeypatch):
     larger = save(tmp_path / "larger.npz", SAMPLES.repeat(2, axis=1))
-    assert "warning: samples are 6x2, the reference 3x2: both are resized" in command(pair[0], larger)[1]
+    assert "warning: samples are 6x2, reference images 3x2: both are resized" in command(pair[0], larger)[1]
     monkeypatch.setattr("evaluations.features.ADVISED", 26)
     assert "biased" not in command(*pair)[1]
     assert "warning: 25 samples: FID is biased" in command(*pair, "--num_samples", 25)[1]
@@ -216,10 +216,10 @@ BAD_STATISTICS = {
     "a mean that is a table": ({**GOOD, "mu": np.zeros((1, 6))}, "mu is 1x6, but sigma is 6x6"),
     "text": ({**GOOD, "mu": np.array(["many"] * 6)}, "many"),
     "objects": ({**GOOD, "sigma_s": np.array([None] * 4)}, "allow_pickle"),
-    "infinite": ({**GOOD, "sigma_s": np.full((4, 4), np.inf)}, "mu_s or sigma_s has values that are not finite"),
-    "not numbers": ({**GOOD, "mu": np.full(6, np.nan)}, "mu or sigma has values that are not finite"),
-    "no mu_s": ({k: v for k, v in GOOD.items() if k != "mu_s"}, "mu, sigma, sigma_s alone"),
-    "sigma alone": ({"sigma": GOOD["sigma"]}, "sigma alone"),
+    "infinite": ({**GOOD, "sigma_s": np.full((4, 4), np.inf)}, "mu_s or sigma_s contains NaN or infinite values"),
+    "not numbers": ({**GOOD, "mu": np.full(6, np.nan)}, "mu or sigma contains NaN or infinite values"),
+    "no mu_s": ({k: v for k, v in GOOD.items() if k != "mu_s"}, "has only mu, sigma, sigma_s;"),
+    "sigma alone": ({"sigma": GOOD["sigma"]}, "has only sigma;"),
 }
 
 
