@@ -254,11 +254,11 @@ def bound_of(var, n):
 
 
 def test_the_bound_equals_the_entropy():
-    # With the exact reverse process, the bound's terms telescope to the data's entropy plus KL(q(x_T) || N(0, 1)). The KL
-    # is below alpha_bar_T / 2 = 2e-5 nats. The last step's decoder has variance beta_0 = 4e-4, so a bin is 0.4 standard
-    # deviations wide. Integrating the decoder's density over a bin, instead of multiplying it by the bin's width,
-    # changes the mean log-likelihood by terms of fourth order, about 0.4^4 / 24^2. The tanh approximation of the normal
-    # CDF is off by up to 2e-4. A tolerance of 0.005 bits covers all these errors.
+    # With the exact reverse process, the bound's terms add up to the data's entropy plus KL(q(x_T) || N(0, 1)). The
+    # divergence is below alpha_bar_T / 2 = 2e-5 nats. The last step's decoder has variance beta_0 = 4e-4, so a bin is
+    # 0.4 standard deviations wide. Integrating the decoder's density over a bin, instead of multiplying the density by
+    # the bin's width, changes the mean log-likelihood by terms of fourth order, about 0.4^4 / 24^2. The tanh
+    # approximation of the normal CDF is off by up to 2e-4. A tolerance of 0.005 bits covers all these errors.
     n = 40_000
     _, out = bound_of(LEARNED, n)
     assert out["total_bpd"].shape == (n,)
@@ -268,8 +268,8 @@ def test_the_bound_equals_the_entropy():
 
 @pytest.mark.parametrize("var", [FIXED_SMALL, FIXED_LARGE, LEARNED_RANGE])
 def test_other_variances_raise_the_bound_by_their_kl_divergence(var):
-    # The means are exact, so each step adds KL(N(0, exact variance) || N(0, model's variance)) to the bound. At t=0, the
-    # decoder's probability of a bin is approximated by its density times the bin's width.
+    # The means are exact, so each step adds KL(N(0, exact variance) || N(0, model's variance)) to the bound. At t=0,
+    # this formula approximates the decoder's probability of a bin by the decoder's density times the bin's width.
     n = 4000
     diffusion, out = bound_of(var, n)
     x = BOUND_DATA.mean.expand(250, -1, -1, -1)
