@@ -87,7 +87,10 @@ def cifar_pixels(batch, i):
 
 
 def cifar_files(per_batch=2):
-    """{file name: bytes}: CIFAR-10 with 5 training batches and a test batch. Image i of batch b: label (3 * b + i) % 10."""
+    """{file name: bytes} of CIFAR-10: five training batches, a test batch and the class names.
+
+    Image i of batch b has label (3 * b + i) % 10.
+    """
     files = {"batches.meta.txt": "".join(name + "\n" for name in CIFAR_NAMES).encode() + b"\n"}
     for b, name in enumerate([f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]):
         records = [

@@ -100,7 +100,7 @@ def test_config_json_has_the_flags_of_the_run(trained, digits):
 def test_progress_is_logged(trained):
     rows = read_rows(trained)
     assert [float(row["step"]) for row in rows] == [0, 1, 2, 3]
-    assert [float(row["samples"]) for row in rows] == [8, 16, 24, 32]  # 4 images on each of 2 ranks
+    assert [float(row["samples"]) for row in rows] == [8, 16, 24, 32]  # each of the 2 ranks trains on 4 images per step
     assert all(0 < float(row["loss"]) < 100 and float(row["grad_norm"]) > 0 for row in rows)
     assert os.path.getsize(os.path.join(trained, "log.txt")) > 0
 
@@ -136,8 +136,8 @@ def test_training_without_a_launcher_does_not_need_mpi4py(digits, tmp_path):
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "path"), ROOT]), "TMPDIR": str(tmp_path / "temporary")}
     options = dict(MODEL, **TRAIN, data_dir=digits, use_bf16=True, save_interval=2, total_steps=2)
     done = run([script("image_train"), *flags(**options)], env=env).check()
-    # Without --log_dir and OPENAI_LOGDIR, the run folder is a dated folder in the temporary directory. The first line of the
-    # output names the folder.
+    # Without --log_dir and OPENAI_LOGDIR, the run folder is a dated folder in the temporary directory. The first line of
+    # the output names the folder.
     (folder,) = (tmp_path / "temporary").glob("openai-*")
     assert done.output.splitlines()[0] == f"Logging to {folder}"
     check_checkpoints(folder, 2)
