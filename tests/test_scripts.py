@@ -136,8 +136,8 @@ def test_training_without_a_launcher_does_not_need_mpi4py(digits, tmp_path):
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "path"), ROOT]), "TMPDIR": str(tmp_path / "temporary")}
     options = dict(MODEL, **TRAIN, data_dir=digits, use_bf16=True, save_interval=2, total_steps=2)
     done = run([script("image_train"), *flags(**options)], env=env).check()
-    # Without --log_dir and OPENAI_LOGDIR, the run folder is a dated folder in the temporary directory. The first line of
-    # the output names the folder.
+    # Without --log_dir and OPENAI_LOGDIR, the run folder is a dated folder in the temporary directory. The first line
+    # of the output names the folder.
     (folder,) = (tmp_path / "temporary").glob("openai-*")
     assert done.output.splitlines()[0] == f"Logging to {folder}"
     check_checkpoints(folder, 2)
