@@ -130,7 +130,7 @@ def survey(folders):
     """Evaluate with all storage formats and batch sizes, and with a limited number of samples.
 
     :param folders: {storage format: (reference, samples)}.
-    :return: a dict of the metrics, the batches that the network saw on all ranks, and the metrics with a limit.
+    :return: a dict of the metrics, the batches that the network saw on all ranks, and the metrics for 15 samples.
     """
     found = {"figures": [], "seen": {}}
     for pair in folders.values():

@@ -276,7 +276,7 @@ def test_other_variances_raise_the_bound_by_their_kl_divergence(var):
     exact = BOUND_DATA.reverse_variance(Tables(diffusion.betas, T_ALL, x))
     taken = diffusion.p_mean_variance(exact_model(BOUND_DATA, diffusion), x.float(), T_ALL)["variance"].double()
     if var == FIXED_SMALL:
-        taken[0] = diffusion.posterior_variance[1]  # the likelihood cannot use the variance 0 at t=0
+        taken[0] = diffusion.posterior_variance[1]  # replaces the variance 0 at t=0, for which the likelihood is undefined
     ratio = exact / taken
     excess = float(bits(0.5 * (ratio - 1 - ratio.log())).mean(dim=(1, 2, 3)).sum())
     assert excess > 0.1
@@ -296,7 +296,7 @@ def test_terms_of_the_bound():
     left = left.mean(dim=(1, 2, 3))
     signal_to_noise = ((tables.signal / tables.noise) ** 2).flatten()
     # Relative error of a mean of squares of 4000 Gaussians (if one of the two channels dominates): sqrt(2 / 4000).
-    # Six sigma, because 250 timesteps are tested.
+    # The tolerance is six sigma, because 250 timesteps are tested.
     allowed = 6 * math.sqrt(2 / n)
     assert ((out["xstart_mse"].double().mean(0) / left - 1).abs() < allowed).all()
     assert ((out["mse"].double().mean(0) / (left * signal_to_noise) - 1).abs() < allowed).all()

@@ -135,7 +135,7 @@ def test_residual_block(film, resample, out_channels, use_conv):
         return doubled(x, 2) if "up" in resample else halved(x, 2) if "down" in resample else x
 
     if out_channels == 32:
-        th.testing.assert_close(block(x, emb), change(x))  # a new block only resamples, because its last layer is zero
+        th.testing.assert_close(block(x, emb), change(x))  # a new block only resamples, as its last convolution is zero
     fill_by_name(block)
     first, second = block.in_layers[2], block.out_layers[3]
     h = F.conv2d(change(F.silu(plain_group_norm(x, block.in_layers[0]))), first.weight, first.bias, padding=1)
@@ -211,7 +211,7 @@ def test_attention_block():
 
 @pytest.mark.parametrize("new_order", [False, True])
 def test_attention_runs_in_a_fused_kernel(new_order):
-    # A fused kernel does not store the T x T attention weights. PyTorch selects one only if each head's channels are
+    # A fused kernel does not store the T x T attention weights. PyTorch selects a fused kernel only if each head's channels are
     # contiguous in memory.
     block = AttentionBlock(64, num_heads=2, use_new_attention_order=new_order)
     with th.profiler.profile() as profile, th.no_grad():
@@ -299,7 +299,7 @@ def test_torso_in_half_precision(half, name):
         assert not th.equal(output, reference)  # the output shows rounding to half precision
         model.convert_to_fp32()
         assert all(p.dtype == th.float32 for p in model.parameters())
-        # The weights keep their rounding to half precision: at most half of the last of 11 (fp16) or 8 (bf16) bits.
+        # After the conversion back to float32, weights have a relative error of up to 2^-11 (fp16) or 2^-8 (bf16).
         for key, p in model.named_parameters():
             assert ((p - before[key]).abs() <= before[key].abs() * 2.0 ** (-11 if half == "fp16" else -8) + 1e-7).all()
         assert relative_error(model(x, t, **kwargs), reference) < (5e-3 if half == "fp16" else 4e-2)

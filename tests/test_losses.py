@@ -159,7 +159,7 @@ def test_normal_kl_matches_torch():
 def test_approx_standard_normal_cdf():
     x = th.linspace(-6, 6, 1001)
     want = th.distributions.Normal(0.0, 1.0).cdf(x)
-    assert (approx_standard_normal_cdf(x) - want).abs().max() < 2e-4  # error of Page's approximation
+    assert (approx_standard_normal_cdf(x) - want).abs().max() < 2e-4  # error of the approximation
 
 
 GREYS = th.arange(256) / 127.5 - 1

@@ -98,7 +98,7 @@ def test_the_posterior_follows_from_bayes_rule(schedule):
     assert relative_error(mean, want / precision) < 1e-6
     assert relative_error(variance, (1 / precision).expand(x_t.shape)) < 1e-6
     assert relative_error(log_variance, -precision.log().expand(x_t.shape)) < 1e-6
-    # At t=0 the posterior variance is 0. The log variance is that of t=1 instead, so that it is finite.
+    # At t=0 the posterior variance is 0. At t=0 the log variance is that of t=1, which is finite.
     mean, variance, log_variance = diffusion.q_posterior_mean_variance(x_start[:1], x_t[:1], th.tensor([0]))
     th.testing.assert_close(mean, x_start[:1])
     assert not variance.any()

@@ -27,7 +27,7 @@ def test_each_section_gets_its_number_of_evenly_spaced_timesteps(counts):
         if count > 1:
             assert taken[-1] == section[-1]
             strides = np.diff(taken)
-            assert strides.max() - strides.min() <= 2  # even, except for rounding at both ends
+            assert strides.max() - strides.min() <= 2  # strides are equal, except for rounding
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_a_damaged_finished_file_is_refused(labelled, tmp_path):
     for length in (0, 1, 30, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         refused(store.open, path, "damaged", "remove it and run this again")
-        assert path.exists()  # only the user may remove a damaged result
+        assert path.exists()  # a damaged result file is not removed automatically
     for arr_0 in (pictures(range(19)), pictures(range(20)).astype(float)):
         np.savez(path, arr_0, np.arange(20) % 7)
         refused(store.open, path, "damaged")

@@ -82,7 +82,7 @@ def test_the_script_gives_the_original_code_s_samples(loop, monkeypatch, tmp_pat
     found = read_npz(tmp_path / "out")
     assert found["arr_1"].tolist() == [5, 250]
     want = np.floor(np.clip((golden + 1) * 127.5, 0, 255)).transpose(0, 2, 3, 1)
-    assert np.abs(want - found["arr_0"][:, ::4, ::4]).max() <= 1  # rounding of values at 1
+    assert np.abs(want - found["arr_0"][:, ::4, ::4]).max() <= 1  # values near 1 may round to 254 or 255
 
 
 # Ranks

@@ -142,7 +142,7 @@ def test_spectral_norm_and_weight_norm_reach_every_layer():
 
 # Tools that search for torch's own layers, and export
 
-ONE_LEVEL = dict(channel_mult=(1,), attention_resolutions=(1,))  # for export, which takes seconds per block
+ONE_LEVEL = dict(channel_mult=(1,), attention_resolutions=(1,))  # small, because export takes seconds per block
 
 
 def test_dynamic_quantization_finds_every_linear_layer():
