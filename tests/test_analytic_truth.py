@@ -276,7 +276,7 @@ def test_other_variances_raise_the_bound_by_their_kl_divergence(var):
     exact = BOUND_DATA.reverse_variance(Tables(diffusion.betas, T_ALL, x))
     taken = diffusion.p_mean_variance(exact_model(BOUND_DATA, diffusion), x.float(), T_ALL)["variance"].double()
     if var == FIXED_SMALL:
-        taken[0] = diffusion.posterior_variance[1]  # replaces the variance 0 at t=0, for which the likelihood is undefined
+        taken[0] = diffusion.posterior_variance[1]  # replaces the variance 0, which has no likelihood
     ratio = exact / taken
     excess = float(bits(0.5 * (ratio - 1 - ratio.log())).mean(dim=(1, 2, 3)).sum())
     assert excess > 0.1

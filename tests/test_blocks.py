@@ -211,8 +211,8 @@ def test_attention_block():
 
 @pytest.mark.parametrize("new_order", [False, True])
 def test_attention_runs_in_a_fused_kernel(new_order):
-    # A fused kernel does not store the T x T attention weights. PyTorch selects a fused kernel only if each head's channels are
-    # contiguous in memory.
+    # A fused kernel does not store the T x T attention weights. PyTorch selects a fused kernel only if each head's
+    # channels are contiguous in memory.
     block = AttentionBlock(64, num_heads=2, use_new_attention_order=new_order)
     with th.profiler.profile() as profile, th.no_grad():
         block(th.randn(1, 64, 16, 16))

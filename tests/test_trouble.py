@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(quiet):
     before = {path.name: path.read_bytes() for path in Path(quiet).iterdir()}
     good = Path(quiet) / "model000002.pt"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # The optimizer state has two numbers per model parameter, so opt000004.pt exceeds the limit, but model000004.pt does not.
+    # The limit is between the sizes of model000004.pt and opt000004.pt, which has two numbers per model parameter.
     resource.setrlimit(resource.RLIMIT_FSIZE, (good.stat().st_size * 3 // 2, limits[1]))
     try:
         loop = new_loop(*new_model(), **options, total_steps=6)
