@@ -1,4 +1,4 @@
-"""What the tests of data sets share: archives, made as their makers make theirs, and the commands that unpack them."""
+"""Helpers for the tests of datasets/: small archives in the published formats, and the commands that unpack them."""
 
 import gzip
 import io
@@ -25,16 +25,17 @@ import lsun_bedroom  # noqa: E402
 
 from guided_diffusion.errors import run  # noqa: E402
 
-# In the archives' order, which is not the sorted one.
+# The order of the classes in the training archive, which is deliberately not the sorted order
 NAMES = {"n03000000": "crane", "n01000000": "tench, Tinca tinca", "n02000000": 'a "quoted" name'}
-# The development kit's own numbers follow yet another order; the synset of number 4 is above the classes.
+# The development kit's synsets: (ILSVRC2012_ID, WordNet id, number of children). The ids are in neither the archive's
+# order nor the sorted order. Synset 4 is an inner node of the hierarchy and not a class.
 KIT = [(1, "n02000000", 0), (2, "n03000000", 0), (3, "n01000000", 0), (4, "n00001740", 3)]
 VAL_TRUTH = [3, 1, 1, 2, 3]
 CIFAR_NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 def tar_bytes(contents):
-    """A tar of {name: bytes}."""
+    """Return the bytes of a tar archive with the files {name: bytes}."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, data in contents.items():
@@ -44,11 +45,11 @@ def tar_bytes(contents):
     return buffer.getvalue()
 
 
-# What the archives hold
+# Contents of the archives
 
 
 def train_images():
-    """{WordNet id: {file name: bytes}}; unpacking does not look into the JPEGs, so any bytes will do."""
+    """{WordNet id: {file name: bytes}}. The contents are random bytes, because unpacking does not decode JPEGs."""
     rng = np.random.default_rng(0)
     return {wnid: {f"{wnid}_{7 * i}.JPEG": rng.bytes(3000 + i) for i in range(4)} for wnid in NAMES}
 
@@ -79,14 +80,17 @@ def devkit():
 
 
 def cifar_pixels(batch, i):
-    """Image i of a file, uint8 [32, 32, 3]: red tells rows apart, green columns, blue pixels, files and images."""
+    """Image i of a CIFAR-10 batch file: uint8 [32, 32, 3]. The colours encode the row, column, batch file and image."""
     rows, columns = np.mgrid[:32, :32]
     blue = 17 * rows * columns + 40 * batch + i
     return np.stack([rows * 8 + i, columns * 8, blue % 256], axis=2).astype(np.uint8)
 
 
 def cifar_files(per_batch=2):
-    """Files 0 to 4 are for training, 5 for tests. Image i of file b has label (3 * b + i) % 10."""
+    """{file name: bytes} of CIFAR-10: five training batches, a test batch and the class names.
+
+    Image i of batch b has label (3 * b + i) % 10.
+    """
     files = {"batches.meta.txt": "".join(name + "\n" for name in CIFAR_NAMES).encode() + b"\n"}
     for b, name in enumerate([f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]):
         records = [
@@ -123,7 +127,7 @@ def write_lmdb(path, entries):
 
 
 def write_archives(folder):
-    """Write every archive, whole, and return the folder."""
+    """Write every archive, undamaged, and return the folder."""
     (folder / "train.tar").write_bytes(train_tar())
     (folder / "val.tar").write_bytes(tar_bytes(val_images()))
     (folder / "devkit.tar.gz").write_bytes(devkit())
@@ -133,9 +137,9 @@ def write_archives(folder):
     return folder
 
 
-# The scripts
+# Running the scripts
 
-# Each script's command on its whole archive
+# {name: (script's module, arguments)}, each on an undamaged archive
 COMMANDS = {
     "imagenet": (imagenet, ["{archives}/train.tar", "{out}", "--names", "{archives}/names.txt"]),
     "imagenet_val": (imagenet, ["{archives}/val.tar", "{out}", "--devkit", "{archives}/devkit.tar.gz"]),
@@ -145,20 +149,20 @@ COMMANDS = {
 
 
 def command(name, archives, out):
-    """A command of COMMANDS: (script's module, arguments)."""
+    """The entry of COMMANDS with its folders filled in: (script's module, arguments)."""
     module, args = COMMANDS[name]
     return module, [text.format(archives=archives, out=out) for text in args]
 
 
 def call(module, *args):
-    """Run a script's command in this process."""
+    """Run a dataset script in this process and return its exit status and output."""
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
         patch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
         status = 0
         try:
             run(module.main)
-        except SystemExit as e:  # a text is printed, and the status 1, as the interpreter would
+        except SystemExit as e:  # like the interpreter: print a string and exit with status 1
             status = e.code
             if isinstance(status, str):
                 print(status, file=sys.stderr)
@@ -167,5 +171,5 @@ def call(module, *args):
 
 
 def tree(folder):
-    """What a folder holds, below it too: {path: bytes}."""
+    """All files in a folder and its subfolders: {relative path: bytes}."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}

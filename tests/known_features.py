@@ -1,4 +1,4 @@
-"""Shared by the tests of evaluations: a network with known features, and figures from their definitions."""
+"""Helpers for the tests of evaluations: a network with known features, and metrics computed by their definitions."""
 
 import json
 import math
@@ -17,17 +17,18 @@ from guided_diffusion.errors import InputError
 RNG = np.random.default_rng(0)
 REFERENCE = RNG.integers(0, 255, (37, 3, 2, 3), dtype=np.uint8)
 SAMPLES = (RNG.integers(0, 255, (26, 3, 2, 3)) * [0.9, 0.8, 0.5]).astype(np.uint8)
-BAD = 255  # images whose first pixel has this value get features that are not finite
+BAD = 255  # value of the first pixel of images whose features are to be non-finite
 STORED = ("plain", "compressed", "fortran", "compressed fortran")
 BATCH_SIZES = (1, 4, 13, 100)
 
 
 class KnownNetwork:
-    """Replaces Inception: features are pixels, bit for bit the same in any batch.
+    """Replaces Inception. An image's features are its pixels, so they do not depend on the batch.
 
-    :param bad: the value of feature `place` of a bad image. 6 pool features come first, then 4 spatial features.
-    :param interrupt_at: raise KeyboardInterrupt at this batch.
-    :ivar seen: the batches that it was given.
+    :param bad: the non-finite value that a bad image (see BAD) has as feature `place`.
+    :param place: a feature's index: 0 to 5 for pool features, 6 to 9 for spatial features.
+    :param interrupt_at: index of the batch at which to raise KeyboardInterrupt.
+    :ivar seen: all batches that the network was called with.
     """
 
     pool_dim, spatial_dim, device = 6, 4, th.device("cpu")
@@ -47,7 +48,7 @@ class KnownNetwork:
         return 2 * pool[:, :5]
 
 
-# Figures from their definitions
+# Metrics by their definitions
 
 
 def features(images):
@@ -63,7 +64,7 @@ def radii_by_hand(points, k):
 
 
 def by_hand(reference, samples, k=3):
-    """Precision and recall, pair by pair."""
+    """Precision and recall, by comparing all pairs of points."""
 
     def covered(points, by):
         radii = radii_by_hand(by, k)
@@ -73,7 +74,7 @@ def by_hand(reference, samples, k=3):
 
 
 def truth(reference, samples):
-    """All figures of KnownNetwork's features."""
+    """All metrics for KnownNetwork's features: {name: value}."""
 
     def distance(a, b):
         (mu1, s1), (mu2, s2) = ((x.mean(axis=0), np.cov(x, rowvar=False)) for x in (a, b))
@@ -90,7 +91,7 @@ def truth(reference, samples):
 
 
 def statistics(images):
-    """The statistics that a reference batch may contain."""
+    """The precomputed statistics that a reference batch may contain."""
     arrays = {}
     for suffix, x in zip(("", "_s"), features(images)):
         arrays[f"mu{suffix}"], arrays[f"sigma{suffix}"] = x.mean(axis=0), np.cov(x, rowvar=False)
@@ -106,7 +107,7 @@ def check(figures, want=None):
 
 
 def save(path, images, stored="plain"):
-    """Write a batch, stored in one of the ways STORED."""
+    """Write images to an .npz file in one of the storage formats STORED. Return the path."""
     array = np.asfortranarray(images) if "fortran" in stored else images
     (np.savez_compressed if "compressed" in stored else np.savez)(path, arr_0=array)
     return str(path)
@@ -117,7 +118,7 @@ def save_pair(folder, stored="plain"):
 
 
 def evaluate(pair, batch_size=32, wanted=METRICS, network=None, limit=0, **cache):
-    """The figures of a pair of files; None on ranks other than 0."""
+    """Metrics for the files (reference, samples). None on ranks other than 0."""
     network = network or KnownNetwork()
     reference, samples = map(Batch, pair)
     known = reference_features(network, reference, batch_size, wanted, **cache)
@@ -126,9 +127,10 @@ def evaluate(pair, batch_size=32, wanted=METRICS, network=None, limit=0, **cache
 
 
 def survey(folders):
-    """Figures for all ways to store images and all batch sizes, the batches seen by all ranks, and a limit's figures.
+    """Evaluate with all storage formats and batch sizes, and with a limited number of samples.
 
-    :param folders: {way to store: the pair of files}.
+    :param folders: {storage format: (reference, samples)}.
+    :return: a dict of the metrics, the batches that the network saw on all ranks, and the metrics for 15 samples.
     """
     found = {"figures": [], "seen": {}}
     for pair in folders.values():
@@ -142,7 +144,7 @@ def survey(folders):
 
 
 def survey_on_ranks():
-    """Run as a rank: print the survey of the folders in sys.argv[1]."""
+    """Entry point of one rank: run `survey` on the folders in sys.argv[1] (JSON). Rank 0 prints the result as JSON."""
     dist_util.setup_dist()
     found = survey(json.loads(sys.argv[1]))
     if dist_util.get_rank() == 0:
@@ -150,7 +152,7 @@ def survey_on_ranks():
 
 
 class Command:
-    """The evaluator or make_reference, run in this process with KnownNetwork.
+    """Runs evaluator.py or make_reference.py in this process with KnownNetwork.
 
     :ivar network: the network that replaces Inception.
     """
@@ -159,7 +161,7 @@ class Command:
         self.monkeypatch, self.capsys, self.module, self.network = monkeypatch, capsys, module, KnownNetwork()
 
     def __call__(self, *args):
-        """Run it. Returns stdout and stderr."""
+        """Run the command. Return its stdout and stderr."""
         with self.monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [self.module.__name__, *map(str, args)])
             patch.setattr(self.module, "load_inception", lambda *args: (self.network, "known"))
@@ -169,7 +171,7 @@ class Command:
         return self.capsys.readouterr()
 
     def refused(self, *args):
-        """The one line with which it refuses its arguments."""
+        """Run the command, which must refuse its arguments. Return the one-line error message."""
         with pytest.raises(InputError) as caught:
             self(*args)
         assert "\n" not in str(caught.value)

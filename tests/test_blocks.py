@@ -1,4 +1,4 @@
-"""What layers, residual blocks and attention compute, against plain formulas and in half precision."""
+"""Layers, residual blocks and attention against plain formulas, and in half precision."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_timestep_embedding(dim, options):
     want = np.concatenate([np.cos(angles), np.sin(angles), np.zeros((4, dim - 32))], axis=1)
     got = timestep_embedding(t, dim, **options)
     assert got.shape == (4, dim) and got.dtype == th.float32
-    # float32 keeps angles up to 999 to 3e-5
+    # angles of up to 999 radians have a rounding error of 3e-5 in float32
     np.testing.assert_allclose(got.numpy(), want, atol=1e-4)
     assert th.equal(timestep_embedding(th.tensor([0, 1, 999]), dim, **options), got[[0, 1, 3]])
 
@@ -80,7 +80,7 @@ def test_moving_average():
     target, source = [th.tensor([1.0, 2.0]), th.tensor(3.0)], [th.tensor([5.0, 6.0]), th.tensor(7.0)]
     update_ema(target, source, rate=0.75)
     th.testing.assert_close(target, [th.tensor([2.0, 3.0]), th.tensor(4.0)])
-    update_ema(target, iter(source))  # 0.99 unless said
+    update_ema(target, iter(source))  # the default rate is 0.99
     th.testing.assert_close(target[1], th.tensor(4.03))
 
 
@@ -92,14 +92,14 @@ def test_moving_average_of_weights_of_another_precision(average, weights):
 
 
 def doubled(x, dims):
-    """x with every element of its last axes (two, in three dimensions) repeated."""
+    """x with each element repeated along its spatial axes, except a video's first axis."""
     for axis in range(-min(dims, 2), 0):
         x = x.repeat_interleave(2, dim=axis)
     return x
 
 
 def halved(x, dims):
-    """x with neighbours of its last axes (two, in three dimensions) averaged."""
+    """x with pairs of neighbours averaged along its spatial axes, except a video's first axis."""
     for axis in range(-min(dims, 2), 0):
         pairs = x.unflatten(axis, (-1, 2))
         x = pairs.mean(dim=axis)
@@ -108,7 +108,7 @@ def halved(x, dims):
 
 @pytest.mark.parametrize("dims, size", [(1, (6,)), (2, (6, 4)), (3, (3, 6, 4))])
 def test_resampling(dims, size):
-    # Videos keep their first axis, whose length may be odd.
+    # With dims=3, the first axis is not resampled, so its length may be odd.
     x = randn(0, 2, 32, *size)
     th.testing.assert_close(Upsample(32, False, dims)(x), doubled(x, dims))
     th.testing.assert_close(Downsample(32, False, dims)(x), halved(x, dims))
@@ -135,7 +135,7 @@ def test_residual_block(film, resample, out_channels, use_conv):
         return doubled(x, 2) if "up" in resample else halved(x, 2) if "down" in resample else x
 
     if out_channels == 32:
-        th.testing.assert_close(block(x, emb), change(x))  # a new block is the identity, but for the resampling
+        th.testing.assert_close(block(x, emb), change(x))  # a new block only resamples, as its last convolution is zero
     fill_by_name(block)
     first, second = block.in_layers[2], block.out_layers[3]
     h = F.conv2d(change(F.silu(plain_group_norm(x, block.in_layers[0]))), first.weight, first.bias, padding=1)
@@ -155,8 +155,8 @@ def test_residual_block(film, resample, out_channels, use_conv):
     th.testing.assert_close(block(x, emb), skip + h, rtol=1e-4, atol=1e-5)
 
 
-def test_hooks_on_a_block_s_layers_fire():
-    """Others read features by hooks on in_layers and out_layers."""
+def test_forward_hooks_on_in_layers_and_out_layers_are_called():
+    """Feature extraction code from other projects registers hooks on in_layers and out_layers of a ResBlock."""
     model, seen = UNetModel(**SMALL), []
     block = model.middle_block[0]
     block.in_layers.register_forward_hook(lambda *_: seen.append("in"))
@@ -176,13 +176,13 @@ def plain_attention(q, k, v):
 
 
 def plain_multi_head(qkv, heads, new_order):
-    """[heads * 3 * C, T] -> [heads * C, T], head by head."""
+    """Multi-head attention, computed one head at a time: [heads * 3 * C, T] -> [heads * C, T]."""
     width = qkv.shape[0] // (3 * heads)
     results = []
     for head in range(heads):
-        if new_order:  # all queries, all keys, all values
+        if new_order:  # channels in the order: queries of all heads, keys of all heads, values of all heads
             starts = [(part * heads + head) * width for part in range(3)]
-        else:  # each head's queries, keys and values
+        else:  # channels in the order: queries, keys and values of head 0, of head 1, ...
             starts = [(head * 3 + part) * width for part in range(3)]
         results.append(plain_attention(*(qkv[start : start + width] for start in starts)))
     return th.cat(results)
@@ -201,7 +201,7 @@ def test_attention(order, new, heads, length, size):
 def test_attention_block():
     block = AttentionBlock(64, num_heads=2)
     x = randn(0, 2, 64, 3, 5)
-    assert th.equal(block(x), x)  # a new block is the identity
+    assert th.equal(block(x), x)  # a new attention block is the identity
     fill_by_name(block)
     qkv = F.conv1d(plain_group_norm(x.flatten(2), block.norm), block.qkv.weight, block.qkv.bias)
     h = th.stack([plain_multi_head(sample, 2, new_order=False) for sample in qkv])
@@ -211,7 +211,8 @@ def test_attention_block():
 
 @pytest.mark.parametrize("new_order", [False, True])
 def test_attention_runs_in_a_fused_kernel(new_order):
-    # A fused kernel never holds the T x T weights. It wants each head's channels side by side in memory.
+    # A fused kernel does not store the T x T attention weights. PyTorch selects a fused kernel only if each head's
+    # channels are contiguous in memory.
     block = AttentionBlock(64, num_heads=2, use_new_attention_order=new_order)
     with th.profiler.profile() as profile, th.no_grad():
         block(th.randn(1, 64, 16, 16))
@@ -227,7 +228,7 @@ def test_attention_runs_in_a_fused_kernel(new_order):
 @pytest.mark.parametrize("attention", [QKVAttention, QKVAttentionLegacy])
 @pytest.mark.parametrize("size", [1.0, 30.0], ids=["smooth", "peaked"])
 def test_attention_in_half_precision(dtype, attention, size):
-    # At size 30 a score is up to 1e5, beyond float16: scores and softmax must be those of float32.
+    # At size 30, attention scores reach 1e5, which overflows float16, so scores and softmax must be in float32.
     qkv = (size * randn(0, 2, 3 * 2 * 64, 100)).to(dtype)
     output = attention(2)(qkv)
     assert output.dtype == dtype
@@ -236,7 +237,7 @@ def test_attention_in_half_precision(dtype, attention, size):
 
 @pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 def test_group_norm_in_half_precision(dtype):
-    # Sums of squares of such numbers are beyond float16.
+    # The sums of squares of these inputs overflow float16.
     x = (1000 + 300 * randn(0, 2, 64, 16, 16)).to(dtype)
     norm = fill_by_name(GroupNorm32(32, 64))
     output = norm(x)
@@ -248,7 +249,7 @@ def test_group_norm_in_half_precision(dtype):
 def test_embedding_stays_in_single_precision(half):
     model = fill_by_name(UNetModel(**SMALL, num_classes=4))
     x, _, labels = input_for(dict(SMALL, num_classes=4))
-    t = th.tensor([998.0, 999.0])  # which float16 tells apart, and bfloat16 does not
+    t = th.tensor([998.0, 999.0])  # two timesteps that are distinct in float16 and equal in bfloat16
     seen = []
     model.middle_block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     with th.no_grad():
@@ -288,17 +289,17 @@ def test_torso_in_half_precision(half, name):
             getattr(network, f"convert_to_{half}")()
             for key, p in network.named_parameters():
                 torso = key.startswith(("input_blocks", "middle_block", "output_blocks"))
-                # Of the torso the convolutions are converted: what has a kernel.
+                # Only the convolutions of the torso are converted to half precision.
                 assert p.dtype == (HALVES[half] if torso and is_convolution(network, key) else th.float32), key
         output = model(x, t, **kwargs)
         assert th.equal(built_half(x, t, **kwargs), output)
         assert output.dtype == th.float32 and output.isfinite().all()
-        # bfloat16 has three bits fewer
+        # bfloat16 has three mantissa bits fewer than float16, so its tolerance is 8 times larger
         assert relative_error(output, reference) < (5e-3 if half == "fp16" else 4e-2)
-        assert not th.equal(output, reference)  # it did run in half precision
+        assert not th.equal(output, reference)  # the output shows rounding to half precision
         model.convert_to_fp32()
         assert all(p.dtype == th.float32 for p in model.parameters())
-        # and back, with the rounding that the weights have had: half a unit in the last of 11 or 8 bits
+        # After the conversion back to float32, weights have a relative error of up to 2^-11 (fp16) or 2^-8 (bf16).
         for key, p in model.named_parameters():
             assert ((p - before[key]).abs() <= before[key].abs() * 2.0 ** (-11 if half == "fp16" else -8) + 1e-7).all()
         assert relative_error(model(x, t, **kwargs), reference) < (5e-3 if half == "fp16" else 4e-2)
@@ -316,6 +317,6 @@ def test_gradients_in_half_precision(half):
     (want,) = th.autograd.grad(model(x, t).square().mean(), x)
     getattr(model, f"convert_to_{half}")()
     loss = model(x, t).square().mean()
-    scale = 1024.0  # lifts small gradients above float16's smallest
+    scale = 1024.0  # prevents underflow of small gradients in float16
     (got,) = th.autograd.grad(scale * loss, x)
     assert relative_error(got / scale, want) < (1e-2 if half == "fp16" else 8e-2)

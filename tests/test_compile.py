@@ -1,4 +1,4 @@
-"""--compile True: compiled networks compute the same numbers."""
+"""--compile True: compiled networks give the same results as uncompiled networks."""
 
 import functools
 import shutil
@@ -19,12 +19,12 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 
 @pytest.fixture
 def without_codegen(monkeypatch):
-    """All of torch.compile but its last part, which takes most of the time: the making of kernels."""
+    """Replace the inductor backend of torch.compile by aot_eager, which skips the slow generation of kernels."""
     monkeypatch.setattr(th, "compile", functools.partial(th.compile, backend="aot_eager"))
 
 
 @needs_compiler
-def test_compiled_kernels_compute_the_same():
+def test_compiled_kernels_give_the_same_output():
     network = new_network(MODEL).requires_grad_(False)
     x, t, y = randn(0, 3, 3, 8, 8), th.arange(3) * 100, th.arange(3)
     assert relative_error(th.compile(network, dynamic=False)(x, t, y=y), network(x, t, y=y)) < 1e-5
@@ -59,7 +59,7 @@ def test_compiled_training_takes_the_same_steps(without_codegen, quiet):
         assert (p - weights[1][name]).abs().max() < 1e-4, name
 
 
-def test_a_machine_that_cannot_compile_says_so_in_one_line(networks, tmp_path):
+def test_without_a_compiler_the_script_stops_with_a_one_line_message(networks, tmp_path):
     model_flags = {k: v for k, v in networks.items() if k in MODEL or k == "model_path"}
     argv = [script("image_sample"), *flags(**model_flags, log_dir=tmp_path, num_samples=2, batch_size=2, compile=True)]
     outcome = run(argv, env=dict(CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")))

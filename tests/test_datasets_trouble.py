@@ -1,4 +1,4 @@
-"""Data sets' scripts in trouble: kills and restarts, full disks, lost files, and input that is not what they need."""
+"""Failures of the dataset scripts: kills and restarts, full disks, lost files, and invalid input."""
 
 import gzip
 import os
@@ -33,8 +33,8 @@ from launch import check_refused, run
 
 # Kills and restarts
 
-# A script that meets its end when it is about to rename its fourth file, with the temporary one written; or with the
-# disk full, as far as it can tell: no file can grow beyond 500 bytes.
+# Wrapper that runs a dataset script and kills the script just before it renames its fourth temporary file.
+# With how="full", writing more than 500 bytes to a file fails instead, which simulates a full disk.
 DYING = """
 import os, resource, runpy, signal, sys
 how, sys.argv = sys.argv[1], sys.argv[2:]
@@ -55,7 +55,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "full"])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_whatever_ends_a_run_leaves_whole_files_and_the_next_run_adds_the_rest(name, how, archives, unpacked, tmp_path):
+def test_a_stopped_run_leaves_only_complete_files_and_a_rerun_adds_the_rest(name, how, archives, unpacked, tmp_path):
     module, args = command(name, archives, tmp_path)
     done = run(["-c", DYING, how, module.__file__, *args])
     if how == "full":
@@ -67,14 +67,14 @@ def test_whatever_ends_a_run_leaves_whole_files_and_the_next_run_adds_the_rest(n
     leftovers = [path for path in left if path.endswith(".tmp")]
     whole = set(left) - set(leftovers)
     assert all(left[path] == reference[path] for path in whole)
-    if name != "lsun":  # its second worker may have got further
+    if name != "lsun":  # the second worker of lsun_bedroom.py may have written more files
         assert len(leftovers) == (how == "SIGKILL") and len(whole) < len(reference)
     assert how == "SIGKILL" or not leftovers
     assert how == "full" or len(whole) >= 2
     written = {path: (tmp_path / path).stat().st_mtime_ns for path in whole}
 
     call(module, *args).check()
-    assert tree(tmp_path) == reference  # the leftovers are gone
+    assert tree(tmp_path) == reference  # temporary files of the interrupted run are removed
     assert {path: (tmp_path / path).stat().st_mtime_ns for path in whole} == written
 
 
@@ -91,7 +91,7 @@ BAD_SAMPLES = [
 ]
 
 
-def test_the_judge_refuses_bad_samples(tmp_path, monkeypatch):
+def test_judge_digits_refuses_invalid_samples(tmp_path, monkeypatch):
     path = tmp_path / "samples.npz"
     for content, words in BAD_SAMPLES:
         if isinstance(content, dict):
@@ -101,7 +101,7 @@ def test_the_judge_refuses_bad_samples(tmp_path, monkeypatch):
         check_refused(call(judge_digits, path), [str(path), *words])
     np.savez_compressed(path, arr_0=noise(0, 2, 16, 16, 1), arr_1=LABELS)
     data = bytearray(path.read_bytes())
-    data[60:160] = b"\xff" * 100  # compressed data
+    data[60:160] = b"\xff" * 100  # damage the compressed data
     path.write_bytes(data)
     check_refused(call(judge_digits, path), [str(path), "not an .npz"])
     np.savez(path, SQUARES, LABELS)
@@ -109,7 +109,7 @@ def test_the_judge_refuses_bad_samples(tmp_path, monkeypatch):
     check_refused(call(judge_digits, path), ["pip install scikit-learn"])
 
 
-def test_digits_that_cannot_be_written(tmp_path, monkeypatch):
+def test_digits_reports_bad_folders_flags_and_a_missing_package(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     (tmp_path / "file").write_text("")
     check_refused(call(digits, tmp_path / "file"), [str(tmp_path / "file"), "File exists"])
@@ -118,7 +118,7 @@ def test_digits_that_cannot_be_written(tmp_path, monkeypatch):
     check_refused(call(digits, tmp_path), ["pip install scikit-learn"])
 
 
-def test_digits_to_validate_on_are_not_trained_on(tmp_path):
+def test_held_out_digits_are_not_among_the_training_digits(tmp_path):
     pytest.importorskip("sklearn")
     out, held_out, link = tmp_path / "out", tmp_path / "held_out", tmp_path / "link"
     link.symlink_to(out)
@@ -129,14 +129,14 @@ def test_digits_to_validate_on_are_not_trained_on(tmp_path):
     call(digits, out, "--size", 8, "--held_out_dir", held_out).check()
     assert len(tree(out)) == 1437 and len(tree(held_out)) == 360
     assert not set(tree(out)) & set(tree(held_out))
-    call(digits, out, "--size", 8).check()  # now all of them
+    call(digits, out, "--size", 8).check()  # without --held_out_dir, all 1,797 images are written
     done = call(digits, out, "--size", 8, "--held_out_dir", held_out)
     check_refused(done, [f"{out}: holds 1,797 images", "1,437"])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_lost_and_emptied_files_come_back(name, archives, unpacked, tmp_path):
-    """Some file systems leave empty files after a power cut. All is checked, also where a run has ended well."""
+def test_a_rerun_restores_lost_and_empty_files(name, archives, unpacked, tmp_path):
+    """A rerun checks every file, even after a complete run: some file systems leave empty files after a power cut."""
     module, args = command(name, archives, tmp_path)
     call(module, *args).check()
     images = sorted(path for path in tmp_path.rglob("*") if path.suffix in (".png", ".JPEG"))
@@ -147,12 +147,12 @@ def test_lost_and_emptied_files_come_back(name, archives, unpacked, tmp_path):
     assert sum(map(int, re.findall(r"(\d+) written now", done.output))) == 2
 
 
-# What goes wrong
+# Invalid input
 
 
 @pytest.fixture(scope="module")
 def bad(archives, tmp_path_factory):
-    """Archives, flags and folders that are not what a script needs."""
+    """A folder of damaged, incomplete and wrong input files."""
     bad = tmp_path_factory.mktemp("bad")
     train = archives / "train.tar"
     (bad / "text").write_text("a page that says 404, perhaps\n" * 100)
@@ -163,7 +163,7 @@ def bad(archives, tmp_path_factory):
     (bad / "two.tar").write_bytes(train_tar({wnid: images[wnid] for wnid in list(NAMES)[:2]}))
     damaged = bytearray(train_tar())
     name = damaged.index(b"n01000000_14.JPEG")
-    damaged[name + 3] = ord("x")  # its header's checksum is wrong now
+    damaged[name + 3] = ord("x")  # makes the checksum in the tar header wrong
     (bad / "damaged_train.tar").write_bytes(damaged)
     few = list(val_images().items())
     (bad / "few_val.tar").write_bytes(tar_bytes(dict(few[:4])))
@@ -208,7 +208,7 @@ def cifar(archive="{archives}/cifar.tar.gz", out="{out}"):
     return cifar10, [archive, out]
 
 
-# What is run, and words of what it must say
+# {case: (command, words that its error message must contain)}
 CASES = {
     "no archive": (unpack("{bad}/gone.tar"), ["{bad}/gone.tar", "No such file", "ILSVRC2012_img_train.tar"]),
     "a text as archive": (unpack("{bad}/text"), ["{bad}/text", "not a tar archive", "ILSVRC2012_img_train.tar"]),
@@ -257,16 +257,16 @@ def test_bad_input_is_refused_in_one_line(name, archives, bad, tmp_path):
 
 
 @pytest.mark.parametrize("package, name", [("scipy", "imagenet_val"), ("lmdb", "lsun")])
-def test_a_package_that_is_not_installed(package, name, archives, tmp_path, monkeypatch):
+def test_a_missing_package_is_named(package, name, archives, tmp_path, monkeypatch):
     for module in [package, *(m for m in sys.modules if m.startswith(package + "."))]:
         monkeypatch.setitem(sys.modules, module, None)
     module, args = command(name, archives, tmp_path)
     check_refused(call(module, *args), [f"pip install {package}"])
 
 
-def test_a_damaged_archive_leaves_the_whole_classes_for_a_restart_with_a_good_one(archives, bad, unpacked, tmp_path):
+def test_a_rerun_with_a_good_archive_keeps_the_files_from_a_damaged_one(archives, bad, unpacked, tmp_path):
     check_refused(call(*[imagenet, bad / "damaged_train.tar", tmp_path, "--names", archives / "names.txt"]), [])
-    assert len(list(tmp_path.rglob("*.JPEG"))) == 6  # of the first class, and two of the second
+    assert len(list(tmp_path.rglob("*.JPEG"))) == 6  # four images of the first class and two of the second
     module, args = command("imagenet", archives, tmp_path)
     assert "6 written now" in call(module, *args).check().output
     assert tree(tmp_path) == tree(unpacked["imagenet"])

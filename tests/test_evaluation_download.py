@@ -1,4 +1,4 @@
-"""The Inception graph's download: it is there whole or not at all, and what goes wrong is said in one line."""
+"""Downloading the Inception graph: incomplete files are never used, and errors are reported in one line."""
 
 import os
 import signal
@@ -16,9 +16,10 @@ from guided_diffusion.errors import InputError
 
 
 def write_graph(path, leave_out=(), **values):
-    """A complete graph in few bytes: each constant is one value that repeats.
+    """Write a graph with all of Inception's nodes to a small file, by storing one repeated value per constant.
 
-    :param values: of constants, by their names with __ for /.
+    :param leave_out: names of nodes that the graph lacks.
+    :param values: a constant's value, by the constant's name with "__" in place of "/". The default is 0.01.
     """
     pytest.importorskip("tensorboard")
     from tensorboard.compat.proto.graph_pb2 import GraphDef
@@ -44,7 +45,7 @@ def graph(tmp_path_factory):
 
 @pytest.fixture
 def server(graph, monkeypatch):
-    """Serves the graph. See web.serving."""
+    """A local web server for the graph. See web.serving."""
     monkeypatch.setenv("no_proxy", "*")
     with serving(graph.read_bytes()) as server:
         yield server
@@ -52,7 +53,7 @@ def server(graph, monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache folder, and no graph elsewhere."""
+    """An empty cache folder. The graph is in no other folder where find_graph looks."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(inception, "FILE_NAME", "graph_of_a_test.pb")
@@ -75,14 +76,14 @@ def test_the_graph_is_downloaded_once(kind, server, graph, cache, monkeypatch, c
     assert find_graph() == str(cache / "graph_of_a_test.pb")
 
 
-def test_a_graph_at_hand_is_taken(server, graph, cache, monkeypatch):
+def test_a_graph_given_by_path_or_in_the_current_folder_is_used(server, graph, cache, monkeypatch):
     monkeypatch.setattr(inception, "ADDRESS", server.address("none"))
     assert find_graph(str(graph)) == str(graph)
     (cache.parent.parent / "graph_of_a_test.pb").write_bytes(graph.read_bytes())
-    assert find_graph() == "graph_of_a_test.pb"  # of the folder that one is in
+    assert find_graph() == "graph_of_a_test.pb"  # from the current folder
 
 
-# {what the server does: words of the message}
+# {the server's behaviour: words that the error message must contain}
 TROUBLE = {
     "none": "Not Found",
     "garbage": "what is this",
@@ -92,11 +93,11 @@ TROUBLE = {
     "cut": "or truncated",
     "page": "not a TensorFlow graph",
 }
-RESUMED = {"ends", "chunked", "resets"}  # what arrived is kept
+RESUMED = {"ends", "chunked", "resets"}  # the next attempt resumes these downloads
 
 
 @pytest.mark.parametrize("kind", TROUBLE)
-def test_what_is_not_the_whole_graph_is_refused(kind, server, graph, cache, monkeypatch):
+def test_an_incomplete_or_wrong_download_is_refused(kind, server, graph, cache, monkeypatch):
     monkeypatch.setattr(inception, "ADDRESS", server.address(kind))
     with pytest.raises(InputError) as caught:
         find_graph()
@@ -112,7 +113,7 @@ def test_what_is_not_the_whole_graph_is_refused(kind, server, graph, cache, monk
     assert left_in(cache) == ["graph_of_a_test.pb"]
 
 
-def test_another_graph_is_refused(server, cache, tmp_path):
+def test_a_graph_without_all_nodes_is_refused(server, cache, tmp_path):
     server.content = write_graph(tmp_path / "other.pb", leave_out=["mixed_6/conv/conv2d_params"]).read_bytes()
     with pytest.raises(InputError, match="it has no node mixed_6/conv/conv2d_params"):
         download(server.address("whole"), str(cache / "graph.pb"))
@@ -135,13 +136,13 @@ evaluator.main()
 """
 
 
-def test_ctrl_c_leaves_no_half_graph(server, cache, tmp_path):
+def test_ctrl_c_leaves_no_incomplete_graph(server, cache, tmp_path):
     np.savez(tmp_path / "images.npz", np.zeros((4, 8, 8, 3), np.uint8))
     argv = [sys.executable, "-c", INTERRUPTED, server.address("stalls"), *[str(tmp_path / "images.npz")] * 2]
     env = clean_environment(no_proxy="*", XDG_CACHE_HOME=str(tmp_path / "cache"))
     process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while "downloading" not in (line := process.stdout.readline()):
-        assert line, "it ended early"
+        assert line, "the evaluator ended before the download started"
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
     assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in output, output
@@ -149,7 +150,7 @@ def test_ctrl_c_leaves_no_half_graph(server, cache, tmp_path):
     assert left_in(cache) in ([], ["graph_of_a_test.pb.part"])
 
 
-# What is read of a graph
+# Reading a graph
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_the_first_missing_node_is_named(name, tmp_path):
 
 
 @pytest.mark.parametrize("spoil", ["empty", "cut", "shape", "no constant"])
-def test_a_node_that_holds_something_else_is_named(spoil, graph, tmp_path):
+def test_a_node_with_the_wrong_content_is_named(spoil, graph, tmp_path):
     from tensorboard.compat.proto.graph_pb2 import GraphDef
 
     found = GraphDef.FromString(graph.read_bytes())

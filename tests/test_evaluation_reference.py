@@ -1,4 +1,4 @@
-"""Reference batches from folders of images: cropped and labelled as in training, with numpy's statistics."""
+"""make_reference.py: images are cropped and labelled as in training, and statistics agree with numpy."""
 
 import os
 
@@ -19,14 +19,14 @@ RNG = np.random.default_rng(0)
 
 
 def training_sees(path, size=SIZE, channels=3):
-    """An image as training shows it to the network, in grey levels: uint8 [size, size, channels]."""
+    """An image file as ImageDataset crops it for training, in grey levels 0 to 255: uint8 [size, size, channels]."""
     array, _ = ImageDataset(size, [str(path)], random_flip=False, channels=channels)[0]
     return np.rint((array.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """13 images of four classes in several sizes and formats, also in subfolders; and another file."""
+    """A folder with subfolders: 13 images of four classes in several sizes and formats, and a text file."""
     folder = tmp_path_factory.mktemp("images")
     for i in range(13):
         parent = folder / ["", "more", "more/still"][i % 3]
@@ -45,7 +45,7 @@ def command(monkeypatch, capsys):
 
 
 def make(command, folder, out, *flags):
-    """The arrays that the command writes."""
+    """Run make_reference.py and return the arrays that it writes."""
     assert not command(folder, out, "--image_size", SIZE, *flags)[0]
     with np.load(out) as arrays:
         return dict(arrays)
@@ -61,7 +61,7 @@ def check_statistics(arrays, images):
         np.testing.assert_allclose(arrays[f"sigma{suffix}"], np.cov(x, rowvar=False), rtol=1e-10, atol=1e-12)
 
 
-def test_a_small_folder_is_kept_whole(command, folder, tmp_path):
+def test_by_default_all_images_of_a_small_folder_are_kept(command, folder, tmp_path):
     arrays = make(command, folder, tmp_path / "new" / "ref.npz", "--batch_size", 4)
     images = all_images(folder)
     assert arrays["arr_0"].dtype == np.uint8 and (arrays["arr_0"] == images).all()
@@ -72,7 +72,7 @@ def test_a_small_folder_is_kept_whole(command, folder, tmp_path):
 
 
 def labels_in_training(folder):
-    """The label that training gives to each crop: {bytes: label}."""
+    """The label of each crop in training: {bytes of the crop: label}."""
     paths = list_images(str(folder))
     labels = number_classes(paths, *image_classes(str(folder), paths))
     assert sorted(set(labels)) == [0, 1, 2, 3]
@@ -80,7 +80,7 @@ def labels_in_training(folder):
 
 
 @pytest.mark.parametrize("flags", [[], ["--no_statistics"]])
-def test_some_of_many_images_with_the_statistics_of_all(flags, command, folder, tmp_path):
+def test_num_images_limits_the_stored_images_but_not_the_statistics(flags, command, folder, tmp_path):
     of_training, chosen = labels_in_training(folder), {}
     for seed in (0, 0, 1):
         arrays = make(command, folder, tmp_path / "ref.npz", "--num_images", 6, "--seed", seed, *flags)
@@ -116,7 +116,7 @@ evaluator.load_inception = lambda *args: (known_features.KnownNetwork(), "known"
 
 
 @pytest.mark.parametrize("flags", [[], ["--no_statistics"]])
-def test_ranks_write_the_same(flags, command, folder, tmp_path):
+def test_three_ranks_write_the_same_file_as_one(flags, command, folder, tmp_path):
     flags = ["--num_images", 7, "--batch_size", 3, *flags]
     want = make(command, folder, tmp_path / "1.npz", *flags)
     argv = [make_reference.__file__, folder, tmp_path / "3.npz", "--image_size", SIZE, *flags]
@@ -130,7 +130,7 @@ def test_ranks_write_the_same(flags, command, folder, tmp_path):
             assert name.startswith(("mu", "sigma")) or (arrays[name] == array).all()
 
 
-def test_the_evaluator_accepts_it(command, folder, tmp_path, monkeypatch, capsys):
+def test_the_evaluator_accepts_the_reference_file(command, folder, tmp_path, monkeypatch, capsys):
     kept = make(command, folder, tmp_path / "ref.npz", "--num_images", 9)["arr_0"]
     samples = RNG.integers(0, 255, (12, SIZE, SIZE, 3), dtype=np.uint8)
     out, _ = Command(monkeypatch, capsys)(tmp_path / "ref.npz", save(tmp_path / "samples.npz", samples))
@@ -151,12 +151,12 @@ def test_the_evaluator_accepts_it(command, folder, tmp_path, monkeypatch, capsys
         (["--seed", -1], "--seed -1: must be at least 0"),
     ],
 )
-def test_bad_flags(flags, words, command, folder, tmp_path):
+def test_bad_flags_are_refused(flags, words, command, folder, tmp_path):
     assert words in command.refused(folder, tmp_path / "ref.npz", "--image_size", SIZE, *flags)
     assert os.listdir(tmp_path) == []
 
 
-def test_bad_folders(command, folder, tmp_path):
+def test_bad_folders_are_refused(command, folder, tmp_path):
     (tmp_path / "images").mkdir()
 
     def line(of, out=tmp_path / "ref.npz"):
@@ -177,7 +177,7 @@ def test_bad_folders(command, folder, tmp_path):
     assert "cannot be written" in line(tmp_path / "images", tmp_path / "file" / "ref.npz")
 
 
-def test_features_that_are_not_finite_name_the_images(command, tmp_path):
+def test_images_with_non_finite_features_are_named(command, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(9):
         Image.fromarray(np.full((SIZE, SIZE, 3), BAD if i == 7 else i, np.uint8)).save(tmp_path / f"images/{i}.png")
@@ -187,7 +187,7 @@ def test_features_that_are_not_finite_name_the_images(command, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["network", "file"])
-def test_an_interrupt_leaves_the_older_file(moment, command, folder, tmp_path, monkeypatch):
+def test_an_interrupt_leaves_the_previous_file_unchanged(moment, command, folder, tmp_path, monkeypatch):
     def interrupted(f, **arrays):
         f.write(b"some of it")
         raise KeyboardInterrupt

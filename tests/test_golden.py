@@ -1,7 +1,7 @@
-"""The numbers of the original code: every array of data/library.npz is computed again and compared.
+"""Compare every array of data/library.npz, computed with the original code, with this code's result.
 
-An array's name says what it is, and a test claims names by their prefix. A test must yield exactly the arrays that it
-claims, and the last test checks that each array is claimed once.
+Each test claims all arrays whose names begin with the test's prefix, and must compute exactly these arrays.
+test_every_array_is_checked_once checks that each array is claimed by exactly one test.
 """
 
 import random
@@ -26,9 +26,10 @@ from guided_diffusion.train_util import TrainLoop
 with np.load(DATA / "library.npz") as archive:
     GOLDEN = dict(archive)
 
-# The greatest relative L2 error by the beginning of a name, and the greatest error of an element over its own size plus
-# a hundredth of the array's RMS. Single elements of a network's output are left to the L2 norm: sums of many terms
-# cancel in some of them. Training amplifies rounding: Adam divides small gradients by their own size.
+# {prefix of an array's name: (largest relative L2 error, largest error of an element)}. An element's error is relative
+# to the element's absolute value plus 1% of the array's RMS. With None, only the L2 error is checked, because
+# cancellation makes single elements of a network's output inaccurate. Training has a larger tolerance, because Adam
+# divides gradients by their own magnitude and so amplifies the rounding errors of small gradients.
 TOLERANCES = {
     "unet16/": (5e-3, None),
     "unet/": (2e-5, None),
@@ -48,7 +49,7 @@ CLAIMS = []
 
 
 def claims(*prefixes):
-    """Run a test once for each prefix: it is to compute the golden arrays whose names begin so."""
+    """Decorator that runs a test once for each prefix. The test must compute all golden arrays with the prefix."""
     CLAIMS.extend(prefixes)
     return pytest.mark.parametrize("prefix", prefixes)
 
@@ -58,7 +59,7 @@ def claimed_by(prefix):
 
 
 def check(prefix, computed):
-    """Compare what a test computed, a dict by the rest of the name, with all that its prefix claims."""
+    """Compare the arrays that a test computed, {name without prefix: array}, with the golden arrays of its prefix."""
     assert {prefix + name for name in computed} == claimed_by(prefix)
     for name, got in computed.items():
         assert_golden(prefix + name, got)
@@ -70,15 +71,15 @@ def assert_golden(name, got):
     assert got.shape == want.shape, name
     whole, element = next(tolerance for prefix, tolerance in TOLERANCES.items() if name.startswith(prefix))
     error = relative_error(got, want)
-    assert error <= whole, f"{name}: error {error:.2e} over {whole:.0e}"
+    assert error <= whole, f"{name}: relative L2 error {error:.2e} exceeds {whole:.0e}"
     if element is not None:
         want, got = want.astype(np.float64), got.astype(np.float64)
         worst = np.max(np.abs(got - want) / (np.abs(want) + 1e-2 * np.sqrt(np.mean(want**2)) + 1e-30), initial=0)
-        assert worst <= element, f"{name}: worst element off by {worst:.2e}, over {element:.0e}"
+        assert worst <= element, f"{name}: largest error of an element {worst:.2e} exceeds {element:.0e}"
 
 
 def thin(images):
-    """The recorded part of images: every fourth row and column."""
+    """Every fourth row and column of the images: the golden file stores only these pixels."""
     return images[:, :, ::4, ::4]
 
 
@@ -198,7 +199,7 @@ def test_tables(prefix):
     check(prefix, {table: getattr(diffusion, table) for table in TABLES})
 
 
-# The process, with functions in the place of networks
+# The diffusion process, with smooth functions instead of networks
 
 PROCESSES = {
     "eps_learned": dict(learn_sigma=True),
@@ -211,7 +212,7 @@ PROCESSES = {
 
 
 def smooth_model(learn_sigma):
-    """A smooth function of x, of the timestep shown and of the label."""
+    """Return a model that is a smooth function of x, the timestep and the label."""
 
     def model(x, t, y=None):
         time = per_sample(t.float(), x) / 1000
@@ -296,7 +297,7 @@ def test_crops(prefix):
     check(prefix, got)
 
 
-# All together
+# Guided sampling and training
 
 SMALL_CONDITIONAL = dict(
     image_size=64, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="32", class_cond=True,
@@ -324,7 +325,7 @@ def test_guided_sampling(prefix):
 
 @claims("train/")
 def test_training_steps(prefix, tmp_path, monkeypatch):
-    # The numbers are a CPU's, also on a machine with a GPU.
+    # The golden arrays were computed on a CPU, so the test must not use a GPU.
     monkeypatch.setattr(th.cuda, "is_available", lambda: False)
     model, diffusion = make_model(**SMALL_CONDITIONAL)
     model.train()
@@ -350,7 +351,7 @@ def test_training_steps(prefix, tmp_path, monkeypatch):
     check(prefix, got)
 
 
-# The tests' own honesty
+# Checks of the golden tests themselves
 
 
 def test_every_array_is_checked_once():
@@ -359,11 +360,11 @@ def test_every_array_is_checked_once():
     assert len(GOLDEN) == 256
 
 
-def test_quick_half_convolutions_match_the_kernels(monkeypatch):
+def test_quick_half_convolutions_match_pytorch_s_kernels(monkeypatch):
     x, weight, bias = randn(0, 2, 32, 8, 8).half(), (0.1 * randn(1, 32, 32, 3, 3)).half(), randn(2, 32).half()
     options = dict(stride=2, padding=1)
     want = F.conv2d(x, weight, bias, **options)
     with quick_half_convolutions(monkeypatch):
         got = F.conv2d(x, weight, bias, **options)
     assert got.dtype == th.float16
-    assert relative_error(got, want) < 2e-4  # float16 rounds by up to 2^-11, 5e-4
+    assert relative_error(got, want) < 2e-4  # less than half of float16's rounding error, 2^-11 = 5e-4

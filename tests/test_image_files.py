@@ -17,14 +17,14 @@ ENLARGED = Image.fromarray(COLOURS).resize((8, 8), Image.NEAREST)
 
 
 def pixels_of(path, **options):
-    """The uint8 pixels [8, 8, C] that a dataset makes of an 8x8 file."""
+    """The pixels that ImageDataset reads from an 8x8 image file: uint8 [8, 8, C]."""
     array, _ = ImageDataset(8, [str(path)], random_flip=False, **options)[0]
     assert array.dtype == np.float32
     return np.rint((array.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
 
 
 def difference(pixels, expected):
-    """The largest difference between an image and a 2x2 image that was enlarged."""
+    """The largest difference between an 8x8 image and a 2x2 image enlarged to 8x8."""
     assert pixels.shape == (8, 8, expected.shape[2])
     return np.abs(pixels[::4, ::4].astype(float) - expected).max()
 
@@ -39,12 +39,12 @@ def test_all_modes_become_rgb_or_grey(mode, tmp_path):
     if mode in ("RGB", "RGBA", "P"):
         assert difference(colour, COLOURS) <= (4 if mode == "P" else 0)
     else:
-        assert (colour == grey).all()  # equal channels
+        assert (colour == grey).all()  # the RGB channels are equal
     if mode != "1":
         assert difference(grey, LUMA) <= (4 if mode == "P" else 1)
 
 
-def test_transparent_pixels_show_the_colour_below(tmp_path):
+def test_transparency_is_ignored(tmp_path):
     palette = ENLARGED.quantize(4)
     palette.save(tmp_path / "alphas.png", transparency=bytes([0, 128, 255, 7]))
     palette.save(tmp_path / "one.png", transparency=2)
@@ -55,7 +55,7 @@ def test_transparent_pixels_show_the_colour_below(tmp_path):
 
 
 def test_cmyk_becomes_rgb(tmp_path):
-    # Cyan absorbs red, magenta green, yellow blue, and black all.
+    # Cyan ink absorbs red, magenta ink absorbs green, yellow ink absorbs blue, and black ink absorbs all three.
     inks = np.array([[[0, 0, 0, 0], [255, 0, 0, 0]], [[0, 255, 0, 0], [0, 0, 0, 255]]], np.uint8)
     pixels = inks.repeat(8, axis=0).repeat(8, axis=1)
     Image.frombytes("CMYK", (16, 16), pixels.tobytes()).save(tmp_path / "inks.jpg", quality=100)
@@ -72,7 +72,7 @@ def test_the_first_frame_of_an_animation_is_read(tmp_path):
         assert (pixels_of(path) == 200).all()
 
 
-def test_sixteen_bits_keep_the_upper_eight(tmp_path):
+def test_16_bit_pixels_keep_their_upper_8_bits(tmp_path):
     grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
     Image.fromarray(grey).save(tmp_path / "grey.png")
     for channels in (1, 3):
@@ -80,9 +80,9 @@ def test_sixteen_bits_keep_the_upper_eight(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_pixels_without_a_range_are_refused(dtype, tmp_path):
+def test_float_and_32_bit_pixels_are_refused(dtype, tmp_path):
     Image.fromarray(np.full((8, 8), 1000, dtype)).save(tmp_path / "x.tif")
-    os.rename(tmp_path / "x.tif", tmp_path / "x.png")  # the content decides, not the name
+    os.rename(tmp_path / "x.tif", tmp_path / "x.png")  # the format is detected from the content, not from the name
     with pytest.raises(InputError, match=r"x.png: cannot read .* mode [IF] .*8 bits"):
         pixels_of(tmp_path / "x.png")
 
@@ -90,7 +90,8 @@ def test_pixels_without_a_range_are_refused(dtype, tmp_path):
 # Orientation
 
 UPRIGHT = np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-# The stored pixels, by the EXIF standard's table of the sides that the first row and the first column show.
+# {EXIF orientation: stored pixels of UPRIGHT}. Each comment names the sides of the upright image that the stored first
+# row and first column show.
 STORED = {
     1: UPRIGHT,  # top, left
     2: UPRIGHT[:, ::-1],  # top, right
@@ -120,9 +121,9 @@ def test_images_are_turned_upright(name, orientation, tmp_path):
     [
         b"Exif\0\0",
         b"Exif\0\0no TIFF header at all",
-        b"Exif\0\0MM\0*\xff\xff\xff\xff",  # a directory beyond the end
-        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\0\0\0\x26\0\0\0",  # an orientation of 255 letters
-        b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\x01",  # cut off
+        b"Exif\0\0MM\0*\xff\xff\xff\xff",  # the directory's offset is beyond the end of the data
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\0\0\0\x26\0\0\0",  # the orientation is a string of 255 bytes
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\x01",  # truncated
     ],
 )
 def test_damaged_exif_is_ignored(exif, tmp_path, recwarn):
@@ -132,7 +133,7 @@ def test_damaged_exif_is_ignored(exif, tmp_path, recwarn):
     assert not recwarn.list
 
 
-# Damage
+# Damaged and missing files
 
 
 NOISE = Image.fromarray(np.random.default_rng(2).integers(0, 256, (24, 32, 3), dtype=np.uint8))
@@ -161,7 +162,7 @@ def test_a_truncated_image_is_refused_unless_only_its_trailer_is_missing(name, t
         path.write_bytes(whole[:cut])
         try:
             pixels = ImageDataset(16, [str(path)], random_flip=False)[0][0]
-            assert (pixels == expected).all(), cut  # never a part of the image
+            assert (pixels == expected).all(), cut  # a partly decoded image is never returned
         except InputError as e:
             assert str(e).startswith(f"{path}: cannot read this image (")
             refused += 1

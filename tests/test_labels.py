@@ -1,4 +1,4 @@
-"""The classes of images, from file names, folders or a CSV file, and their labels."""
+"""Class names and labels of images: from file names, folders or a CSV file."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def test_classes_are_names_up_to_the_underscore_in_sorted_order():
     classes, table = image_classes("", paths)
     assert table == ["10", "9", "cat", "dog"]
     assert number_classes(paths, classes, table, num_classes=4) == [3, 2, 3, 0, 1, 2]
-    # The underscore of a folder does not count.
+    # An underscore in the folder's name does not separate a class name.
     with pytest.raises(InputError, match="some_folder/plain.png"):
         image_classes("", ["cat_0.png", "some_folder/plain.png"])
 
@@ -25,7 +25,7 @@ def test_classes_by_folder():
 
 
 def labelled(tmp_path, text, names=("b/1.png", "a.png", "c.png"), encoding="utf-8"):
-    """The classes of some images, and the class table, by a CSV file with this text."""
+    """Classes of the images `names` and the list of class names, according to a CSV file with the content `text`."""
     (tmp_path / "labels.csv").write_text(text, encoding=encoding)
     return image_classes("data", [f"data/{name}" for name in names], str(tmp_path / "labels.csv"))
 
@@ -38,15 +38,15 @@ def test_classes_by_csv(tmp_path):
 
 
 def test_whole_numbers_in_a_csv_are_the_labels_themselves(tmp_path):
-    # As strings, 10 would sort before 9; and this folder has no images of the other 8 classes.
+    # Labels 9 and 10 stay 9 and 10, although the folder has no images of classes 0 to 8 and "10" < "9" as strings.
     classes, table = labelled(tmp_path, "a.png,9\nb/1.png,10\nc.png,03\n")
     assert table == [str(i) for i in range(11)]
     assert classes == ["10", "9", "3"]
-    assert labelled(tmp_path, "a.png,20240101\nb/1.png,9\nc.png,9\n")[1] == ["20240101", "9"]  # no table of millions
+    assert labelled(tmp_path, "a.png,20240101\nb/1.png,9\nc.png,9\n")[1] == ["20240101", "9"]  # class names
 
 
 @pytest.mark.parametrize("header", ["filename,label", "image,class", "Path, Label", "\nid,breed", "file.name,kind"])
-def test_a_header_of_a_csv_is_no_class(header, tmp_path):
+def test_the_header_of_a_csv_is_not_a_class(header, tmp_path):
     words = (["dog", "cat", "cat"], ["cat", "dog"])
     assert labelled(tmp_path, f"{header}\na.png,cat\nb/1.png,dog\nc.png,cat\n") == words
     numbers = (["10", "0", "9"], [str(i) for i in range(11)])
@@ -54,7 +54,7 @@ def test_a_header_of_a_csv_is_no_class(header, tmp_path):
 
 
 def test_a_csv_may_list_more_images_than_there_are(tmp_path):
-    # Missing images do not change the table.
+    # The list of class names includes the classes of images that do not exist.
     assert labelled(tmp_path, "gone.png,w\na.png,x\nb/1.png,y\nc.png,z\n")[1] == ["w", "x", "y", "z"]
 
 
@@ -69,13 +69,13 @@ def test_a_csv_may_list_more_images_than_there_are(tmp_path):
         ("a.png;cat\nb/1.png;dog\nc.png;x\n", ["line 1 is not path,label"]),
     ],
 )
-def test_a_csv_that_does_not_fit_is_refused(text, words, tmp_path):
+def test_an_invalid_csv_is_refused(text, words, tmp_path):
     with pytest.raises(InputError) as caught:
         labelled(tmp_path, text)
     assert all(word in str(caught.value) for word in [f"--labels {tmp_path / 'labels.csv'}", *words])
 
 
-def test_other_labels_are_refused(tmp_path):
+def test_invalid_values_of_labels_are_refused(tmp_path):
     (tmp_path / "a_0.png").touch()
     options = dict(data_dir=str(tmp_path), batch_size=1, image_size=4, class_cond=True)
     with pytest.raises(InputError, match="--labels colour: give name, folder, or .*CSV"):
@@ -87,7 +87,7 @@ def test_other_labels_are_refused(tmp_path):
         load_data(**options, labels=str(tmp_path / "latin.csv"))
 
 
-def test_a_stream_knows_its_classes(tmp_path):
+def test_load_data_gives_its_class_names(tmp_path):
     for name in ("dog/b_0.png", "cat/a_1.png"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
@@ -96,7 +96,7 @@ def test_a_stream_knows_its_classes(tmp_path):
     assert load_data(**options, class_cond=True).classes == ["a", "b"]
     folders = load_data(**options, class_cond=True, labels="folder")
     assert folders.classes == ["cat", "dog"] and folders.dataset.local_classes == [0, 1]
-    # With the class names of training, held-out images get the labels that training used.
+    # With the training data's class names, held-out images get the same labels as in training.
     given = load_data(**options, class_cond=True, labels="folder", classes=["ant", "dog", "cat"])
     assert given.classes == ["ant", "dog", "cat"] and given.dataset.local_classes == [2, 1]
     with pytest.raises(InputError, match="dog/b_0.png: its class dog is not one of the 2 classes of the training data"):

@@ -1,4 +1,4 @@
-"""The images that a folder or URL holds, their order, and how they are dealt out to ranks."""
+"""Listing the images in a folder or at a URL, their order, and their distribution over ranks."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from guided_diffusion.image_listing import list_images
 
 
 def make_files(folder, names):
-    """Empty files: listing does not open them."""
+    """Create empty files. They can stand in for images, because listing does not open files."""
     for name in names:
         path = os.path.join(folder, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -25,7 +25,7 @@ def make_files(folder, names):
 
 
 def listed(folder):
-    """The paths in a folder relative to it."""
+    """The paths that list_images finds in a folder, relative to the folder."""
     paths = list_images(str(folder))
     assert paths == _list_image_files_recursively(str(folder))
     return [os.path.relpath(path, folder).replace(os.sep, "/") for path in paths]
@@ -48,7 +48,7 @@ def test_resource_forks_of_macos_are_not_images(tmp_path):
 
 
 def test_each_folder_is_listed_where_its_name_sorts(tmp_path):
-    # "a" < "a-.png", although "a/..." > "a-..." as strings.
+    # The folder "a" comes before "a-.png", although "a/1.png" > "a-.png" as strings.
     expected = ["10.png", "9.png", "B.png", "a/1.png", "a/b/2.png", "a/c.png", "a-.png", "b.png", "b_/x.png", "é.png"]
     make_files(tmp_path, expected[::-1])
     assert listed(tmp_path) == expected
@@ -61,7 +61,7 @@ def test_paths_start_with_the_folder_as_it_was_given(ending, tmp_path, monkeypat
     assert list_images("data" + ending) == ["data/a/x.png", "data/y.png"]
 
 
-def test_links_to_folders_are_followed_except_in_circles(tmp_path):
+def test_links_to_folders_are_followed_except_cycles(tmp_path):
     make_files(tmp_path, ["data/a/1.png", "else/2.png", "else/notes.txt", "data/a/deep/3.png"])
     links = {"linked": "else", "file_link.png": "else/2.png", "text_link": "else/notes.txt", "dangling": "gone"}
     for name, target in {**links, "a/deep/up": "data", "here": "data", "itself": "data/itself"}.items():
@@ -78,7 +78,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return listdir(path)
 
-    monkeypatch.setattr(os, "listdir", guarded)  # root may read any folder
+    monkeypatch.setattr(os, "listdir", guarded)  # changing permissions would not stop root
     with pytest.raises(InputError, match=r"--data_dir .*secret .Permission denied"):
         list_images(str(tmp_path))
 
@@ -109,7 +109,7 @@ def test_a_slow_listing_shows_progress_and_a_quick_one_does_not(tmp_path, monkey
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """The local folder behind gs://bucket, which blobfile itself serves."""
+    """A local folder that stands in for gs://bucket: blobfile gets local paths instead of URLs."""
 
     def local(url):
         assert url.startswith("gs://bucket/")
@@ -174,7 +174,7 @@ np.savez(f"{out}/{dist_util.get_rank()}.npz", seen=seen, scans=len(scans), class
 
 
 def test_three_ranks_share_each_epoch(tmp_path):
-    """Without --seed. Every image is shown once per epoch, with its label; only rank 0 lists the folders."""
+    """Without --seed, every image is shown once per epoch with its label, and only rank 0 lists the folders."""
     names = ["10", "9", "Bee", "ant", "cow", "zebra"]
     for i in range(1050):
         (tmp_path / "data" / f"{i % 7}" / f"{i % 3}").mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Training losses, and the divergences and likelihoods that they are made of."""
+"""Training losses, and the KL divergences and likelihoods that they consist of."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ from guided_diffusion.losses import approx_standard_normal_cdf, discretized_gaus
 # Training losses
 
 
-def test_every_combination_trains():
+def test_every_combination_of_mean_variance_and_loss_types_gives_finite_gradients():
     x, t, noise = randn(0, 6, 3, 4, 4).clamp(-1, 1), th.tensor([0, 1, 5, 100, 248, 249]), randn(1, 6, 3, 4, 4)
     for mean, var, loss in itertools.product(ModelMeanType, ModelVarType, LossType):
         channels = 6 if var in (LEARNED, LEARNED_RANGE) else 3
@@ -40,7 +40,7 @@ def test_every_combination_trains():
 
 
 @pytest.mark.parametrize("mean", ModelMeanType)
-def test_perfect_predictions_cost_nothing(mean):
+def test_the_loss_of_perfect_predictions_is_zero(mean):
     diffusion = process(mean=mean)
     x_start, noise = randn(0, 250, 3, 2, 2), randn(1, 250, 3, 2, 2)
     x_t = diffusion.q_sample(x_start, T_ALL, noise=noise)
@@ -69,13 +69,13 @@ def test_model_sees_the_noised_data():
     first = diffusion.training_losses(lambda x, t: x, x_start, t)["loss"]
     th.manual_seed(0)
     assert th.equal(diffusion.training_losses(lambda x, t: x, x_start, t)["loss"], first)
-    assert not th.equal(diffusion.training_losses(lambda x, t: x, x_start, t)["loss"], first)  # noise is drawn
+    assert not th.equal(diffusion.training_losses(lambda x, t: x, x_start, t)["loss"], first)  # random noise
 
 
 @pytest.mark.parametrize("loss", [LossType.MSE, LossType.RESCALED_MSE])
 @pytest.mark.parametrize("var", [LEARNED, LEARNED_RANGE])
-def test_the_bound_leaves_the_mean_alone(loss, var):
-    # The hybrid loss: the mean learns from the squared error only, the variance from the bound only.
+def test_the_bound_has_no_gradient_with_respect_to_the_mean(loss, var):
+    # Hybrid loss: the squared error alone trains the mean, and the variational bound alone trains the variance.
     x_start, noise, t = randn(0, 4, 3, 4, 4).clamp(-1, 1), randn(1, 4, 3, 4, 4), th.tensor([0, 1, 100, 249])
     mean = randn(2, 4, 3, 4, 4).requires_grad_(True)
     values = randn(3, 4, 3, 4, 4).requires_grad_(True)
@@ -87,7 +87,7 @@ def test_the_bound_leaves_the_mean_alone(loss, var):
         return th.autograd.grad(terms[term].sum(), (mean, values), retain_graph=True, materialize_grads=True)
 
     of_mean, of_values = gradients("loss")
-    # d/dm of the mean over 48 elements of (noise - m)^2
+    # Derivative with respect to m of (noise - m)^2, averaged over the 48 elements of an image
     th.testing.assert_close(of_mean, 2 * (mean.detach() - noise) / 48)
     assert th.equal(of_mean, gradients("mse")[0])
     assert not gradients("mse")[1].any()
@@ -96,8 +96,8 @@ def test_the_bound_leaves_the_mean_alone(loss, var):
     assert of_values.flatten(1).any(dim=1).all()
 
 
-def test_bound_gradient_of_the_variance():
-    # KL's derivative with respect to the model's log-variance v is (1 - (true variance + distance^2) / exp(v)) / 2.
+def test_gradient_of_the_bound_with_respect_to_the_log_variance():
+    # With the model's log variance v, dKL/dv = (1 - (true variance + (difference of means)^2) / exp(v)) / 2.
     diffusion, t = process(var=LEARNED), th.tensor([1, 100, 249])
     x_start, noise = randn(0, 3, 3, 4, 4), randn(1, 3, 3, 4, 4)
     prediction, log_variance = randn(2, 3, 3, 4, 4), (randn(3, 3, 3, 4, 4) - 4).requires_grad_(True)
@@ -125,7 +125,7 @@ def test_rescaled_losses(steps):
 
     mse, rescaled = losses(LossType.MSE), losses(LossType.RESCALED_MSE)
     kl, rescaled_kl = losses(LossType.KL), losses(LossType.RESCALED_KL)
-    # One term stands for the sum over all steps, and in the hybrid loss a thousandth of it is taken.
+    # Rescaling multiplies the bound's term by the number of steps, and in the hybrid loss also by 1 / 1000.
     th.testing.assert_close(rescaled_kl["loss"], kl["loss"] * steps)
     th.testing.assert_close(rescaled["vb"], mse["vb"] * steps / 1000)
     th.testing.assert_close(mse["vb"], kl["loss"])
@@ -137,7 +137,7 @@ def test_rescaled_losses(steps):
 # Divergences and likelihoods
 
 
-def test_normal_kl():
+def test_normal_kl_matches_torch():
     mean1, log_variance1, mean2, log_variance2 = (randn(seed, 5, 7) for seed in range(4))
 
     def normal(mean, log_variance):
@@ -156,10 +156,10 @@ def test_normal_kl():
         normal_kl(0.0, 0.0, 1.0, 1.0)
 
 
-def test_normal_distribution_function():
+def test_approx_standard_normal_cdf():
     x = th.linspace(-6, 6, 1001)
     want = th.distributions.Normal(0.0, 1.0).cdf(x)
-    assert (approx_standard_normal_cdf(x) - want).abs().max() < 2e-4  # Page's approximation
+    assert (approx_standard_normal_cdf(x) - want).abs().max() < 2e-4  # error of the approximation
 
 
 GREYS = th.arange(256) / 127.5 - 1
@@ -167,14 +167,15 @@ GREYS = th.arange(256) / 127.5 - 1
 
 @pytest.mark.parametrize("mean", [-1.7, -1.0, 0.0, 0.3, 0.996, 1.0])
 @pytest.mark.parametrize("log_scale", [-7.0, -4.0, -2.0, 0.0, 1.0])
-def test_grey_levels_share_all_probability(mean, log_scale):
+def test_the_probabilities_of_all_grey_levels_sum_to_1(mean, log_scale):
     logs = discretized_gaussian_log_likelihood(
         GREYS, means=th.full((256,), mean), log_scales=th.full((256,), log_scale)
     )
     assert logs.shape == (256,)
-    # Neighbours share an edge that float32 puts in two places 1e-7 apart; over the smallest scale that is 1e-4.
+    # In float32, the common edge of two neighbouring bins is computed with a difference of 1e-7, which is 1e-4 standard
+    # deviations at the smallest scale.
     assert abs(float(logs.double().exp().sum()) - 1) < 2e-4
-    # Each is the Gaussian's mass between half-way points, the outermost ones' to infinity.
+    # A grey level's bin ends half-way to its neighbours. The outermost bins extend to infinity.
     edges = th.cat([th.tensor([-math.inf]), (GREYS[1:] + GREYS[:-1]) / 2, th.tensor([math.inf])]).double()
     below = th.distributions.Normal(mean, math.exp(log_scale)).cdf(edges)
     assert (logs.double().exp() - below.diff()).abs().max() < 4e-4

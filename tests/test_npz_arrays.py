@@ -1,4 +1,4 @@
-"""Arrays in .npz files: all kinds of archives, a few rows at a time, and damage."""
+"""NpzArray and write_npz: all .npz variants, reading a few rows at a time, and damaged files."""
 
 import io
 import tracemalloc
@@ -12,7 +12,7 @@ from guided_diffusion.npz_arrays import DAMAGED, NpzArray, write_npz
 
 
 def save_archive(path, compressed, version, fortran, **arrays):
-    """Write an .npz of any .npy version: numpy itself writes version 3 only if it has to."""
+    """Write an .npz archive in the given .npy format version, which numpy.savez cannot choose."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             out = io.BytesIO()
@@ -25,7 +25,7 @@ def save_archive(path, compressed, version, fortran, **arrays):
 @pytest.mark.parametrize("fortran", [False, True])
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
-def test_all_kinds_of_archives_are_read(version, compressed, fortran, tmp_path):
+def test_all_variants_of_npz_archives_are_read(version, compressed, fortran, tmp_path):
     images, labels = pictures(range(9), (4, 5, 3)), np.arange(9, dtype=">i4") * 3
     arrays = dict(first=np.zeros(3), arr_0=images, arr_1=labels, empty=images[:0])
     path = save_archive(tmp_path / "a.npz", compressed, version, fortran, **arrays)
@@ -39,8 +39,8 @@ def test_all_kinds_of_archives_are_read(version, compressed, fortran, tmp_path):
         NpzArray(path, "arr_2")
 
 
-def test_arrays_of_objects_are_refused(tmp_path):
-    np.savez(tmp_path / "a.npz", np.array([{}], dtype=object))  # unpickling them could run code
+def test_object_arrays_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", np.array([{}], dtype=object))  # unpickling an object array could run arbitrary code
     with pytest.raises(ValueError):
         NpzArray(str(tmp_path / "a.npz"), "arr_0")
 
@@ -60,7 +60,7 @@ def test_rows_are_read_without_the_rest_of_the_array(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30, 300, -300, -1])
-def test_truncated_archives_raise_a_known_exception(cut, tmp_path):
+def test_truncated_archives_raise_one_of_the_documented_exceptions(cut, tmp_path):
     np.savez(tmp_path / "a.npz", pictures(range(9)))
     whole = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "a.npz").write_bytes(whole[:cut])
@@ -68,7 +68,7 @@ def test_truncated_archives_raise_a_known_exception(cut, tmp_path):
         NpzArray(str(tmp_path / "a.npz"), "arr_0")
 
 
-def test_what_is_written_as_a_stream_is_read_by_numpy(tmp_path):
+def test_numpy_reads_archives_written_in_parts(tmp_path):
     images = pictures(range(10))
     with open(tmp_path / "a.npz", "wb") as f:
         parts = (images[i : i + 4] for i in (0, 4, 8))

@@ -1,4 +1,4 @@
-"""The diffusion process: schedules, single steps, parametrisations, and what the sampling loops promise."""
+"""The diffusion process: schedules, single steps, parametrisations and sampling loops."""
 
 import warnings
 
@@ -35,7 +35,7 @@ def test_max_beta_limits_a_schedule():
 
 @pytest.mark.parametrize("schedule, steps", [("linear", 1000), ("cosine", 4000)])
 def test_small_variances_of_q_are_exact(schedule, steps):
-    # 1 - alphas_cumprod near 1: subtracting in float32 loses three digits of the first timesteps' variance.
+    # At the first timesteps, alphas_cumprod is close to 1, so 1 - alphas_cumprod in float32 would lose three digits.
     diffusion = process(steps, schedule=schedule)
     x, t = th.zeros(3, 1, 1, 1), th.tensor([0, 1, 2])
     _, variance, log_variance = diffusion.q_mean_variance(x, t)
@@ -52,8 +52,8 @@ def test_bad_betas_are_refused():
 
 @pytest.mark.parametrize("schedule, steps", [("linear", 20), ("linear", 21), ("cosine", 1), ("cosine", 2)])
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
-def test_shortest_schedules_sample_or_are_refused(schedule, steps, loop):
-    # A last beta of exactly 1 leaves no signal in x_T: no x_start can be read from it, and samples would be NaN.
+def test_very_short_schedules_give_finite_samples_or_are_refused(schedule, steps, loop):
+    # If the last beta is exactly 1, x_T contains no signal, so x_start cannot be predicted and samples would be NaN.
     try:
         diffusion = create_gaussian_diffusion(steps=steps, noise_schedule=schedule)
     except InputError as e:
@@ -85,8 +85,8 @@ def test_q_sample_and_its_moments():
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_posterior_is_bayes_rule(schedule):
-    # q(x_{t-1} | x_t, x_start) is the product of N(x_t; sqrt(alpha) x_{t-1}, beta) and q(x_{t-1} | x_start).
+def test_the_posterior_follows_from_bayes_rule(schedule):
+    # q(x_{t-1} | x_t, x_start) is proportional to N(x_t; sqrt(alpha) x_{t-1}, beta) * q(x_{t-1} | x_start).
     diffusion = process(schedule=schedule)
     t = T_ALL[1:]
     x_start, x_t = randn(0, 249, 3, 2, 2), randn(1, 249, 3, 2, 2)
@@ -98,7 +98,7 @@ def test_posterior_is_bayes_rule(schedule):
     assert relative_error(mean, want / precision) < 1e-6
     assert relative_error(variance, (1 / precision).expand(x_t.shape)) < 1e-6
     assert relative_error(log_variance, -precision.log().expand(x_t.shape)) < 1e-6
-    # At t = 0 it is x_start itself; the log takes the next step's variance, so as to be finite.
+    # At t=0 the posterior variance is 0. At t=0 the log variance is that of t=1, which is finite.
     mean, variance, log_variance = diffusion.q_posterior_mean_variance(x_start[:1], x_t[:1], th.tensor([0]))
     th.testing.assert_close(mean, x_start[:1])
     assert not variance.any()
@@ -106,7 +106,7 @@ def test_posterior_is_bayes_rule(schedule):
 
 
 def test_parametrisations_agree():
-    # One exact denoiser, told in three ways.
+    # The same exact denoiser, expressed as each of the three types of model output
     x, data = randn(0, 250, 3, 2, 2), GaussianData([0.5, -0.3, 0.0], [0.5, 0.2, 1.2])
     outs = {}
     for mean in ModelMeanType:
@@ -116,7 +116,8 @@ def test_parametrisations_agree():
         assert all(value.shape == x.shape for value in outs[mean].values())
     tables = Tables(diffusion.betas, T_ALL, x)
     want = data.denoised(x.double(), tables)
-    # float32 keeps a model's output to 1e-7 or so, which reading x_start from it multiplies by these factors.
+    # A model's output has a rounding error of about 1e-7 in float32. Computing x_start from the output multiplies the
+    # error by these factors.
     factors = {
         START_X: 1.0,
         EPSILON: 1 / tables.signal,
@@ -129,13 +130,13 @@ def test_parametrisations_agree():
         assert th.equal(out["log_variance"], outs[START_X]["log_variance"])
 
 
-def test_reverse_ddim_has_no_eta():
+def test_reverse_ddim_refuses_a_nonzero_eta():
     with pytest.raises(ValueError, match="eta"):
         process().ddim_reverse_sample(lambda x, t: x, randn(0, 2, 1, 1, 1), th.tensor([3, 200]), eta=0.5)
 
 
 @pytest.mark.parametrize("loss", [LossType.MSE, LossType.KL])
-def test_a_model_of_the_wrong_width_is_named(loss):
+def test_a_model_with_the_wrong_number_of_output_channels_is_refused(loss):
     x, t = randn(0, 2, 3, 4, 4), th.tensor([0, 1])
     learned, fixed = process(var=LEARNED_RANGE, loss=loss), process(loss=loss)
     for call in (learned.training_losses, lambda model, x, t: learned.p_sample(model, x, t)):
@@ -146,14 +147,14 @@ def test_a_model_of_the_wrong_width_is_named(loss):
             call(lambda x, t: th.cat([x, x], dim=1), x, t)
 
 
-# Loops
+# Sampling loops
 
 LOOPS = ["p_sample_loop", "ddim_sample_loop"]
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_noise_is_whats_given(loop):
-    # x_T and every step's noise can be given: then nothing else is random.
+def test_samples_depend_only_on_the_given_noise(loop):
+    # With x_T given as `noise` and each step's noise given by `randn_like`, sampling is deterministic.
     diffusion = process(30)
     model = exact_model(GaussianData([0.1], [0.3]), diffusion)
     noise, asked = randn(0, 2, 1, 4, 4), []
@@ -175,12 +176,12 @@ def test_noise_is_whats_given(loop):
     assert th.equal(th.random.get_rng_state(), state)
     assert not th.equal(sample(-noise), samples)
     if loop == "p_sample_loop":
-        # A chain that is all noise: x_{t-1} = mean + sigma z, with the mean's part of z known
+        # Each step adds sigma * z to the mean, with z from randn_like, so a larger z gives larger samples.
         ones = diffusion.p_sample_loop(model, (2, 1, 4, 4), noise=noise, randn_like=th.ones_like)
         assert (ones > diffusion.p_sample_loop(model, (2, 1, 4, 4), noise=noise, randn_like=th.zeros_like)).all()
 
 
-def test_device_is_the_models():
+def test_the_default_device_is_the_model_s():
     class Model(th.nn.Linear):
         def forward(self, x, t):
             return super().forward(x)
@@ -190,7 +191,7 @@ def test_device_is_the_models():
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("mean", [EPSILON, START_X])
-def test_predictions_are_processed_then_clipped(loop, mean):
+def test_predictions_of_x_start_are_processed_by_denoised_fn_and_then_clipped(loop, mean):
     diffusion, noise = process(30, mean=mean), 2 * randn(0, 2, 1, 4, 4)
 
     def run(**kwargs):
@@ -204,7 +205,7 @@ def test_predictions_are_processed_then_clipped(loop, mean):
     assert th.equal(clipped[0], free[0].clamp(-1, 1))
     assert all(x.abs().max() <= 1 for x in clipped)
 
-    # With a prediction that is always 0.3, the last step gives it.
+    # If the predicted x_start is always 0.3, the sample is 0.3, too.
     predictions, sample = run(denoised_fn=lambda x: th.full_like(x, 0.3))
     assert all(th.equal(x, th.full_like(x, 0.3)) for x in predictions)
     th.testing.assert_close(sample, th.full_like(sample, 0.3))
@@ -216,7 +217,7 @@ def test_predictions_are_processed_then_clipped(loop, mean):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_cond_fn_without_model_kwargs(loop):
+def test_cond_fn_is_called_without_model_kwargs(loop):
     diffusion, asked = process(30), []
 
     def cond_fn(x, t):
@@ -228,7 +229,7 @@ def test_cond_fn_without_model_kwargs(loop):
     guided = getattr(diffusion, loop)(lambda x, t: x, noise.shape, cond_fn=cond_fn, **options)
     assert len(asked) == 30
     plain = getattr(diffusion, loop)(lambda x, t: x, noise.shape, **options)
-    th.testing.assert_close(guided, plain, rtol=1e-3, atol=1e-4)  # a gradient of zero changes nothing but rounding
+    th.testing.assert_close(guided, plain, rtol=1e-3, atol=1e-4)  # a zero gradient only changes rounding
 
 
 @pytest.mark.parametrize("schedule, respacing, warned", [

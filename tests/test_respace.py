@@ -1,4 +1,4 @@
-"""Respacing: which timesteps are kept, and the process that visits only those."""
+"""Respacing: space_timesteps selects timesteps, and SpacedDiffusion visits only the selected timesteps."""
 
 import numpy as np
 import pytest
@@ -15,11 +15,11 @@ from guided_diffusion.script_util import create_gaussian_diffusion
 @pytest.mark.parametrize(
     "counts", [[250], [1000], [1], [2], [10, 10, 15, 20], [90, 60, 60, 20, 20], [3, 1, 333], [5, 0, 2]], ids=str
 )
-def test_spacing_takes_its_share_of_each_section(counts):
+def test_each_section_gets_its_number_of_evenly_spaced_timesteps(counts):
     steps = sorted(space_timesteps(1000, counts))
     assert space_timesteps(1000, ",".join(map(str, counts))) == set(steps)
     assert len(steps) == sum(counts)
-    sections = np.array_split(np.arange(1000), len(counts))  # the first ones take what does not divide
+    sections = np.array_split(np.arange(1000), len(counts))  # the first sections get the remainder
     for section, count in zip(sections, counts):
         taken = [step for step in steps if section[0] <= step <= section[-1]]
         assert len(taken) == count
@@ -27,7 +27,7 @@ def test_spacing_takes_its_share_of_each_section(counts):
         if count > 1:
             assert taken[-1] == section[-1]
             strides = np.diff(taken)
-            assert strides.max() - strides.min() <= 2  # even, up to rounding both ends
+            assert strides.max() - strides.min() <= 2  # strides are equal, except for rounding
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,8 @@ def test_ddim_spacing_has_one_stride(total, count, stride):
     assert space_timesteps(total, f"ddim{count}") == set(range(0, total, stride))
 
 
-def test_impossible_spacings():
-    # Strides 3 and 4 give 334 and 250 of 1000 steps, and none gives a number between.
+def test_impossible_spacings_are_refused():
+    # ddim300 is impossible: of 1000 timesteps, stride 3 keeps 334 and stride 4 keeps 250.
     for spacing, words in [
         ("ddim300", ["ddim300", "1000", "ddim334"]),
         ("ddim260", ["ddim260", "1000", "ddim250"]),
@@ -72,7 +72,7 @@ def test_spaced_process_keeps_the_noise_levels(steps):
         np.testing.assert_allclose(diffusion.betas, whole.betas, rtol=1e-9)
 
 
-def test_spaced_process_refuses_foreign_timesteps():
+def test_spaced_process_refuses_timesteps_out_of_range():
     betas = gd.get_named_beta_schedule("linear", 100)
     for steps in ([], [100], [-1, 5]):
         with pytest.raises(InputError, match="99"):
@@ -83,14 +83,14 @@ def test_spaced_process_refuses_foreign_timesteps():
 
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("is_spaced", [False, True])
-def test_what_model_and_cond_fn_see(rescale, is_spaced):
+def test_model_and_cond_fn_get_the_original_timesteps(rescale, is_spaced):
     if is_spaced:
         diffusion = spaced(rescale_timesteps=rescale)
         shown = th.tensor(sorted(space_timesteps(100, "7,5")))
     else:
         diffusion, shown = process(100, rescale_timesteps=rescale), th.arange(100)
     if rescale:
-        shown = shown * (1000 / 100)  # as if the original process had 1000 steps, whatever is visited of it
+        shown = shown * (1000 / 100)  # scaled from the 100 original timesteps to 1000
     seen = []
 
     def model(x, t, y):

@@ -1,4 +1,4 @@
-"""Samples on disk: shards in any order and of any sizes, restarts, damage, and folders of other jobs."""
+"""SampleStore: shards of any order and size, restarts, damaged files, and folders of other jobs."""
 
 import os
 import random
@@ -22,7 +22,7 @@ def new_store(folder, count=20, job=JOB, labelled=True):
 
 
 def opened(folder, spans=(), **options):
-    """A store with shards of these spans of samples."""
+    """A store with a shard on disk for each span (start, stop) of samples."""
     store = new_store(folder, **options)
     store.open()
     for start, stop in spans:
@@ -36,14 +36,14 @@ def finish(store):
 
 
 def some_spans(rng):
-    """The spans between random edges from 0 to 20, in random order."""
+    """Split range(20) at random places. Return the spans (start, stop) in random order."""
     edges = sorted({0, 20, *(rng.randrange(20) for _ in range(6))})
     spans = list(zip(edges, edges[1:]))
     return rng.sample(spans, len(spans))
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_shards_of_any_sizes_become_the_same_file(labelled, tmp_path):
+def test_shards_of_any_sizes_are_assembled_into_identical_files(labelled, tmp_path):
     rng, found = random.Random(0), set()
     for attempt in range(10):
         folder, spans = tmp_path / str(attempt), some_spans(rng)[attempt % 3 :]
@@ -66,7 +66,7 @@ def test_shards_of_any_sizes_become_the_same_file(labelled, tmp_path):
 # Restarts and damage
 
 
-def test_a_truncated_shard_is_made_again_and_others_are_kept(tmp_path, monkeypatch):
+def test_a_truncated_shard_is_removed_and_the_others_are_kept(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(logger, "warn", lambda *args: warnings.append(" ".join(map(str, args))))
     opened(tmp_path, [(0, 5), (5, 12), (12, 20)])
@@ -88,7 +88,7 @@ def test_a_damaged_finished_file_is_refused(labelled, tmp_path):
     for length in (0, 1, 30, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         refused(store.open, path, "damaged", "remove it and run this again")
-        assert path.exists()  # it is the user's to remove
+        assert path.exists()  # a damaged result file is not removed automatically
     for arr_0 in (pictures(range(19)), pictures(range(20)).astype(float)):
         np.savez(path, arr_0, np.arange(20) % 7)
         refused(store.open, path, "damaged")
@@ -112,7 +112,7 @@ def test_samples_without_a_readable_record_of_their_job_are_refused(tmp_path):
     assert (tmp_path / FINISHED[1]).read_bytes() == b"somebody's"
 
 
-def test_half_written_files_are_removed(tmp_path):
+def test_temporary_files_are_removed(tmp_path):
     opened(tmp_path, [(0, 20)])
     names = [*FINISHED, "samples_20x2x3x3.png", "shards/000000000-000000005.npz", "shards/job.json"]
     left = [tmp_path / f"{name}.77.tmp" for name in names]
@@ -124,7 +124,7 @@ def test_half_written_files_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("removed", range(4))
-def test_a_restart_removes_the_shards_that_a_kill_left_beside_the_npz(removed, tmp_path):
+def test_a_restart_removes_shards_left_beside_the_finished_npz(removed, tmp_path):
     shards = ["000000000-000000008.npz", "000000008-000000020.npz", "job.json"]
     folder = tmp_path / "job"
     opened(folder, [(0, 8), (8, 20)]).assemble()
@@ -151,7 +151,7 @@ def test_another_job_is_refused_and_changes_nothing(complete, tmp_path):
         refused(new_store(tmp_path, job={**JOB, name: value}).open, f"--{name} {JOB.get(name)}", value, "--log_dir")
     refused(new_store(tmp_path, job={k: v for k, v in JOB.items() if k != "classes"}).open, "--classes")
     other = new_store(tmp_path)
-    other.labels = np.where(np.arange(20) == 5, 6, other.labels)  # as when the file of classes has changed
+    other.labels = np.where(np.arange(20) == 5, 6, other.labels)  # as if the file given by --classes had changed
     refused(other.open, "other labels", "--log_dir")
     assert contents() == before
     assert new_store(tmp_path).open() == ([] if complete else [(8, 20)])
@@ -166,4 +166,4 @@ def test_a_job_of_more_or_fewer_samples_uses_the_existing_ones(tmp_path):
     arrays = read_npz(tmp_path)
     assert (arrays["arr_0"] == pictures(range(10))).all() and arrays["arr_1"].tolist() == [i % 7 for i in range(10)]
     assert new_store(tmp_path, count=10).open() == []
-    assert new_store(tmp_path).open() == [(0, 8), (14, 20)]  # the shard of samples 10 to 13 has stayed
+    assert new_store(tmp_path).open() == [(0, 8), (14, 20)]  # the shard (8, 14) still exists

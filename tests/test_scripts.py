@@ -1,4 +1,4 @@
-"""The four commands as a user runs them, on a few handwritten digits, from data to guided samples."""
+"""The four scripts as a user runs them, from training on a few handwritten digits to guided samples."""
 
 import csv
 import json
@@ -15,14 +15,14 @@ from guided_diffusion.script_util import model_and_diffusion_defaults
 
 NUM_IMAGES = 48
 MODEL = dict(TINY, class_cond=True, num_classes=10, learn_sigma=True)
-# A high learning rate: a few steps are to give a network whose output depends on its input and label.
+# The learning rate is high so that, after a few steps, the network's output depends on its input and label.
 TRAIN = dict(batch_size=4, lr=1e-2, log_interval=1, num_workers=0, ema_rate="0.5,0.9", seed=0)
 SAMPLE = dict(num_samples=10, timestep_respacing=4, seed=3)
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """A folder of a few dozen digits."""
+    """A folder with a few dozen images of digits."""
     pytest.importorskip("sklearn")
     folder = tmp_path_factory.mktemp("digits")
     argv = [os.path.join(ROOT, "datasets", "digits.py"), str(folder), "--size", "16"]
@@ -35,7 +35,7 @@ def digits(tmp_path_factory):
 
 
 def image_train(data_dir, log_dir, *, ranks=None, launcher=None, env=None, **extra):
-    """Train under a launcher, or without one and sooner."""
+    """Run image_train.py under a launcher or, without a launcher, in forked processes, which start faster."""
     folder = dict(log_dir=log_dir) if log_dir else {}
     argv = [script("image_train"), *flags(data_dir=data_dir, **folder, **{**MODEL, **TRAIN, **extra})]
     if launcher:
@@ -57,7 +57,7 @@ def read_rows(folder):
 
 
 def check_checkpoints(folder, step, rates=("0.5", "0.9")):
-    """The files of a step are there, and their weights load into a network made from the flags."""
+    """Check that all files of a checkpoint exist and that their weights load into a network made from the flags."""
     names = [f"model{step:06d}.pt", *(f"ema_{rate}_{step:06d}.pt" for rate in rates)]
     assert {*names, f"opt{step:06d}.pt"} <= set(checkpoints(folder))
     for name in names:
@@ -72,14 +72,14 @@ def check_checkpoints(folder, step, rates=("0.5", "0.9")):
 
 @pytest.fixture(scope="session")
 def trained(digits, tmp_path_factory):
-    """The folder of a run on 2 ranks that ended after its first save."""
+    """The folder of a training run on 2 ranks that ended after saving its first checkpoint."""
     folder = str(tmp_path_factory.mktemp("trained"))
     env = {"DIFFUSION_TRAINING_TEST": "1"}
     image_train(digits, folder, ranks=2, launcher="mpiexec", save_interval=4, total_steps=1000, env=env)
     return folder
 
 
-def test_training_test_variable_ends_the_run_after_the_first_save(trained):
+def test_diffusion_training_test_ends_the_run_after_the_first_save(trained):
     assert checkpoints(trained) == [f"{kind}000004.pt" for kind in ("ema_0.5_", "ema_0.9_", "model", "opt", "state")]
 
 
@@ -87,7 +87,7 @@ def test_checkpoints_load(trained):
     check_checkpoints(trained, 4)
 
 
-def test_config_says_what_was_run(trained, digits):
+def test_config_json_has_the_flags_of_the_run(trained, digits):
     with open(os.path.join(trained, "config.json")) as f:
         config = json.load(f)
     expected = {**MODEL, **TRAIN, "data_dir": digits, "save_interval": 4, "total_steps": 1000, "log_dir": trained}
@@ -100,17 +100,17 @@ def test_config_says_what_was_run(trained, digits):
 def test_progress_is_logged(trained):
     rows = read_rows(trained)
     assert [float(row["step"]) for row in rows] == [0, 1, 2, 3]
-    assert [float(row["samples"]) for row in rows] == [8, 16, 24, 32]  # 4 images on each of 2 ranks
+    assert [float(row["samples"]) for row in rows] == [8, 16, 24, 32]  # each of the 2 ranks trains on 4 images per step
     assert all(0 < float(row["loss"]) < 100 and float(row["grad_norm"]) > 0 for row in rows)
     assert os.path.getsize(os.path.join(trained, "log.txt")) > 0
 
 
-def test_training_on_one_rank_with_fp16_into_logdir_of_the_environment(digits, tmp_path):
+def test_training_on_one_rank_with_fp16_and_openai_logdir(digits, tmp_path):
     env = {"OPENAI_LOGDIR": str(tmp_path / "from_env"), "OPENAI_LOG_FORMAT": "stdout,json"}
-    # A learning rate at which the gradient stays far from overflow.
+    # With this learning rate, gradients do not overflow in float16.
     image_train(digits, None, ranks=1, env=env, use_fp16=True, lr=1e-4, save_interval=2, total_steps=3)
     check_checkpoints(tmp_path / "from_env", 2)
-    check_checkpoints(tmp_path / "from_env", 3)  # the end of the run is saved too
+    check_checkpoints(tmp_path / "from_env", 3)  # a run also saves a checkpoint at its end
     names = os.listdir(tmp_path / "from_env")
     assert "progress.json" in names and "progress.csv" not in names and "log.txt" not in names
     rows = [json.loads(line) for line in (tmp_path / "from_env" / "progress.json").read_text().splitlines()]
@@ -124,19 +124,20 @@ def test_training_on_three_ranks_with_importance_sampling_and_microbatches(digit
     done = image_train(digits, folder, ranks=3, env=env, **options)
     check_checkpoints(folder, 2)
     assert [float(row["samples"]) for row in read_rows(folder)] == [12, 24]
-    assert not (tmp_path / "unused").exists()  # --log_dir goes before OPENAI_LOGDIR
-    assert done.output.count("creating model") == 1  # one rank speaks for all
+    assert not (tmp_path / "unused").exists()  # --log_dir overrides OPENAI_LOGDIR
+    assert done.output.count("creating model") == 1  # only rank 0 logs
 
 
-def test_plain_python_needs_no_mpi4py(digits, tmp_path):
-    # A module of that name that cannot be imported stands before the real one.
+def test_training_without_a_launcher_does_not_need_mpi4py(digits, tmp_path):
+    # An mpi4py module that raises ImportError comes first on the path.
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "mpi4py.py").write_text("raise ImportError('no MPI here')\n")
     (tmp_path / "temporary").mkdir()
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "path"), ROOT]), "TMPDIR": str(tmp_path / "temporary")}
     options = dict(MODEL, **TRAIN, data_dir=digits, use_bf16=True, save_interval=2, total_steps=2)
     done = run([script("image_train"), *flags(**options)], env=env).check()
-    # Without a folder by flag or environment: a dated one under the temporary folder, named in the first line.
+    # Without --log_dir and OPENAI_LOGDIR, the run folder is a dated folder in the temporary directory. The first line
+    # of the output names the folder.
     (folder,) = (tmp_path / "temporary").glob("openai-*")
     assert done.output.splitlines()[0] == f"Logging to {folder}"
     check_checkpoints(folder, 2)
@@ -174,7 +175,7 @@ def test_classifier_logs_training_and_held_out_metrics(classifier):
     for row in rows:
         assert float(row["train_loss"]) > 0
         assert 0 <= float(row["train_acc@1"]) <= float(row["train_acc@5"]) <= 1
-    # Evaluated every other step, the first included.
+    # eval_interval=2: held-out metrics are logged at steps 0 and 2.
     assert [bool(row["val_loss"]) for row in rows] == [True, False, True]
 
 
@@ -194,7 +195,7 @@ def test_classifier_trains_in_half_precision(digits, tmp_path):
 
 
 def read_samples(folder, shape=(10, 16, 16, 3)):
-    """The images and labels of a run's samples, after a look at the files."""
+    """Check the .npz and .png files of a sampling run. Return the images and labels."""
     stem = os.path.join(folder, f"samples_{'x'.join(map(str, shape))}")
     with np.load(stem + ".npz") as f:
         arrays = dict(f)
@@ -207,7 +208,7 @@ def read_samples(folder, shape=(10, 16, 16, 3)):
 
 @pytest.fixture(scope="session")
 def sampled(trained, classifier, tmp_path_factory):
-    """The images and labels of samples by the trained networks, by name."""
+    """Samples from the trained networks: {name of the job: (images, labels)}."""
     folder = tmp_path_factory.mktemp("sampled")
     model = flags(model_path=os.path.join(trained, "ema_0.5_000004.pt"), batch_size=10, **SAMPLE)
     guide = flags(classifier_path=os.path.join(classifier, "model000003.pt"), classifier_scale=50.0)
@@ -224,7 +225,7 @@ def sampled(trained, classifier, tmp_path_factory):
 
 def test_samples_of_balanced_classes(sampled):
     images, labels = sampled["unguided"]
-    assert images.std() > 5  # not blank
+    assert images.std() > 5  # the images are not blank
     assert len({image.tobytes() for image in images}) == len(images)
     assert labels.dtype == np.int64 and sorted(labels) == list(range(10))
 
@@ -232,17 +233,17 @@ def test_samples_of_balanced_classes(sampled):
 def test_labels_reach_the_model(sampled):
     (balanced, labels), (images, fives) = sampled["unguided"], sampled["of class 5"]
     assert (fives == 5).all()
-    assert (images[labels == 5] == balanced[labels == 5]).all()  # the same noise and label
+    assert (images[labels == 5] == balanced[labels == 5]).all()  # samples with equal noise and label are equal
     assert all((images[i] != balanced[i]).any() for i in np.flatnonzero(labels != 5))
 
 
-def test_the_classifier_guides(sampled):
+def test_classifier_guidance_changes_the_images(sampled):
     assert (sampled["guided"][0] != sampled["unguided"][0]).any()
     assert (sampled["guided"][1] == sampled["unguided"][1]).all()
 
 
 def test_grey_images_without_classes(digits, tmp_path):
-    """Labels are the classifier's alone: a model without classes refuses them."""
+    """Only the classifier gets labels, because a model without classes would refuse them."""
     grey = dict(MODEL, class_cond=False, in_channels=1)
     model = flags(model_path=tmp_path / "model" / "model000002.pt", batch_size=10, **SAMPLE)
     guide = flags(classifier_path=tmp_path / "classifier" / "model000001.pt", classifier_scale=50.0, classes="7,3")

@@ -1,4 +1,4 @@
-"""Other people's tools work on the networks and the process: hooks, swapped layers, export, torch.func, and so on."""
+"""External tools work on the networks and the process: hooks, replaced layers, export, torch.func and others."""
 
 import copy
 import io
@@ -30,12 +30,12 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def plain_attention():
-    """The fused attention kernels have no second derivatives and no forward-mode ones."""
+    """Unfused attention, because fused attention kernels support neither second nor forward-mode derivatives."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
 def network(kind="diffusion", style="film", **options):
-    """A small network whose every parameter matters to its output, and a tuple of its inputs."""
+    """A small network whose output depends on every parameter, and a tuple of inputs."""
     options = {**SMALL, **STYLES[style], "num_head_channels": 32, "dropout": 0.1, **options}
     x, t, _ = input_for(options)
     if kind == "diffusion":
@@ -46,7 +46,7 @@ def network(kind="diffusion", style="film", **options):
 
 
 def replace_modules(root, kinds, make):
-    """Replace every module of these kinds by make(module); returns how many there were."""
+    """Replace every module of the given types by make(module). Return the number of replaced modules."""
     found = [(name, m) for name, m in root.named_modules() if isinstance(m, kinds)]
     for name, m in found:
         parent, _, child = name.rpartition(".")
@@ -58,11 +58,11 @@ def leaves(root):
     return {name: m for name, m in root.named_modules() if not list(m.children()) and not isinstance(m, nn.Identity)}
 
 
-# Hooks and swapped layers
+# Hooks and replaced layers
 
 
 @pytest.mark.parametrize("kind, style", EVERY)
-def test_every_leaf_runs_once_and_its_hook_sees_it(kind, style):
+def test_the_forward_hook_of_every_leaf_module_is_called_once(kind, style):
     model, inputs = network(kind, style)
     calls = Counter()
     for name, leaf in leaves(model).items():
@@ -76,7 +76,7 @@ def test_every_leaf_runs_once_and_its_hook_sees_it(kind, style):
 
 
 @pytest.mark.parametrize("kind, style", EVERY)
-def test_a_replaced_activation_runs(kind, style):
+def test_replaced_activations_are_used(kind, style):
     model, inputs = network(kind, style)
     before, calls = model(*inputs), []
 
@@ -91,7 +91,7 @@ def test_a_replaced_activation_runs(kind, style):
 
 
 @pytest.mark.parametrize("kind, style", EVERY)
-def test_equal_norms_of_torch_s_own_change_nothing(kind, style):
+def test_replacing_group_norms_by_torch_s_own_keeps_the_output(kind, style):
     model, inputs = network(kind, style)
 
     def plain(norm):
@@ -105,7 +105,7 @@ def test_equal_norms_of_torch_s_own_change_nothing(kind, style):
 
 
 class LowRank(nn.Module):
-    """What LoRA does to a layer: its output plus that of a small trainable layer."""
+    """Wraps a layer like LoRA: adds the output of a trainable layer to that of the frozen base layer."""
 
     def __init__(self, base):
         super().__init__()
@@ -117,7 +117,7 @@ class LowRank(nn.Module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_wrapped_layer_gets_a_gradient(kind):
+def test_every_layer_wrapped_as_in_lora_gets_a_gradient(kind):
     model, inputs = network(kind)
     replace_modules(model, (nn.Linear, *CONVOLUTIONS), LowRank)
     model.train()(*inputs).square().sum().backward()
@@ -126,7 +126,7 @@ def test_every_wrapped_layer_gets_a_gradient(kind):
     assert all(m.extra.weight.grad.abs().sum() > 0 and m.base.weight.grad is None for m in wrapped)
 
 
-def test_parametrisations():
+def test_spectral_norm_and_weight_norm_reach_every_layer():
     for parametrise in (nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm):
         model, inputs = network()
         before = model(*inputs)
@@ -140,9 +140,9 @@ def test_parametrisations():
         assert len(originals) >= len(layers) and all(p.grad.abs().sum() > 0 for p in originals)
 
 
-# Tools that look for torch's own layers, and export
+# Tools that search for torch's own layers, and export
 
-ONE_LEVEL = dict(channel_mult=(1,), attention_resolutions=(1,))  # exporters take seconds for each block
+ONE_LEVEL = dict(channel_mult=(1,), attention_resolutions=(1,))  # small, because export takes seconds per block
 
 
 def test_dynamic_quantization_finds_every_linear_layer():
@@ -190,7 +190,7 @@ def test_jit_trace(kind):
     assert relative_error(traced(*others), model(*others)) < 1e-5
 
 
-def test_thop_counts_what_torch_counts():
+def test_thop_counts_as_many_flops_as_torch():
     thop = pytest.importorskip("thop")
     model, inputs = network()
     with FlopCounterMode(display=False) as counter:
@@ -231,7 +231,7 @@ def test_per_sample_gradients():
         return th.func.functional_call(model, params, (x[None], t[None], y[None])).square().sum()
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # vmap falls back to a loop for some kernels
+        warnings.simplefilter("ignore")  # vmap warns that it runs some kernels in a loop
         got = th.func.vmap(th.func.grad(loss), in_dims=(None, 0, 0, 0))(params, x, t, y)
     for i in range(len(x)):
         want = th.autograd.grad(loss(params, x[i], t[i], y[i]), list(params.values()))
@@ -264,7 +264,7 @@ def test_double_half_and_bfloat16():
     for half, tolerance in ((th.float16, 1e-2), (th.bfloat16, 6e-2)):
         cast = copy.deepcopy(model).to(half)
         assert cast(x.to(half), t, y).dtype == half
-        assert cast(x, t, y).dtype == th.float32  # samplers keep x in float32
+        assert cast(x, t, y).dtype == th.float32  # with a float32 x, as samplers have, the output is float32
         assert relative_error(cast(x, t, y), want) < tolerance
 
 
@@ -338,7 +338,7 @@ def test_a_process_first_used_inside_a_transform_trains_afterwards():
     diffusion.training_losses(model, x, t, model_kwargs=kwargs)["loss"].mean().backward()
 
 
-def test_a_timestep_buffer_that_changes():
+def test_a_timestep_tensor_may_be_changed_in_place():
     diffusion, _, _, x = process_and_model()
     steps = np.array([1, 1])
     t = th.from_numpy(steps)
@@ -363,14 +363,14 @@ def test_tables_are_read_only_and_can_be_replaced():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_timestep_for_all_samples(kind):
+def test_a_network_accepts_one_timestep_for_all_samples(kind):
     model, (x, _, *rest) = network(kind)
     for t in (th.tensor([7]), th.tensor([7.5])):
         assert relative_error(model(x, t, *rest), model(x, t.expand(2), *rest)) < 1e-6
 
 
 @pytest.mark.parametrize("options", [{}, {"use_kl": True}, {"learn_sigma": False}, {"rescale_timesteps": True}])
-def test_one_timestep_for_all_samples_of_a_process(options):
+def test_a_process_accepts_one_timestep_for_all_samples(options):
     diffusion = create_gaussian_diffusion(**{"learn_sigma": True, "timestep_respacing": "ddim5", **options})
     model = network(out_channels=6 if options.get("learn_sigma", True) else 3)[0]
     kwargs, x = dict(model_kwargs={"y": th.tensor([1, 2])}), randn(3, 2, 3, 16, 16)

@@ -1,4 +1,4 @@
-"""Training that goes wrong: losses, gradients and weights that are not finite, and full disks."""
+"""Failures during training: non-finite losses, gradients and weights, and full disks."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def bad_batch():
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-def test_a_bad_step_is_skipped_and_the_next_goes_on(precision, monkeypatch):
+def test_a_non_finite_step_is_skipped_and_training_continues(precision, monkeypatch):
     with quick_half_convolutions(monkeypatch):
         loop = new_loop(*new_model(), **precision)
         loop.run_step(batch_of(6), {})
@@ -47,7 +47,7 @@ def test_a_bad_step_is_skipped_and_the_next_goes_on(precision, monkeypatch):
         assert any(not th.equal(a, b) for a, b in zip(before, watched)) and all(v.isfinite().all() for v in watched)
 
 
-def test_a_step_with_a_bad_loss_and_a_good_gradient_is_skipped():
+def test_a_step_with_a_non_finite_loss_and_a_finite_gradient_is_skipped():
     model = th.nn.Linear(1, 1)
     trainer = MixedPrecisionTrainer(model=model)
     opt = th.optim.SGD(trainer.master_params, lr=0.1)
@@ -58,7 +58,7 @@ def test_a_step_with_a_bad_loss_and_a_good_gradient_is_skipped():
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
-def test_a_run_whose_steps_stay_bad_stops_with_the_reason(precision, quiet, monkeypatch):
+def test_a_run_stops_with_a_message_after_max_bad_steps(precision, quiet, monkeypatch):
     batches = [batch_of(6)] * 2 + [bad_batch()] * 8
     with quick_half_convolutions(monkeypatch):
         loop = new_loop(*new_model(), data=endless(*batches), save_interval=2, max_bad_steps=5, **precision)
@@ -66,23 +66,23 @@ def test_a_run_whose_steps_stay_bad_stops_with_the_reason(precision, quiet, monk
             loop.run_loop()
     message = str(caught.value)
     assert "\n" not in message
-    # Steps 2 to 6 were bad, counted from 0.
+    # Batches 2 to 6, counted from 0, are bad. The run stops after the fifth of these.
     for words in ("step 6:", "5 consecutive steps", "--max_bad_steps"):
         assert words in message, message
-    # After skipped steps nothing is saved.
+    # No checkpoint is saved after a skipped step.
     assert os.path.join(quiet, "model000002.pt") in message
     assert [name for name in os.listdir(quiet) if name.startswith("model")] == ["model000002.pt"]
 
 
 @pytest.mark.parametrize("batches, max_bad_steps", [("bbg", 3), ("b", 0)])
-def test_fewer_bad_steps_than_the_limit_keep_a_run_going(batches, max_bad_steps):
+def test_fewer_consecutive_bad_steps_than_max_bad_steps_do_not_stop_a_run(batches, max_bad_steps):
     batches = [bad_batch() if kind == "b" else batch_of(6) for kind in batches]
     loop = new_loop(*new_model(), data=endless(*batches), total_steps=24, max_bad_steps=max_bad_steps)
     loop.run_loop()
     assert loop.steps_done == 24
 
 
-def test_a_checkpoint_waits_until_a_step_is_not_skipped(quiet):
+def test_a_checkpoint_is_delayed_until_a_step_is_not_skipped(quiet):
     batches = [batch_of(6)] * 3 + [bad_batch()] * 2 + [batch_of(6)]
     new_loop(*new_model(), data=endless(*batches), save_interval=2, total_steps=7).run_loop()
     saved = sorted(name for name in os.listdir(quiet) if name.startswith("model"))
@@ -94,8 +94,8 @@ ENDS = {"total_steps": (4, dict(total_steps=4)), "a signal": (4, {}), "save_inte
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("precision", PRECISIONS[:2], ids=str)
-def test_weights_that_are_not_finite_are_never_saved(precision, end, quiet):
-    """The step that spoils them has a finite loss and gradient: only the next one would be skipped."""
+def test_non_finite_weights_are_never_saved(precision, end, quiet):
+    """The optimizer step that makes the weights non-finite has a finite loss and gradient, so it is not skipped."""
     new_loop(*new_model(), data=endless(), total_steps=2, **precision).run_loop()
     saved, good = sorted(os.listdir(quiet)), os.path.join(quiet, "model000002.pt")
     step, options = ENDS[end]
@@ -107,7 +107,7 @@ def test_weights_that_are_not_finite_are_never_saved(precision, end, quiet):
     assert sorted(os.listdir(quiet)) == saved
 
 
-def test_averages_that_are_not_finite_are_never_saved(quiet):
+def test_a_non_finite_moving_average_is_never_saved(quiet):
     loop = new_loop(*new_model(), data=endless(), total_steps=3)
     with th.no_grad():
         loop.ema_params[0][0].view(-1)[0] = -math.inf
@@ -116,7 +116,7 @@ def test_averages_that_are_not_finite_are_never_saved(quiet):
 
 
 @pytest.mark.parametrize("name", ["model000002.pt", "ema_0.9_000002.pt"])
-def test_weights_that_are_not_finite_are_not_resumed_from(name, quiet):
+def test_resuming_from_non_finite_weights_is_refused(name, quiet):
     new_loop(*new_model(), data=endless(), total_steps=2).run_loop()
     path = os.path.join(quiet, name)
     weights = th.load(path)
@@ -125,7 +125,7 @@ def test_weights_that_are_not_finite_are_not_resumed_from(name, quiet):
     refused(lambda: new_loop(*new_model(), resume_checkpoint="auto"), f"{path}: 1 of", "the first is out.2.bias")
 
 
-def test_importance_sampling_learns_nothing_from_a_bad_loss():
+def test_importance_sampling_ignores_non_finite_losses():
     model, diffusion = new_model(diffusion_steps=4, noise_schedule="cosine")
     sampler = LossSecondMomentResampler(diffusion, history_per_term=2)
     batches = [batch_of(6)] * 6 + [bad_batch()] + [batch_of(6)] * 3
@@ -134,10 +134,10 @@ def test_importance_sampling_learns_nothing_from_a_bad_loss():
     assert sampler._loss_counts.min() == 2 and np.isfinite(sampler.weights()).all()
 
 
-# Long gradients
+# Gradient clipping
 
 
-def test_long_gradients_are_shrunk_and_short_ones_are_not():
+def test_only_gradients_above_max_grad_norm_are_clipped():
     model = th.nn.Linear(2, 1, bias=False)
     trainer = MixedPrecisionTrainer(model=model, max_grad_norm=1.0)
     opt = th.optim.SGD(trainer.master_params, lr=1.0)
@@ -147,10 +147,10 @@ def test_long_gradients_are_shrunk_and_short_ones_are_not():
         trainer.backward((model.weight * th.tensor(slope)).sum())
         trainer.optimize(opt)
         assert th.allclose(before - model.weight, th.tensor([step]), atol=1e-6)
-    assert logger.getkvs()["grad_norm"] == pytest.approx((5 + 0.5) / 2)  # as it was
+    assert logger.getkvs()["grad_norm"] == pytest.approx((5 + 0.5) / 2)  # logged norms are those before clipping
 
 
-# On several ranks
+# Several ranks
 
 PLANTED = """
 import json, sys
@@ -178,7 +178,7 @@ print(f"\\nrank {rank} skipped {skipped} and ended with {digest!r}", flush=True)
 
 
 def train_planted(folder, planted, **options):
-    """Train on two ranks, where rank 1 gets bad batches in the steps `planted`."""
+    """Train on two ranks. At the steps in `planted`, rank 1 gets a batch that contains NaN."""
     return run_ranks(2, [folder, json.dumps(planted), json.dumps(options)], PLANTED)[0]
 
 
@@ -204,13 +204,13 @@ def test_divergence_ends_all_ranks_with_one_message(planted, options, words, tmp
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(quiet):
-    """A limit on the size of files stands in for the disk. It makes writes fail within a file."""
+    """A limit on file sizes simulates a full disk: writing a file fails part-way."""
     options = dict(data=endless(), save_interval=2, resume_checkpoint="auto")
     new_loop(*new_model(), **options, total_steps=2).run_loop()
     before = {path.name: path.read_bytes() for path in Path(quiet).iterdir()}
     good = Path(quiet) / "model000002.pt"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # The optimizer's file holds two numbers for each number in the model's: it does not fit, the model's would.
+    # The limit is between the sizes of model000004.pt and opt000004.pt, which has two numbers per model parameter.
     resource.setrlimit(resource.RLIMIT_FSIZE, (good.stat().st_size * 3 // 2, limits[1]))
     try:
         loop = new_loop(*new_model(), **options, total_steps=6)

@@ -1,4 +1,4 @@
-"""Files of weights: wrapped in dicts, with prefixed names, in safetensors files, or of another model."""
+"""Loading weights: wrapped in dicts, with prefixed names, from safetensors files, or of another model."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def weights():
 
 
 def load(path):
-    """Load a file into a new network. Return its weights and the log."""
+    """Load a weight file into a new network. Return the network's weights and the log messages."""
     with logger.scoped_configure(str(path.parent), format_strs=["log"]):
         model = UNetModel(**SMALL)
         load_weights(model, str(path))
