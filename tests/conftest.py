@@ -32,7 +32,7 @@ def cpu():
 
 @pytest.fixture(scope="session")
 def networks(tmp_path_factory):
-    """The flags of classifier_sample.py for two small networks with random weights: a diffusion model and a classifier."""
+    """The flags of classifier_sample.py for a small diffusion model and a small classifier with random weights."""
     from sampling import guided_networks
 
     return guided_networks(tmp_path_factory.mktemp("networks"))

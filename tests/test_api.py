@@ -212,7 +212,8 @@ DEFAULTS = {
 @pytest.mark.parametrize("script", FLAGS)
 def test_defaults_hold_the_model_flags(script):
     factory, defaults = DEFAULTS.get(script, ("create_model_and_diffusion", "model_and_diffusion_defaults"))
-    names = Signature(API["script_util"][factory]).names  # the parameters of the factory are exactly the flags of the model and the diffusion process
+    # The parameters of the factory are exactly the flags of the model and the diffusion process.
+    names = Signature(API["script_util"][factory]).names
     found = getattr(script_util, defaults)()
     assert {name: found.get(name) for name in names} == {name: FLAGS[script][name] for name in names}
     found.clear()  # defaults are returned as a new dict, so clearing one does not change the next
