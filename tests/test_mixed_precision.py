@@ -229,7 +229,7 @@ def test_optimizer_state_of_another_network_is_refused(tmp_path):
 
 
 def test_float16_training_matches_float32_training(monkeypatch):
-    """Both runs use the same data, noise and timesteps. float16 skips its first steps because the loss scale is high."""
+    """Both runs use the same data, noise and timesteps. float16 skips the first steps: the loss scale is high."""
 
     def learn(**precision):
         th.manual_seed(0)

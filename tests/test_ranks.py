@@ -38,7 +38,7 @@ def make_model(seed, **options):
 
 
 def global_batches():
-    """Yield the global batch of each step, equal on all ranks: (images, {"y": labels, "t": timesteps, "noise": noise})."""
+    """Yield the global batch of each step: images and {"y": labels, "t": timesteps, "noise": noise}."""
     g = th.Generator().manual_seed(7)
     for _ in range(STEPS):
         yield (
