@@ -230,6 +230,6 @@ def test_classifier_and_diffusion_defaults_can_be_read_separately():
 
 
 def test_upsampler_defaults_lack_the_flags_that_the_original_lacks():
-    # Existing programs pass image_size and others next to **defaults: a default of the same name would be an error.
+    # Existing programs pass image_size and others next to **defaults, so a default with such a name is a TypeError.
     lacking = {"image_size", "channel_mult", "use_new_attention_order"}
     assert not lacking & script_util.sr_model_and_diffusion_defaults().keys()

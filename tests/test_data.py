@@ -187,7 +187,7 @@ def test_workers_end_when_the_data_stream_is_deleted(tmp_path):
     assert numbers(next(data)[0]) == numbers(next(load(tmp_path, 4))[0])
     assert len(multiprocessing.active_children()) == before + 2
     start = time.monotonic()
-    del data  # workers must end without a run of the garbage collector
+    del data  # workers must end without garbage collection
     assert len(multiprocessing.active_children()) == before and time.monotonic() - start < 4
 
 

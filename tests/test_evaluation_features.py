@@ -125,7 +125,7 @@ def test_cached_reference_features_are_reused(pair, tmp_path):
 
     assert [images_read(), images_read(), images_read(batch_size=4)] == [37, 0, 0]
     assert [images_read("b"), images_read("b")] == [37, 0]  # another network has its own cache file
-    assert [images_read(wanted=["fid"]), images_read(wanted=["fid"])] == [37, 0]  # other metrics need other features
+    assert [images_read(wanted=["fid"]), images_read(wanted=["fid"])] == [37, 0]  # FID alone has its own file
     assert [images_read(wanted=["precision"]), images_read(wanted=["recall"])] == [37, 0]
     assert len(os.listdir(tmp_path / "cache")) == 4
     save(pair[0], REFERENCE + 1)  # a file with an unchanged name but new content

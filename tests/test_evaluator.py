@@ -116,7 +116,7 @@ def test_features_match_the_original_for_any_threads_and_batch_size(inception_gr
 
 
 def test_float32_is_not_rounded_to_tf32_on_a_gpu(inception_graph, monkeypatch):
-    """PyTorch allows TF32 in convolutions by default. The network must restore the setting, which is global."""
+    """PyTorch allows TF32 in convolutions by default. The network must restore this global setting."""
     pytest.importorskip("tensorboard")
     convolve, seen = inception._convolve, []
 

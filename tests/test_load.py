@@ -96,7 +96,7 @@ def test_load_accepts_the_other_flags_of_the_scripts(own, monkeypatch, tmp_path)
 
 def test_errors_name_the_wrong_argument(own, released, tmp_path):
     refused(lambda: load("imagenet255"), "imagenet255: no such file", "imagenet256", "lsun_cat", "tiny_pair")
-    # load() takes a diffusion model: no pipeline, upsampler or classifier.
+    # load() accepts diffusion models, but no pipelines, upsamplers or classifiers.
     for name in ("imagenet64_256", "64_256_upsampler", "256x256_classifier"):
         refused(lambda name=name: load(name), f"{name}: no such file")
     refused(lambda: load("lsun_cat", models_dir=tmp_path), tmp_path / "lsun_cat.pt", "download_models.py lsun_cat")

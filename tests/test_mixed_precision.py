@@ -49,7 +49,7 @@ def test_half_precision_master_parameters_are_flat_and_saved_by_name(kind, dtype
 
 
 class Line(th.nn.Module):
-    """A model y = w * x + b with the methods that MixedPrecisionTrainer calls. The methods convert nothing."""
+    """A model y = w * x + b whose convert_to_fp16 and convert_to_bf16 do nothing."""
 
     def __init__(self):
         super().__init__()

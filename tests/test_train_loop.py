@@ -52,7 +52,7 @@ def test_ema_rates_are_parsed(rates, expected):
 
 
 class NoLoss(FixedLoop):
-    """A training loop whose gradients are zero. It records the learning rate of each step."""
+    """A training loop that has zero gradients and records the learning rate of each step."""
 
     def forward_backward(self, batch, cond):
         self.rates = getattr(self, "rates", []) + [self.opt.param_groups[0]["lr"]]
@@ -102,7 +102,7 @@ def test_only_the_newest_checkpoints_are_kept(quiet):
 
 
 def test_training_without_a_configured_logger_can_save(monkeypatch, tmp_path):
-    """Other projects use TrainLoop without configuring a logger. Saving then uses the folder in OPENAI_LOGDIR."""
+    """If a project has not configured the logger, TrainLoop saves checkpoints in the folder OPENAI_LOGDIR."""
     logger.reset()
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "default"))
     new_loop(*new_model(), kind=NoLoss, data=endless(), total_steps=1).run_loop()
