@@ -1,6 +1,6 @@
-"""Fixtures for tests of several files, which ask for them by name.
+"""Fixtures that several test files share.
 
-What only some of the tests need, the fixtures import themselves: the rest do without it.
+Fixtures import optional packages and helper modules themselves, so that other tests do not need these modules.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from guided_diffusion.random_util import seed_everything
 
 @pytest.fixture
 def quiet(tmp_path):
-    """A run's folder of its own, without any output in it but checkpoints; the same random numbers for each test."""
+    """A fresh run folder that receives checkpoints but no logs. Every test starts with the same random seed."""
     logger.configure(str(tmp_path / "run"), format_strs=[])
     seed_everything(0)
     yield str(tmp_path / "run")
@@ -21,7 +21,7 @@ def quiet(tmp_path):
 
 @pytest.fixture(scope="module")
 def cpu():
-    """The CPU, also where there is a GPU, and one thread: small networks lose time to threads that wait."""
+    """Run on the CPU even if there is a GPU, with one thread: more threads slow small networks down."""
     before = th.get_num_threads()
     th.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -32,7 +32,7 @@ def cpu():
 
 @pytest.fixture(scope="session")
 def networks(tmp_path_factory):
-    """The flags of classifier_sample that name its two networks, small ones with random weights."""
+    """The flags of classifier_sample.py for a small diffusion model and a small classifier with random weights."""
     from sampling import guided_networks
 
     return guided_networks(tmp_path_factory.mktemp("networks"))
@@ -40,7 +40,7 @@ def networks(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def archives(tmp_path_factory):
-    """A folder with every archive of a data set, whole."""
+    """A folder with a complete archive of each dataset."""
     from archives import write_archives
 
     return write_archives(tmp_path_factory.mktemp("archives"))
@@ -48,7 +48,7 @@ def archives(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def unpacked(archives, tmp_path_factory):
-    """What each data set's script writes, undisturbed: {its name in COMMANDS: folder}."""
+    """The output folder of each dataset script after an uninterrupted run: {name in COMMANDS: folder}."""
     from archives import COMMANDS, call, command
 
     folders = {name: tmp_path_factory.mktemp(name) for name in COMMANDS}
@@ -60,7 +60,7 @@ def unpacked(archives, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def inception_graph(tmp_path_factory):
-    """The path of a graph with the Inception graph's structure and seeded weights, as the original was run with."""
+    """The path of an Inception graph with seeded random weights. The golden values were computed with this graph."""
     import subprocess
     import sys
     from pathlib import Path

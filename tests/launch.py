@@ -1,4 +1,4 @@
-"""Starting the project's commands, or snippets of Python, as a user would: under mpiexec, torchrun or plain python."""
+"""Start the project's commands, or snippets of Python, as a user would: with mpiexec, torchrun or plain python."""
 
 import atexit
 import functools
@@ -16,7 +16,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPTS = os.path.join(ROOT, "scripts")
 BIN = os.path.dirname(sys.executable)
 
-# A network that trains in milliseconds; attention at the lower of its resolutions.
+# A network that trains in milliseconds, with attention at resolution 8.
 TINY = dict(image_size=16, num_channels=32, channel_mult="1", num_res_blocks=1, num_heads=2, attention_resolutions="8")
 TINY_CLASSIFIER = dict(
     image_size=16, num_classes=10, classifier_width=64, classifier_depth=1, classifier_attention_resolutions="8"
@@ -25,12 +25,12 @@ TINY_CLASSIFIER = dict(
 
 @dataclass
 class Outcome:
-    """How a command ended."""
+    """The result of a command that has ended."""
 
     returncode: int
     output: str  # stdout and stderr together
     seconds: float
-    ended: float  # time.time() of its end
+    ended: float  # time.time() when the command ended
 
     def check(self):
         """Fail with the output unless the command succeeded."""
@@ -39,31 +39,31 @@ class Outcome:
 
 
 def check_refused(done, words, start=r"(\w+\.py: )?error: ", last=True):
-    """Check that a command failed, and that a single line, with all of the words, says why.
+    """Check that a command failed with a single error line, which contains all of the words.
 
-    :param start: a pattern for the line's beginning.
-    :param last: whether the output ends with that line. Launchers and other ranks may add lines of their own.
+    :param start: a regular expression that the error line must start with.
+    :param last: whether the error line must be the last one. Launchers and other ranks may print further lines.
     """
     assert done.returncode > 0 and "Traceback" not in done.output, done.output
     lines = [line.strip() for line in done.output.rstrip().splitlines()]
     assert done.output.count("error: ") == 1 and (not last or "error: " in lines[-1]), done.output
     (line,) = [line for line in lines if "error: " in line]
-    assert re.match(start, line) and len(line) < 500, line  # clear: a handful of facts, no dump
+    assert re.match(start, line) and len(line) < 500, line  # an error line is short, not a dump of values
     assert all(str(word) in line for word in words), line
 
 
 def flags(**values):
-    """Flags as a list of arguments: flags(image_size=16) is ["--image_size", "16"]."""
+    """Convert flags to command-line arguments: flags(image_size=16) is ["--image_size", "16"]."""
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 
 def script(name):
-    """The path of one of the commands."""
+    """The path of a script of this project, by its name without ".py"."""
     return os.path.join(SCRIPTS, name + ".py")
 
 
 def clean_environment(**extra):
-    """The environment without what this project reads from it, on the CPU, with one thread a process."""
+    """os.environ without the variables that this project reads. Processes run on the CPU with one thread each."""
     ours = ("OPENAI_", "DIFFUSION_", "OMPI_", "PMI", "MASTER_", "TORCHELASTIC_")
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE")
     env = {k: v for k, v in os.environ.items() if not k.startswith(ours) and k not in ranks}
@@ -74,10 +74,10 @@ def clean_environment(**extra):
 
 
 def run(argv, ranks=None, launcher="mpiexec", env=None, timeout=60):
-    """Run python with these arguments and wait for its end.
+    """Run Python with the given arguments and wait until the process ends.
 
-    :param argv: a script's path, or "-c" and a snippet, and its arguments.
-    :param ranks: how many processes; None starts plain python without a launcher.
+    :param argv: the path of a script, or "-c" and a snippet, followed by the arguments.
+    :param ranks: the number of ranks; None starts plain python without a launcher.
     :param launcher: "mpiexec" or "torchrun".
     :param env: environment variables to set, a dict.
     """
@@ -96,26 +96,26 @@ def run(argv, ranks=None, launcher="mpiexec", env=None, timeout=60):
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # a group of its own, so that nothing of it outlives a timeout
+        start_new_session=True,  # so that a timeout can kill the whole process group
     )
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        raise AssertionError(f"not over after {timeout} s: {' '.join(command)}\n{output}") from None
+        raise AssertionError(f"still running after {timeout} s: {' '.join(command)}\n{output}") from None
     return Outcome(process.returncode, output, time.time() - start, time.time())
 
 
-# Jobs are forked from a process that has imported everything, and killed at a chosen moment. Nothing surrounds their
-# code: exceptions reach the interpreter, its hooks print them, and its exit status is what a user's shell would see.
-# Jobs with a quick end do the same by hand, and spare the interpreter the quarter of a second of freeing its objects.
+# A server process imports all modules once and forks each job from itself. A job can be killed at a chosen moment.
+# The code of a job is not wrapped: exceptions reach the interpreter, whose hooks print them and set the exit status.
+# Jobs with quick_end=True handle exceptions themselves and skip the 0.25 s in which the interpreter frees its objects.
 
 _SERVER = """
 import atexit, gc, glob, json, os, signal, socket, sys, threading, time
 import guided_diffusion.sample_job, guided_diffusion.classifier_util, guided_diffusion.image_datasets, sampling
-import torch._dynamo  # optimizers import it, in more than a second
-gc.freeze()  # collections in the forks would touch, and so copy, every page
+import torch._dynamo  # optimisers import torch._dynamo, which takes more than a second
+gc.freeze()  # garbage collection in a fork would write to, and so copy, every memory page
 
 def port():
     with socket.socket() as s:
@@ -137,8 +137,8 @@ def kill(children):
         os.kill(child, signal.SIGKILL)
 
 def watch(job, children):
-    # Wait for the end of all ranks, or for the moment to kill them. Returns the first status that is not zero, and
-    # whether the ranks were killed at that moment.
+    # Wait until all ranks have ended, and kill the ranks if the paths that the job waits for appear first.
+    # Returns the first nonzero exit status (0 if there is none) and whether the ranks were killed.
     alive, first, failed_at, killed = list(children), 0, None, False
     while alive:
         for child in list(alive):
@@ -147,11 +147,11 @@ def watch(job, children):
                 alive.remove(child)
                 if status and not first:
                     first, failed_at = os.waitstatus_to_exitcode(status), time.time()
-        if first and time.time() - failed_at > 0.1:  # launchers end a job when one of its ranks has failed
+        if first and time.time() - failed_at > 0.1:  # like a launcher: end the job when one rank has failed
             kill(alive)
         if job["pattern"] and not killed and len(glob.glob(job["pattern"])) >= job["count"]:
             time.sleep(job["delay"])
-            kill(alive)  # a child that has ended keeps its number until waitpid
+            kill(alive)  # the process id of an ended child stays reserved until waitpid
             killed = True
         time.sleep(0.0005)
     return first, killed
@@ -192,7 +192,7 @@ sys.stdout.flush()
 os._exit(status)
 """
 
-# The code of a rank: a script, whose path is the first argument.
+# Code for a rank that runs the script whose path is the first argument.
 RUN_SCRIPT = """
 import os, runpy, sys
 sys.argv = sys.argv[1:]
@@ -213,13 +213,13 @@ def _server():
 
 
 def run_ranks(ranks, argv, code=RUN_SCRIPT, kill_at=None, env=None, limit=60, quick_end=False):
-    """Run code on several ranks with the environment that torchrun gives them, without importing torch anew.
+    """Run code on several ranks, with the environment variables that torchrun sets, in forks that have imported torch.
 
-    :param ranks: their number; None is plain python.
-    :param argv: sys.argv[1:] of the code.
-    :param kill_at: (pattern, count, seconds): so many seconds after so many paths match the pattern, SIGKILL all ranks.
-    :param quick_end: for tests that are not about the end of processes.
-    :return: an Outcome, whose return code is the first that is not zero, and whether the ranks were killed.
+    :param ranks: the number of ranks; None runs one process without a launcher's environment variables.
+    :param argv: the arguments of the code, sys.argv[1:].
+    :param kill_at: (pattern, count, seconds): send SIGKILL to all ranks `seconds` after `count` paths match `pattern`.
+    :param quick_end: skip the interpreter's shutdown, in tests that do not check how processes end.
+    :return: an Outcome with the first nonzero return code of a rank, and whether kill_at killed the ranks.
     """
     pattern, count, delay = kill_at or ("", 0, 0)
     with tempfile.NamedTemporaryFile() as output:
@@ -233,9 +233,9 @@ def run_ranks(ranks, argv, code=RUN_SCRIPT, kill_at=None, env=None, limit=60, qu
 
 
 def run_forked(jobs, env=None):
-    """Run several scripts one after the other, as plain python would.
+    """Run several scripts one after the other, each in one process without a launcher.
 
-    :param jobs: a dict of argument lists (a script's path and its flags).
-    :return: a dict of Outcomes with the same keys.
+    :param jobs: a dict of argument lists, each with the path of a script and its flags.
+    :return: a dict of Outcomes, with the keys of `jobs`.
     """
     return {key: run_ranks(None, argv, env=env, quick_end=True)[0] for key, argv in jobs.items()}

@@ -1,6 +1,6 @@
-"""The original's public surface: every name, signature, constant and flag that programs written for it rely on.
+"""Compatibility with the original's public interface: names, signatures, constants, and the flags of its scripts.
 
-data/api.json and data/flags.json record the original's. New things may be added, as long as what was there still works.
+tests/data/api.json and tests/data/flags.json record the original's interface. Additions are allowed.
 """
 
 import ast
@@ -47,12 +47,12 @@ def resolve(module, *names):
 
 
 class Signature:
-    """A recorded signature, such as "(self, x, *, t=0)", in parts.
+    """A parsed signature, such as "(self, x, *, t=0)".
 
-    :ivar positional: names of the parameters that may be given by position, without self.
-    :ivar keyword_only: names of those that may not.
-    :ivar defaults: a dict of what has a default that is written as a literal.
-    :ivar open: whether it has *args or **kwargs.
+    :ivar positional: the names of the parameters that accept positional arguments, without self.
+    :ivar keyword_only: the names of the keyword-only parameters.
+    :ivar defaults: a dict from parameter names to default values.
+    :ivar open: whether the signature has *args or **kwargs.
     """
 
     def __init__(self, text):
@@ -67,17 +67,17 @@ class Signature:
 
 
 def assert_accepts(function, signature, before=()):
-    """Check that `function` can be called in the ways that `signature` could.
+    """Check that `function` accepts all calls that the recorded `signature` accepts.
 
-    :param before: arguments before the recorded ones: self.
+    :param before: positional arguments to pass first, such as self.
     """
     own = inspect.signature(function)
-    # What *args and **kwargs of the original stood for is checked where it is known.
+    # A signature with *args or **kwargs is recorded incompletely, so `function` may require more arguments.
     bind = own.bind_partial if signature.open else own.bind
     values = {name: object() for name in signature.names}
 
     def reached(bound):
-        """The values by the names under which they arrive, looking into **kwargs."""
+        """Map each parameter name to the value that it receives, with the contents of **kwargs merged in."""
         arguments = dict(bound.arguments)
         for parameter in own.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
@@ -91,7 +91,7 @@ def assert_accepts(function, signature, before=()):
         rest = {name: value for name, value in values.items() if name not in first}
         arrived = reached(bind(*before, *[values[name] for name in first], **rest))
         assert all(arrived[name] is value for name, value in values.items())
-    # What could be left out still can be, and means the same.
+    # Parameters that were optional in the original are still optional and have the same defaults.
     bind(*before, **{name: value for name, value in values.items() if name not in signature.defaults})
     for name, default in signature.defaults.items():
         if name in own.parameters:
@@ -104,7 +104,7 @@ def test_function_accepts_the_original_arguments(module, name, recorded):
 
 
 @pytest.mark.parametrize("module, name, recorded", CONSTANTS, ids=lambda x: x if str(x).isidentifier() else "")
-def test_constant(module, name, recorded):
+def test_constants_have_the_original_values(module, name, recorded):
     want = ast.literal_eval(recorded)
     assert resolve(module, name) == want
     assert type(resolve(module, name)) is type(want)
@@ -126,8 +126,8 @@ def test_method_accepts_the_original_arguments(module, name, method, recorded):
 
 
 @pytest.mark.parametrize("method", sorted(API["respace"]["SpacedDiffusion"].keys() - {"bases", "__init__"}))
-def test_spaced_diffusion_accepts_its_parents_arguments(method):
-    # Its recorded signatures end in *args and **kwargs: those are the parent's.
+def test_spaced_diffusion_accepts_the_arguments_of_gaussian_diffusion(method):
+    # SpacedDiffusion's recorded methods end in *args and **kwargs, which they pass to GaussianDiffusion.
     recorded = Signature(API["gaussian_diffusion"]["GaussianDiffusion"][method])
     assert_accepts(resolve("respace", "SpacedDiffusion", method), recorded, (object(),))
 
@@ -144,7 +144,7 @@ def test_spaced_diffusion_accepts_its_parents_arguments(method):
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_open_signatures_stay_open(module, name, arguments):
+def test_functions_with_args_and_kwargs_still_accept_any_arguments(module, name, arguments):
     inspect.signature(resolve(module, name)).bind(*arguments["args"], **arguments["kwargs"])
 
 
@@ -156,7 +156,7 @@ SCRIPT_FLAGS = [(script, flag, default) for script in FLAGS for flag, default in
 
 @pytest.fixture(scope="module")
 def parsers():
-    """The parsers of the scripts, by file name."""
+    """The argument parsers of the scripts, by file name."""
     found = {}
     for script in EVERY_SCRIPT:
         spec = importlib.util.spec_from_file_location(f"script_{script[:-3]}", ROOT / "scripts" / script)
@@ -167,7 +167,7 @@ def parsers():
 
 
 def another_value(value):
-    """A value of the same type that differs."""
+    """A value of the type of `value` that differs from `value`."""
     if isinstance(value, bool):
         return not value
     return {int: 7, float: 0.625, str: "8,4"}[type(value)]
@@ -197,7 +197,7 @@ def test_help_explains_every_flag_in_its_group(parsers, script):
 
 @pytest.mark.parametrize("script", FLAGS)
 @pytest.mark.parametrize("text, value", [("True", True), ("false", False), ("yes", True), ("n", False), ("1", True)])
-def test_booleans_are_words(parsers, script, text, value):
+def test_boolean_flags_accept_words_for_true_and_false(parsers, script, text, value):
     flag = next(name for name, default in FLAGS[script].items() if isinstance(default, bool))
     assert getattr(parsers[script].parse_args([f"--{flag}", text]), flag) is value
 
@@ -212,14 +212,15 @@ DEFAULTS = {
 @pytest.mark.parametrize("script", FLAGS)
 def test_defaults_hold_the_model_flags(script):
     factory, defaults = DEFAULTS.get(script, ("create_model_and_diffusion", "model_and_diffusion_defaults"))
-    names = Signature(API["script_util"][factory]).names  # the factory takes exactly the model's and process's flags
+    # The parameters of the factory are exactly the flags of the model and the diffusion process.
+    names = Signature(API["script_util"][factory]).names
     found = getattr(script_util, defaults)()
     assert {name: found.get(name) for name in names} == {name: FLAGS[script][name] for name in names}
-    found.clear()  # what it gave was a copy
+    found.clear()  # defaults are returned as a new dict, so clearing one does not change the next
     assert names[0] in getattr(script_util, defaults)()
 
 
-def test_classifier_and_diffusion_flags_apart():
+def test_classifier_and_diffusion_defaults_can_be_read_separately():
     recorded = FLAGS["classifier_train.py"]
     classifier, diffusion = script_util.classifier_defaults(), script_util.diffusion_defaults()
     wanted = Signature(API["script_util"]["create_classifier"]).names
@@ -228,7 +229,7 @@ def test_classifier_and_diffusion_flags_apart():
     assert len(diffusion) == 8
 
 
-def test_upsampler_flags_lack_what_the_original_lacks():
-    # Programs pass these beside the defaults, and would pass them twice.
+def test_upsampler_defaults_lack_the_flags_that_the_original_lacks():
+    # Existing programs pass image_size and others next to **defaults, so a default with such a name is a TypeError.
     lacking = {"image_size", "channel_mult", "use_new_attention_order"}
     assert not lacking & script_util.sr_model_and_diffusion_defaults().keys()

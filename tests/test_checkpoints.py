@@ -16,18 +16,18 @@ from guided_diffusion.training_job import record_run
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
 
-# Names and writes
+# File names and atomic writes
 
 STEPS = {"model012000.pt": 12000, "/a/model1/model000005.pt": 5, "gs://bucket/model1000000.pt": 1000000,
          "ema_0.9999_012000.pt": 0, "model.pt": 0, "64x64_diffusion.pt": 0, "my_model000010.pt": 10}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_the_step_in_a_name(name):
+def test_resume_step_is_parsed_from_the_file_name(name):
     assert parse_resume_step_from_filename(name) == STEPS[name]
 
 
-def test_find_ema_checkpoint(tmp_path):
+def test_ema_checkpoint_is_found_by_step_and_rate(tmp_path):
     (tmp_path / "ema_0.9999_000012.pt").write_bytes(b"")
     main = str(tmp_path / "model000012.pt")
     for rate in ("0.9999", 0.9999):
@@ -36,7 +36,7 @@ def test_find_ema_checkpoint(tmp_path):
     assert find_ema_checkpoint(None, 12, "0.9999") is None
 
 
-def test_atomic_writes(quiet):
+def test_atomic_writes_leave_either_the_old_or_the_new_file(quiet):
     path = os.path.join(quiet, "file")
     with files.write_atomically(path) as f:
         f.write(b"first")
@@ -46,7 +46,7 @@ def test_atomic_writes(quiet):
             f.write(b"half of the sec")
             1 / 0
     assert open(path, "rb").read() == b"first"
-    assert os.listdir(quiet) == ["file"]  # no temporary file is left
+    assert os.listdir(quiet) == ["file"]  # the failed write left no temporary file
     with files.write_atomically(path) as f:
         f.write(b"second")
     assert open(path, "rb").read() == b"second"
@@ -70,7 +70,7 @@ def write_record(folder, **flags):
     return str(folder / "model.pt")
 
 
-def test_config_is_read_back_and_read_once(quiet, monkeypatch):
+def test_config_json_is_read_once(quiet, monkeypatch):
     path = os.path.join(quiet, "model000001.pt")
     assert Checkpoint(path).config is Checkpoint(path).classes is None and Checkpoint(path).flags == {}
     checkpoint_util.write_config({"num_channels": 32, "channel_mult": "1,2"}, kind="diffusion", classes=["cat", "dog"])
@@ -86,7 +86,7 @@ BAD_CONFIGS = ["", "{", "[]", "{}", '{"flags": 3}', "\x00\xff"]
 
 
 @pytest.mark.parametrize("content", BAD_CONFIGS)
-def test_damaged_config(content, tmp_path):
+def test_damaged_config_json_is_refused(content, tmp_path):
     (tmp_path / "config.json").write_text(content, encoding="latin-1")
     refused(lambda: Checkpoint(str(tmp_path / "model.pt")).config, "not a training run's config.json")
 
@@ -104,7 +104,7 @@ def test_flags_that_contradict_the_config_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("num_classes, warned", [(2, False), (1000, True)])
-def test_more_classes_than_the_data_have_give_a_warning(num_classes, warned, tmp_path):
+def test_num_classes_above_the_number_of_classes_in_the_data_gives_a_warning(num_classes, warned, tmp_path):
     logger.configure(str(tmp_path), format_strs=["log"])
     record_run({"flags": {"num_classes": num_classes}}, "diffusion", ["cat", "dog"])
     logger.reset()
@@ -112,8 +112,8 @@ def test_more_classes_than_the_data_have_give_a_warning(num_classes, warned, tmp
 
 
 @pytest.mark.parametrize("size", [16, 32])
-def test_a_classifier_agrees_with_the_model_that_it_guides(size, tmp_path):
-    """On all but the number of classes, which means nothing for an unconditional model."""
+def test_classifier_and_guided_model_must_have_the_same_flags(size, tmp_path):
+    """num_classes may differ, because an unconditional model does not use num_classes."""
     model = write_record(tmp_path / "model", class_cond=False, num_classes=1000, image_size=16)
     classifier = write_record(tmp_path / "classifier", num_classes=10, image_size=size)
     args = SimpleNamespace(class_cond=True, num_classes=1, image_size=64)

@@ -1,4 +1,4 @@
-"""From a folder of images to batches: sharding, crops and flips, damaged images, worker processes."""
+"""Loading batches from a folder of images: sharding, crops, flips, damaged images and worker processes."""
 
 import itertools
 import multiprocessing
@@ -22,14 +22,14 @@ from guided_diffusion.image_datasets import ImageDataset, center_crop_arr, load_
 
 
 def write_numbered(folder, count, size=8, label=lambda i: "x"):
-    """Images of one grey value each: 10 * i for image i."""
+    """Write `count` uniformly grey images. Image i has the grey value 10 * i."""
     for i in range(count):
         image = Image.fromarray(np.full((size, size, 3), 10 * i, np.uint8))
         image.save(os.path.join(folder, f"{label(i)}_{i:03d}.png"))
 
 
 def numbers(batch):
-    """The numbers of the images of write_numbered in a batch."""
+    """The indices of a batch's images, recovered from the grey values that write_numbered gave them."""
     return [round(float((image.mean() + 1) * 127.5 / 10)) for image in batch]
 
 
@@ -43,12 +43,12 @@ def take(data, count):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
-def test_shards_of_a_dataset(num_ranks):
+def test_shards_cover_the_dataset_evenly(num_ranks):
     paths, classes = [f"{i}_x.png" for i in range(13)], list(range(13))
     shards = [ImageDataset(8, paths, classes=classes, shard=r, num_shards=num_ranks) for r in range(num_ranks)]
     assert sorted(path for s in shards for path in s.local_images) == sorted(paths)
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
-    for s in shards:  # labels stay with their images
+    for s in shards:  # a shard keeps the labels of its images
         assert s.local_images == [f"{i}_x.png" for i in s.local_classes]
 
 
@@ -64,7 +64,7 @@ def test_too_few_images_for_a_batch_are_refused_on_every_rank(images, ranks, bat
                 load(tmp_path, batch_size)
 
 
-def test_batches_are_float_in_minus_one_to_one(tmp_path):
+def test_batches_are_float32_in_minus_one_to_one(tmp_path):
     image = np.zeros((8, 8, 3), np.uint8)
     image[2, 3], image[4, 5, 0] = 255, 51
     Image.fromarray(image).save(tmp_path / "cat_0.png")
@@ -78,18 +78,18 @@ def test_batches_are_float_in_minus_one_to_one(tmp_path):
 
 
 def gradient_image(width, height):
-    """Red grows to the right and green downwards."""
+    """An image whose red channel increases to the right and whose green channel increases downwards."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack([x, y, np.zeros_like(x)], axis=-1).astype(np.uint8))
 
 
-def test_deterministic_data_repeat_themselves(tmp_path):
+def test_deterministic_loading_repeats_the_same_batches(tmp_path):
     for i in range(6):
         gradient_image(20 + i, 16).save(tmp_path / f"{i}.png")
-    # deterministic overrides random_crop and random_flip.
+    # deterministic=True overrides random_crop and random_flip.
     data = load(tmp_path, 3, deterministic=True, random_crop=True, random_flip=True, seed=None)
     (first, cond), (second, _), (third, _), (fourth, _) = take(data, 4)
-    assert cond == {}  # without class_cond, names need no label
+    assert cond == {}  # without class_cond, file names need no label
     assert (first == third).all() and (second == fourth).all()
     for i, x in enumerate(th.cat([first, second])):
         with Image.open(tmp_path / f"{i}.png") as image:
@@ -104,11 +104,12 @@ def test_flips_mirror_half_of_the_images(tmp_path):
     kinds = Counter()
     for x, _ in (dataset[i] for i in range(200)):
         kinds["plain" if (x == plain).all() else "mirrored" if (x == plain[:, :, ::-1]).all() else "other"] += 1
-    assert kinds["other"] == 0 and 60 <= kinds["mirrored"] <= 140  # 5.6 standard deviations about 100
+    # Of 200 images, 100 are expected to be mirrored; a deviation of 40 is 5.6 standard deviations.
+    assert kinds["other"] == 0 and 60 <= kinds["mirrored"] <= 140
 
 
 def plain_crop(image, size, shorter, corner):
-    """A crop by Pillow's own operations: halving by the box filter, then bicubic, then the square at a corner."""
+    """Crop with Pillow only: halve with a box filter, resize with a bicubic filter, then cut the square at `corner`."""
     while min(image.size) >= 2 * shorter:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = shorter / min(image.size)
@@ -119,8 +120,8 @@ def plain_crop(image, size, shorter, corner):
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P"])
 @pytest.mark.parametrize("width, height", [(64, 64), (65, 130), (131, 66), (133, 67), (200, 150), (63, 515), (40, 16)])
-def test_crops_are_plain_resizing_to_the_pixel(mode, width, height):
-    # Noise with many extremes: differences in rounding show at once.
+def test_crops_equal_plain_pillow_resizing_in_every_pixel(mode, width, height):
+    # Noise with many extreme values makes differences in rounding visible.
     noise = np.random.default_rng(0).choice([0, 1, 2, 127, 128, 254, 255], (height, width, 4)).astype(np.uint8)
     image = Image.fromarray(noise).convert("RGB").quantize(64) if mode == "P" else Image.fromarray(noise).convert(mode)
     assert (center_crop_arr(image, 16) == plain_crop(image, 16, 16, lambda extra: extra // 2)).all()
@@ -135,7 +136,7 @@ def test_crops_are_plain_resizing_to_the_pixel(mode, width, height):
 
 
 def damage(folder, numbers):
-    """Damage some images of write_numbered, each in another way."""
+    """Damage the images with the given indices by truncating, emptying or overwriting their files."""
     for i, n in enumerate(numbers):
         path = next(folder.glob(f"*_{n:03d}.png"))
         path.write_bytes([path.read_bytes()[:40], b"", b"no image"][i % 3])
@@ -158,35 +159,35 @@ def test_bad_images_are_replaced_by_the_next_and_counted(num_workers, ranks, tmp
         assert [y for _, cond in batches for y in cond["y"].tolist()] == [n // 4 for n in got[-1]]
         skipped += data.counts()["skipped_images"]
     assert [n for of_ranks in zip(*got) for n in of_ranks] == [replacement.get(n, n) for n in intact]
-    assert skipped == 2 * (2 + 1 + 1)  # two epochs; image 3 is also tried in the place of 2
+    assert skipped == 2 * (2 + 1 + 1)  # 2 epochs; in the place of image 2, the damaged image 3 is tried too
     assert {n for n in (2, 3, 11) for text in warnings if f"_{n:03d}.png: cannot read" in text} == {2, 3, 11}
     assert len(warnings) <= 3 * ranks
 
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_error_names_the_image(num_workers, skip, tmp_path):
+def test_the_error_for_a_damaged_image_names_its_file(num_workers, skip, tmp_path):
     write_numbered(tmp_path, 4)
     damage(tmp_path, range(4) if skip else [2, 3])
     data = load(tmp_path, 2, deterministic=True, skip_bad_images=skip, num_workers=num_workers)
     if not skip:
-        assert numbers(next(data)[0]) == [0, 1]  # the error comes with its own batch
+        assert numbers(next(data)[0]) == [0, 1]  # the error is raised only for the batch with the damaged image
     with pytest.raises(InputError) as caught:
         next(data)
     path, advice = ("x_000.png", "nor can any other") if skip else ("x_002.png", "training has --skip_bad_images True")
     assert re.fullmatch(rf"{tmp_path}/{path}: cannot read this image \(.*\): .*{advice}", str(caught.value))
 
 
-# Workers
+# Worker processes
 
 
-def test_workers_end_with_their_stream(tmp_path):
+def test_workers_end_when_the_data_stream_is_deleted(tmp_path):
     write_numbered(tmp_path, 8)
     data, before = load(tmp_path, 4, num_workers=2), len(multiprocessing.active_children())
     assert numbers(next(data)[0]) == numbers(next(load(tmp_path, 4))[0])
     assert len(multiprocessing.active_children()) == before + 2
     start = time.monotonic()
-    del data  # which must not need the garbage collector
+    del data  # workers must end without garbage collection
     assert len(multiprocessing.active_children()) == before and time.monotonic() - start < 4
 
 
@@ -194,14 +195,14 @@ ENDS = {
     "a worker is killed": "os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL); take(1000)",
     "Ctrl-C": "os.killpg(0, signal.SIGINT); take(1000)",
     "SIGTERM to all": "signal.signal(signal.SIGTERM, lambda *args: None); os.killpg(0, signal.SIGTERM); take(20)",
-    "the end": "",
+    "normal exit": "",
 }
 SCRIPT = """
 import multiprocessing, os, signal, sys
 from guided_diffusion import dist_util
 from guided_diffusion.image_datasets import load_data
 os.setpgid(0, 0)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT by default
 dist_util.setup_dist()
 data = load_data(data_dir=sys.argv[1], batch_size=4, image_size=8, num_workers=2)
 take = lambda count: [next(data) for _ in range(count)]
@@ -209,14 +210,14 @@ take(3)
 """
 
 
-def test_processes_with_workers_end_soon_and_quietly(tmp_path):
+def test_processes_with_workers_end_quickly_without_tracebacks(tmp_path):
     (tmp_path / "data").mkdir()
     write_numbered(tmp_path / "data", 8)
     for name, end in ENDS.items():
         (tmp_path / f"{name}.py").write_text(SCRIPT + end)
     jobs = {name: [str(tmp_path / f"{name}.py"), str(tmp_path / "data")] for name in ENDS}
     done = {name: run_ranks(None, argv)[0] for name, argv in jobs.items()}
-    for name in ("SIGTERM to all", "the end"):
+    for name in ("SIGTERM to all", "normal exit"):
         assert (done[name].returncode, done[name].output) == (0, ""), name
     assert done["Ctrl-C"].returncode in (130, -signal.SIGINT) and done["Ctrl-C"].output == "interrupted\n"
     killed = done["a worker is killed"]

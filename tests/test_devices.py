@@ -1,6 +1,6 @@
-"""On a device that is not the CPU everything is, and stays, there. "meta", without values, stands in for a GPU.
+"""Sampling and losses keep all tensors on one device and never synchronise. The "meta" device stands in for a GPU.
 
-So whatever asks for a value, for which a GPU would have to be waited for, is an error by itself.
+Meta tensors have no values, so an operation that would wait for a value on a GPU raises an error on "meta".
 """
 
 import pytest
@@ -21,7 +21,7 @@ SHAPE = (2, 3, 8, 8)
 
 
 class OneDevice(TorchDispatchMode):
-    """Lets no operation take tensors of two devices but numbers, and notes what moves from one to the other."""
+    """Refuses operations on tensors of different devices, except scalars, and records copies between devices."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ def build(**options):
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("name", ["p_sample_loop_progressive", "ddim_sample_loop_progressive"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_sampling_waits_for_nothing_and_moves_nothing(precision, name, guided):
+def test_sampling_does_not_synchronise_or_copy_between_devices(precision, name, guided):
     model, diffusion, classifier, labels = build(timestep_respacing="5")
     for network in (model, classifier):
         getattr(network, f"convert_to_{precision}")()
@@ -59,7 +59,7 @@ def test_sampling_waits_for_nothing_and_moves_nothing(precision, name, guided):
     with OneDevice() as watch:
         steps = getattr(diffusion, name)(model, SHAPE, device="meta", model_kwargs=labels, cond_fn=cond_fn)
         next(steps)
-        watch.moved.clear()  # the tables of the schedule, which stay there
+        watch.moved.clear()  # the first step copies the schedule's tables to the device
         samples = [out["sample"] for out in steps]
     assert [(x.device.type, x.shape) for x in samples] == [("meta", SHAPE)] * 4
     assert not watch.moved
@@ -67,7 +67,7 @@ def test_sampling_waits_for_nothing_and_moves_nothing(precision, name, guided):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("loss", [{}, {"learn_sigma": False}, {"use_kl": True}, {"rescale_learned_sigmas": True}])
-def test_a_loss_waits_for_nothing(loss, precision):
+def test_training_losses_do_not_synchronise_or_copy_between_devices(loss, precision):
     model, diffusion, _, labels = build(**loss)
     getattr(model, f"convert_to_{precision}")()
     model.train().requires_grad_(True)

@@ -1,4 +1,4 @@
-"""From stored images to figures, on any number of ranks, with a network of known features; the cache; bad input."""
+"""The evaluator's metrics for a network with known features, on any number of ranks; its cache; bad input files."""
 
 import itertools
 import json
@@ -45,11 +45,11 @@ def pair(tmp_path):
     return save_pair(tmp_path)
 
 
-# Figures
+# Metrics
 
 
 @pytest.mark.parametrize("size", [None, 2, 3])
-def test_figures_do_not_depend_on_ranks_batches_and_storage(size, tmp_path):
+def test_metrics_do_not_depend_on_ranks_batch_size_or_file_format(size, tmp_path):
     folders = {}
     for stored in STORED:
         (tmp_path / stored).mkdir()
@@ -63,7 +63,7 @@ def test_figures_do_not_depend_on_ranks_batches_and_storage(size, tmp_path):
     for figures in found["figures"]:
         assert list(figures) == list(METRICS)
         check(figures)
-    for batch_size in BATCH_SIZES:  # rounding may depend on the batch, so the batches are the same on any ranks
+    for batch_size in BATCH_SIZES:  # features may depend on the batch, so all rank counts use the same batches
         batches = [x[i : i + batch_size] for x in (REFERENCE, SAMPLES) for i in range(0, len(x), batch_size)]
         assert found["seen"][str(batch_size)] == sorted(batch.tobytes().hex() for batch in batches)
     check(found["limited"], truth(REFERENCE, SAMPLES[:15]))
@@ -71,12 +71,12 @@ def test_figures_do_not_depend_on_ranks_batches_and_storage(size, tmp_path):
 
 @pytest.mark.parametrize("stored", STORED)
 def test_arrays_of_images_are_writable(stored, tmp_path):
-    """torch warns of others."""
+    """torch.from_numpy warns about arrays that are not writable."""
     for images in Batch(save(tmp_path / "b.npz", REFERENCE, stored)).images(0, 37, 10):
         assert images.flags.writeable and images.dtype == np.uint8
 
 
-def test_ranks_share_evenly(monkeypatch):
+def test_images_are_divided_evenly_among_ranks(monkeypatch):
     for size, count in itertools.product(range(1, 8), (1, 4, 31, 32, 33, 1000)):
         shares = []
         for rank in range(size):
@@ -87,7 +87,7 @@ def test_ranks_share_evenly(monkeypatch):
         assert max(batches) - min(batches) <= 1
 
 
-def test_only_what_is_wanted_is_computed(pair):
+def test_only_the_requested_metrics_are_computed(pair):
     want = truth(REFERENCE, SAMPLES)
     for name in METRICS:
         network = KnownNetwork()
@@ -96,7 +96,7 @@ def test_only_what_is_wanted_is_computed(pair):
 
 
 def test_statistics_replace_the_reference_images(pair, tmp_path):
-    """The statistics are of all images. arr_0 may hold fewer, for precision and recall."""
+    """FID and sFID use the stored statistics; precision and recall use the images in arr_0, which may be fewer."""
     few = REFERENCE[5:17]
     np.savez(tmp_path / "stats.npz", arr_0=few, **statistics(REFERENCE))
     reference, network = Batch(str(tmp_path / "stats.npz")), KnownNetwork()
@@ -117,24 +117,24 @@ def test_grey_images_are_evaluated_as_three_equal_channels(command, pair, tmp_pa
 # The cache
 
 
-def test_the_cache_spares_the_reference(pair, tmp_path):
+def test_cached_reference_features_are_reused(pair, tmp_path):
     def images_read(identity="a", **options):
         network = KnownNetwork()
         check(evaluate(pair, network=network, cache_dir=str(tmp_path / "cache"), identity=identity, **options))
         return sum(map(len, network.seen)) - len(SAMPLES)
 
     assert [images_read(), images_read(), images_read(batch_size=4)] == [37, 0, 0]
-    assert [images_read("b"), images_read("b")] == [37, 0]  # another network
-    assert [images_read(wanted=["fid"]), images_read(wanted=["fid"])] == [37, 0]  # other features are kept
+    assert [images_read("b"), images_read("b")] == [37, 0]  # another network has its own cache file
+    assert [images_read(wanted=["fid"]), images_read(wanted=["fid"])] == [37, 0]  # FID alone has its own file
     assert [images_read(wanted=["precision"]), images_read(wanted=["recall"])] == [37, 0]
     assert len(os.listdir(tmp_path / "cache")) == 4
-    save(pair[0], REFERENCE + 1)  # other content of the same name
+    save(pair[0], REFERENCE + 1)  # a file with an unchanged name but new content
     network = KnownNetwork()
     reference_features(network, Batch(pair[0]), 8, METRICS, str(tmp_path / "cache"), "a")
     assert sum(map(len, network.seen)) == 37
 
 
-def test_a_damaged_cache_is_replaced(pair, tmp_path):
+def test_a_damaged_cache_file_is_replaced(pair, tmp_path):
     cache = dict(cache_dir=str(tmp_path / "cache"), identity="a")
     evaluate(pair, **cache)
     (path,) = (tmp_path / "cache").iterdir()
@@ -166,19 +166,19 @@ k.Features(k.KnownNetwork(), k.Batch(sys.argv[1]), 4, ["fid"])
 """
 
 
-def test_one_rank_s_trouble_ends_all(tmp_path):
+def test_an_error_on_one_rank_ends_all_ranks(tmp_path):
     images = SAMPLES.copy()
-    images[21, 0, 0, 0] = BAD  # in the second rank's share
+    images[21, 0, 0, 0] = BAD  # the second rank evaluates image 21
     path = save(tmp_path / "bad.npz", images)
     done, _ = run_ranks(2, [path], code=RANK)
     assert done.returncode == 1 and "Traceback" not in done.output, done.output
     assert f"error: {path}: images 20 to 23 have features that are not finite" in done.output
 
 
-# The command
+# The command line
 
 
-def test_the_command_prints_the_figures(command, pair, tmp_path):
+def test_the_command_prints_the_metrics(command, pair, tmp_path):
     want = truth(REFERENCE, SAMPLES)
     cache = ["--cache_dir", tmp_path / "cache"]
     out, err = command(*pair, "--json", tmp_path / "new" / "figures.json", *cache)
@@ -199,7 +199,7 @@ def test_the_command_prints_the_figures(command, pair, tmp_path):
     assert [line.split(":")[0] for line in out.splitlines()] == ["FID", "Recall"]
 
 
-def test_warnings(command, pair, tmp_path, monkeypatch):
+def test_the_command_warns_about_questionable_input(command, pair, tmp_path, monkeypatch):
     larger = save(tmp_path / "larger.npz", SAMPLES.repeat(2, axis=1))
     assert "warning: samples are 6x2, reference images 3x2: both are resized" in command(pair[0], larger)[1]
     monkeypatch.setattr("evaluations.features.ADVISED", 26)
@@ -223,7 +223,7 @@ BAD_STATISTICS = {
 }
 
 
-def test_bad_statistics(command, pair, tmp_path):
+def test_files_with_bad_statistics_are_refused(command, pair, tmp_path):
     for case, (arrays, words) in BAD_STATISTICS.items():
         np.savez(tmp_path / "bad.npz", arr_0=REFERENCE, **arrays)
         line = command.refused(tmp_path / "bad.npz", pair[1])
@@ -233,7 +233,7 @@ def test_bad_statistics(command, pair, tmp_path):
 @pytest.mark.parametrize(
     "name, save_as", [("arr_0.npy", np.savez_compressed), ("sigma.npy", np.savez_compressed), ("sigma.npy", np.savez)]
 )
-def test_damaged_files(name, save_as, command, pair, tmp_path):
+def test_damaged_files_are_refused(name, save_as, command, pair, tmp_path):
     path = tmp_path / "bad.npz"
     save_as(path, arr_0=REFERENCE, **GOOD)
     with zipfile.ZipFile(path) as archive:
@@ -263,7 +263,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files(case, command, pair, tmp_path):
+def test_files_without_usable_images_are_refused(case, command, pair, tmp_path):
     content, words = BAD_FILES[case]
     path = tmp_path / "bad.npz"
     if isinstance(content, bytes):
@@ -278,7 +278,7 @@ def test_bad_files(case, command, pair, tmp_path):
     for paths in ((path, pair[1]), (pair[0], path)):
         line = command.refused(*paths)
         assert line.startswith(str(path)) and words in line, line
-    assert not command.network.seen  # features take hours
+    assert not command.network.seen  # files are checked before any features are computed
 
 
 @pytest.mark.parametrize(
@@ -293,13 +293,13 @@ def test_bad_files(case, command, pair, tmp_path):
         (["--cache_dir", "{folder}/file"], "cannot be written"),
     ],
 )
-def test_bad_flags(flags, words, command, pair, tmp_path):
+def test_bad_flags_are_refused(flags, words, command, pair, tmp_path):
     (tmp_path / "file").write_text("")
     assert words in command.refused(*pair, *(str(flag).format(folder=tmp_path) for flag in flags))
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
 
 
-def test_devices():
+def test_unavailable_devices_are_refused():
     for name in ("cuda:99", "abacus"):
         with pytest.raises(InputError, match=f"--device {name}: not available"):
             load_inception("", "fp32", name)
@@ -321,4 +321,4 @@ def test_an_interrupt_leaves_no_partial_file(moment, command, pair, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         command(*pair, "--batch_size", 8, "--json", tmp_path / "figures.json", "--cache_dir", tmp_path / "cache")
     assert sorted(os.listdir(tmp_path)) == sorted([*before, "cache"])
-    assert len(os.listdir(tmp_path / "cache")) == (moment == "json")  # it was complete before
+    assert len(os.listdir(tmp_path / "cache")) == (moment == "json")  # the cache file was written before the JSON file

@@ -1,4 +1,4 @@
-"""Guidance by a classifier: its formulas, its gradient, and what that costs."""
+"""Classifier guidance: formulas, gradients and computational cost."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from guided_diffusion.guidance import classifier_cond_fn, route_labels
 from guided_diffusion.unet import EncoderUNetModel
 
 
-def test_guidance_formulas():
+def test_guided_mean_and_score_follow_the_paper():
     diffusion, t = process(mean=START_X), th.arange(1, 250)
     x, x_start, gradient = (randn(seed, 249, 2, 1, 1) for seed in (0, 1, 2))
     tables = Tables(diffusion.betas, t, x)
@@ -27,7 +27,7 @@ def test_guidance_formulas():
     assert relative_error(new["pred_xstart"], want) < 1e-5
     posterior_mean, _, _ = diffusion.q_posterior_mean_variance(want.float(), x, t)
     assert relative_error(new["mean"], posterior_mean) < 1e-5
-    assert th.equal(out["pred_xstart"], x_start)  # the caller's dict stays as it was
+    assert th.equal(out["pred_xstart"], x_start)  # condition_score does not modify its input dict
 
 
 class SmoothClassifier(th.nn.Module):
@@ -43,7 +43,7 @@ class SmoothClassifier(th.nn.Module):
 
 
 @pytest.mark.parametrize("scale", [1.0, -2.5])
-def test_gradient_equals_finite_differences(scale):
+def test_classifier_gradient_equals_finite_differences(scale):
     classifier = SmoothClassifier()
     x, t, y = randn(0, 3, 3, 2, 2).double(), th.tensor([0, 10, 999]), th.tensor([0, 4, 2])
     step = 1e-5
@@ -54,7 +54,7 @@ def test_gradient_equals_finite_differences(scale):
         up, down = (classifier(x + s, t).log_softmax(1)[index[0], y[index[0]]] for s in (shift, -shift))
         want[index] = scale * (up - down) / (2 * step)
     gradient = classifier_cond_fn(classifier, scale)(x, t, y=y)
-    # Logits are taken to float32, which keeps the gradient to 1e-6 or so.
+    # cond_fn converts the logits to float32, so the gradient has a relative error of about 1e-6.
     assert relative_error(gradient, want) < 1e-5
     assert not gradient.requires_grad
 
@@ -66,19 +66,19 @@ def encoder():
     ))  # fmt: skip
 
 
-def test_guidance_leaves_the_classifier_alone():
+def test_guidance_does_not_change_the_classifier_and_disables_dropout():
     classifier = encoder().train()
     before = {name: p.clone() for name, p in classifier.state_dict().items()}
     cond_fn = classifier_cond_fn(classifier)
     x, t, y = randn(0, 2, 3, 16, 16), th.tensor([3, 700]), th.tensor([0, 3])
-    with th.no_grad():  # as in the loops
+    with th.no_grad():  # sampling loops also run under no_grad
         first, second = cond_fn(x, t, y=y, other="the model's"), cond_fn(x, t, y)
-    assert th.equal(first, second)  # dropout is off
+    assert th.equal(first, second)  # dropout is disabled
     assert first.shape == x.shape and first.any()
     assert x.grad is None and not x.requires_grad
     assert all(p.grad is None and not p.requires_grad for p in classifier.parameters())
     assert all(th.equal(p, before[name]) for name, p in classifier.state_dict().items())
-    # Samples do not mix: a sample's gradient is that of its own label.
+    # The gradient of a sample depends only on the label of that sample.
     assert th.equal(cond_fn(x, t, th.tensor([0, 1]))[0], first[0])
     assert not th.equal(cond_fn(x, t, th.tensor([0, 1]))[1], first[1])
     with pytest.raises(TypeError, match="labels"):
@@ -86,7 +86,7 @@ def test_guidance_leaves_the_classifier_alone():
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts the floating point operations of a block. (torch's own counter fails on autograd.grad of an input.)"""
+    """Counts floating-point operations. PyTorch's FlopCounterMode fails for autograd.grad with respect to an input."""
 
     def __init__(self):
         super().__init__()
@@ -105,16 +105,16 @@ def flops(function):
     return counter.total
 
 
-def test_guidance_costs_no_weight_gradients():
+def test_guidance_does_not_compute_weight_gradients():
     classifier, x, t, y = encoder(), randn(0, 2, 3, 16, 16), th.tensor([3, 700]), th.tensor([0, 3])
     forward = flops(lambda: classifier(x, t))
     trained = flops(lambda: F.cross_entropy(classifier(x.clone().requires_grad_(True), t), y).backward())
-    assert trained > 2.8 * forward  # the gradients of input and weights cost as much as the forward pass each
+    assert trained > 2.8 * forward  # forward, input gradient and weight gradient cost about the same
     guided = flops(lambda: classifier_cond_fn(classifier)(x, t, y))
     assert 1.5 * forward < guided < 2.15 * forward
 
 
-def test_labels_are_routed():
+def test_route_labels_drops_labels_for_unconditional_networks():
     x, t, y = randn(0, 2, 1, 2, 2), th.tensor([0, 1]), th.tensor([5, 6])
 
     def network(x, t, **kwargs):

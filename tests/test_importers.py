@@ -1,4 +1,4 @@
-"""Drop-in for projects that import the package: signatures they inspect, names they use and methods they override."""
+"""Compatibility with projects that import the original package: signatures, private names, overridden methods."""
 
 import importlib.util
 import inspect
@@ -25,7 +25,7 @@ TINY_CLASSIFIER = dict(image_size=32, classifier_width=64, classifier_depth=1)
 
 
 def model(x, t, y=None):
-    """A stand-in for a network with a learned variance."""
+    """A function with the output shape of a network that learns the variance."""
     out = th.tanh(x) * (1 + t.float().view(-1, 1, 1, 1) / 1000)
     return th.cat([out, th.cos(3 * x)], dim=1)
 
@@ -51,7 +51,7 @@ X, T = randn(3, 2, 3, 4, 4), th.tensor([0, 3])
 
 
 @pytest.mark.parametrize("name", FACTORIES)
-def test_factories_show_inspect_the_original_s_parameters(name):
+def test_factories_have_the_original_parameters_for_inspect(name):
     names = [part.split("=")[0].strip() for part in API[name].strip("()").split(",")]
     spec = inspect.getfullargspec(getattr(script_util, name))
     assert spec.args == names
@@ -64,18 +64,19 @@ def test_factories_show_inspect_the_original_s_parameters(name):
     ("classifier_and_diffusion_defaults", TINY_CLASSIFIER, "create_classifier_and_diffusion"),
     ("sr_model_and_diffusion_defaults", {"num_channels": 32, "large_size": 64}, "sr_create_model_and_diffusion"),
 ])  # fmt: skip
-def test_factories_take_the_original_s_flags_by_name_and_position(defaults, options, name):
+def test_factories_accept_the_original_flags_by_name_and_position(defaults, options, name):
     create = getattr(script_util, name)
     flags = {**getattr(script_util, defaults)(), **options}
     values = [flags[parameter] for parameter in inspect.getfullargspec(create).args]
-    flags = {k: v for k, v in flags.items() if k not in script_util.ADDED_FLAGS}  # as other people's scripts have them
+    # Scripts written for the original do not pass the added flags.
+    flags = {k: v for k, v in flags.items() if k not in script_util.ADDED_FLAGS}
     built = [create(*values), create(**flags)]
     by_position, by_name = (b[0] if isinstance(b, tuple) else b for b in built)
     shapes = [[(k, v.shape) for k, v in network.state_dict().items()] for network in (by_position, by_name)]
     assert shapes[0] == shapes[1]
 
 
-def test_args_to_dict_takes_a_namespace_without_the_flags_that_the_original_lacks():
+def test_args_to_dict_accepts_a_namespace_without_the_added_flags():
     keys = script_util.model_and_diffusion_defaults().keys()
     args = Namespace(**{k: 1 for k in keys if k not in script_util.ADDED_FLAGS})
     assert script_util.args_to_dict(args, keys) == vars(args)
@@ -93,7 +94,7 @@ def test_assigning_num_classes_takes_effect(monkeypatch):
     assert classifier.out_channels == 10
 
 
-def test_a_project_s_own_networks_need_not_know_bfloat16(monkeypatch):
+def test_replacement_network_classes_need_no_bfloat16_option(monkeypatch):
     seen = {}
     for name in ("UNetModel", "SuperResModel", "EncoderUNetModel"):
         monkeypatch.setattr(script_util, name, lambda **kwargs: seen.update(kwargs))
@@ -105,9 +106,9 @@ def test_a_project_s_own_networks_need_not_know_bfloat16(monkeypatch):
 # Private names that public projects use
 
 
-def test_scale_timesteps():
+def test_scale_timesteps_is_left_to_the_wrapped_model():
     assert th.equal(process()._scale_timesteps(T), T)
-    assert th.equal(process(rescale_timesteps=True)._scale_timesteps(T), T)  # the wrapped model scales them
+    assert th.equal(process(rescale_timesteps=True)._scale_timesteps(T), T)  # the wrapped model scales the timesteps
     plain = gd.GaussianDiffusion(
         betas=[0.01] * 250, model_mean_type=gd.ModelMeanType.EPSILON, model_var_type=gd.ModelVarType.FIXED_LARGE,
         loss_type=gd.LossType.MSE, rescale_timesteps=True,
@@ -115,7 +116,7 @@ def test_scale_timesteps():
     assert plain._scale_timesteps(T).tolist() == [0.0, 12.0]
 
 
-def test_wrapped_models():
+def test_wrapped_models_map_and_scale_timesteps():
     for rescale, want in ((False, [0, 600]), (True, [0.0, 600.0])):
         wrapped = process(rescale_timesteps=rescale)._wrap_model(lambda x, t, y: (t, y))
         assert isinstance(wrapped, respace._WrappedModel)
@@ -125,7 +126,7 @@ def test_wrapped_models():
     assert respace._WrappedModel(lambda x, t: t, [7, 8, 9], True, 500)(X, T - T + 2).tolist() == [18.0, 18.0]
 
 
-def test_terms_of_the_bound():
+def test_private_methods_of_the_variational_bound():
     diffusion = process()
     terms = diffusion._vb_terms_bpd(model=model, x_start=X, x_t=X, t=T, clip_denoised=True, model_kwargs=None)
     assert terms["output"].shape == (2,) and terms["pred_xstart"].shape == X.shape
@@ -137,7 +138,7 @@ def test_terms_of_the_bound():
     assert diffusion._prior_bpd(X).shape == (2,)
 
 
-def test_extract_into_tensor():
+def test_extract_into_tensor_broadcasts_float32_values():
     got = gd._extract_into_tensor(process().betas, T, X.shape)
     assert got.shape == X.shape and got.dtype == th.float32
     assert th.equal(got[:, 0, 0, 0], th.tensor(process().betas)[T].float())
@@ -189,7 +190,7 @@ def test_overridden_and_patched_methods_are_used(method, use, monkeypatch):
 
 
 def assert_same_results(use, kind):
-    """Check that a subclass computes what SpacedDiffusion does."""
+    """Check that the class `kind` gives the results of SpacedDiffusion."""
     th.manual_seed(0)
     got = USES[use](process(kind))
     th.manual_seed(0)
@@ -224,7 +225,7 @@ import torch as th
 
 
 class GaussianDiffusion:
-    """A project's own process, with the original's division of labour: this class only scales timesteps."""
+    """A project's own diffusion process. As in the original, this class scales timesteps but does not map them."""
 
     def __init__(self, *, betas, rescale_timesteps=False, **kwargs):
         self.betas, self.rescale_timesteps = np.array(betas), rescale_timesteps
@@ -248,7 +249,7 @@ class GaussianDiffusion:
 
 
 @pytest.mark.parametrize("rescale", [False, True])
-def test_respace_maps_timesteps_for_a_project_s_own_process(tmp_path, monkeypatch, rescale):
+def test_respace_maps_timesteps_for_another_diffusion_class(tmp_path, monkeypatch, rescale):
     package = tmp_path / "vendored"
     package.mkdir()
     (package / "gaussian_diffusion.py").write_text(OTHER_PROCESS)

@@ -1,4 +1,4 @@
-"""Finding one's rank from what different launchers leave in the environment."""
+"""Finding the rank and world size in the environment variables that different launchers set."""
 
 import json
 import re
@@ -22,8 +22,8 @@ print(json.dumps([dist_util.get_rank(), dist_util.get_world_size(), cores, th.ge
 
 
 def check_two(output, ranks_on_node):
-    """Each of two ranks has found the other one, and takes its share of the node's cores."""
-    # torchrun may put the reports of two ranks in one line.
+    """Check that two ranks have formed a process group and divided the cores of their node."""
+    # torchrun may print the reports of two ranks on one line.
     reports = sorted(map(json.loads, re.findall(r"\[\d+, \d+, \d+, \d+, \[[\d, ]*\]\]", output)))
     assert [[rank, size, ranks] for rank, size, _, _, ranks in reports] == [[0, 2, [0, 1]], [1, 2, [0, 1]]], output
     for _, _, cores, threads, _ in reports:
@@ -31,24 +31,24 @@ def check_two(output, ranks_on_node):
 
 
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
-def test_a_launcher(launcher):
+def test_ranks_started_by_a_launcher_find_each_other(launcher):
     check_two(run(["-c", REPORT], ranks=2, launcher=launcher).check().output, ranks_on_node=2)
 
 
 @pytest.mark.parametrize(
     "job, rank_names, ranks_on_node",
     [
-        # Ranks that overlooked srun's variables would each train alone, and write the same files.
+        # If ranks ignored the variables of srun, every rank would train alone and overwrite the others' files.
         (
             dict(SLURM_STEP_NUM_TASKS="2", SLURM_STEP_NODELIST="127.0.0.[1-2,4]", SLURM_JOB_ID="77"),
             ["SLURM_PROCID", "SLURM_LOCALID"],
             2,
         ),
-        (dict(MASTER_ADDR="127.0.0.1", WORLD_SIZE="2"), ["RANK"], 1),  # some clusters set no LOCAL_RANK
+        (dict(MASTER_ADDR="127.0.0.1", WORLD_SIZE="2"), ["RANK"], 1),  # some clusters do not set LOCAL_RANK
     ],
     ids=["srun", "by hand"],
 )
-def test_variables(job, rank_names, ranks_on_node):
+def test_ranks_started_with_environment_variables_find_each_other(job, rank_names, ranks_on_node):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -65,8 +65,8 @@ def test_variables(job, rank_names, ranks_on_node):
     check_two("".join(p.communicate(timeout=60)[0] for p in processes), ranks_on_node)
 
 
-def test_a_batch_script_s_own_shell_is_one_process():
-    # There, SLURM_NTASKS counts tasks that nobody has started.
+def test_a_process_in_the_shell_of_a_slurm_batch_script_is_alone():
+    # In a batch script's shell, SLURM_NTASKS counts tasks that srun has not started yet.
     done = run(["-c", REPORT], env=dict(SLURM_PROCID="0", SLURM_NTASKS="8", SLURM_JOB_ID="77")).check()
     assert json.loads(done.output.splitlines()[-1])[:2] == [0, 1]
 
@@ -80,7 +80,7 @@ def test_a_batch_script_s_own_shell_is_one_process():
     ],
     ids=["no MPI library", "a port that is taken", "no rank"],
 )
-def test_ranks_that_cannot_connect_say_so_in_one_line(env, words):
+def test_ranks_that_cannot_connect_print_a_one_line_error(env, words):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = run(["-c", REPORT], env={name: value.format(taken=port) for name, value in env.items()})

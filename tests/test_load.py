@@ -1,4 +1,4 @@
-"""load(): a model ready to sample in a few lines, whose images are those of the sampling scripts."""
+"""load() returns a model that is ready to sample, with the same images as the sampling scripts."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ FAST = dict(timestep_respacing=3)
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """The paths of a diffusion model and a classifier of one's own, each with its config.json."""
+    """The paths of a diffusion model and a classifier, each with a config.json as training writes it."""
     folder = tmp_path_factory.mktemp("own")
     return dict(
         model_path=save_network(str(folder / "x/ema_0.9999_010000.pt"), MODEL, config={"classes": NAMES}),
@@ -26,7 +26,7 @@ def own(tmp_path_factory):
 
 @pytest.fixture
 def released(tmp_path, monkeypatch):
-    """A folder of released files: those of the presets tiny and tiny_classifier, together tiny_pair."""
+    """A folder with checkpoints of two presets, tiny and tiny_classifier, which form the model tiny_pair."""
     save_network(str(tmp_path / "models/tiny.pt"), MODEL)
     save_network(str(tmp_path / "models/tiny_classifier.pt"), CLASSIFIER, seed=1)
     advice = dict(timestep_respacing="4")
@@ -48,7 +48,7 @@ def check_same(images, others):
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "unipc"])
-def test_images_are_those_of_image_sample(sampler, own, monkeypatch, tmp_path):
+def test_images_equal_those_of_image_sample(sampler, own, monkeypatch, tmp_path):
     model = load(own["model_path"], steps=3, sampler=sampler, batch_size=2)
     options = dict(FAST, model_path=own["model_path"], sampler=sampler, seed=7)
     want = of_script(monkeypatch, "image_sample", tmp_path / "a", classes="1,3", **options)
@@ -58,17 +58,17 @@ def test_images_are_those_of_image_sample(sampler, own, monkeypatch, tmp_path):
     assert (want != random).any()
 
 
-def test_images_are_those_of_classifier_sample(own, monkeypatch, tmp_path):
+def test_images_equal_those_of_classifier_sample(own, monkeypatch, tmp_path):
     model = load(own["model_path"], classifier=own["classifier_path"], steps=3, batch_size=2)
     options = dict(classes="1,3", **FAST, **own)
     want = of_script(monkeypatch, "classifier_sample", tmp_path / "a", classifier_scale=30, **options)
     check_same(model.sample(classes=[1, 3], num_samples=5, scale=30), want)
     weaker = of_script(monkeypatch, "classifier_sample", tmp_path / "b", **options)
-    check_same(model.sample(classes=[1, 3], num_samples=5), weaker)  # at scale 1
+    check_same(model.sample(classes=[1, 3], num_samples=5), weaker)  # the default guidance scale is 1
     assert (want != weaker).any()
 
 
-def test_a_preset_brings_its_files_and_settings(released, monkeypatch, tmp_path):
+def test_a_preset_selects_checkpoints_and_sampling_settings(released, monkeypatch, tmp_path):
     options = dict(preset="tiny_pair", models_dir=released, classes="0,2")
     want = of_script(monkeypatch, "classifier_sample", tmp_path / "a", **options)
     guided = load("tiny_pair", models_dir=released, batch_size=2)
@@ -79,7 +79,7 @@ def test_a_preset_brings_its_files_and_settings(released, monkeypatch, tmp_path)
     check_same(alone.sample(classes=[0, 2], num_samples=5), guided.sample(classes=[0, 2], num_samples=5, scale=0))
 
 
-def test_classes_have_numbers_and_names_and_each_gets_an_image(own):
+def test_classes_are_given_by_number_or_name_with_one_image_each(own):
     model = load(own["model_path"], steps=2)
     images = model.sample(classes=["newt", "Tinca tinca"])
     assert images.shape == (2, 8, 8, 3)
@@ -87,16 +87,17 @@ def test_classes_have_numbers_and_names_and_each_gets_an_image(own):
     assert model.sample().shape == (1, 8, 8, 3)
 
 
-def test_other_flags_of_the_scripts_are_taken(own, monkeypatch, tmp_path):
+def test_load_accepts_the_other_flags_of_the_scripts(own, monkeypatch, tmp_path):
     guide = save_network(str(tmp_path / "guide/model.pt"), MODEL, seed=2, config={})
     options = dict(sample_size=12, guide_model_path=guide, guide_scale=2.0, clip_denoised=False)
     want = of_script(monkeypatch, "image_sample", tmp_path / "a", model_path=own["model_path"], **FAST, **options)
     check_same(load(own["model_path"], steps=3, batch_size=2, **options).sample(num_samples=5), want)
 
 
-def test_mistakes_are_named(own, released, tmp_path):
+def test_errors_name_the_wrong_argument(own, released, tmp_path):
     refused(lambda: load("imagenet255"), "imagenet255: no such file", "imagenet256", "lsun_cat", "tiny_pair")
-    for name in ("imagenet64_256", "64_256_upsampler", "256x256_classifier"):  # not one diffusion model
+    # load() accepts diffusion models, but no pipelines, upsamplers or classifiers.
+    for name in ("imagenet64_256", "64_256_upsampler", "256x256_classifier"):
         refused(lambda name=name: load(name), f"{name}: no such file")
     refused(lambda: load("lsun_cat", models_dir=tmp_path), tmp_path / "lsun_cat.pt", "download_models.py lsun_cat")
     refused(lambda: load(own["model_path"], classifier=tmp_path / "no.pt"), "classifier_path", tmp_path / "no.pt")

@@ -1,4 +1,4 @@
-"""Training in half precision: float32 masters, the loss scale, and steps that are skipped."""
+"""Half-precision training: float32 master parameters, the loss scale and skipped steps."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from guided_diffusion.fp16_util import MixedPrecisionTrainer
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
 
-def test_float32_masters_are_the_model_s_own_parameters():
+def test_master_parameters_in_float32_are_the_model_parameters():
     model, _ = new_model()
     trainer = MixedPrecisionTrainer(model=model)
     assert all(a is b for a, b in zip(trainer.master_params, model.parameters(), strict=True))
@@ -23,12 +23,12 @@ def test_float32_masters_are_the_model_s_own_parameters():
 
 
 @pytest.mark.parametrize("kind, dtype", [("use_fp16", th.float16), ("use_bf16", th.bfloat16)])
-def test_half_precision_masters(kind, dtype):
+def test_half_precision_master_parameters_are_flat_and_saved_by_name(kind, dtype):
     model, _ = new_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     trainer = MixedPrecisionTrainer(model=model, **{kind: True})
 
-    # Two flat parameters, vectors first: the original's optimiser files have this layout.
+    # Two flat master parameters, biases and norms before matrices, as in the optimiser files of the original.
     vectors = sum(v.numel() for v in before.values() if v.ndim <= 1)
     matrices = sum(v.numel() for v in before.values() if v.ndim > 1)
     assert [tuple(p.shape) for p in trainer.master_params] == [(vectors,), (1, matrices)]
@@ -36,9 +36,9 @@ def test_half_precision_masters(kind, dtype):
     flat = th.cat([v.reshape(-1) for v in before.values() if v.ndim <= 1])
     assert (trainer.master_params[0] == flat).all()
 
-    assert model.input_blocks[0][0].weight.dtype == dtype  # test_blocks says what else is converted
+    assert model.input_blocks[0][0].weight.dtype == dtype  # test_blocks.py checks the other layers
 
-    # What is saved is float32 under the model's names, with nothing lost to rounding.
+    # Checkpoints hold the float32 master parameters under the model's parameter names, without rounding.
     state_dict = trainer.master_params_to_state_dict(trainer.master_params)
     assert list(state_dict) == list(before)
     for name, value in state_dict.items():
@@ -49,7 +49,7 @@ def test_half_precision_masters(kind, dtype):
 
 
 class Line(th.nn.Module):
-    """y = w x + b, with what MixedPrecisionTrainer asks of a model; nothing is converted."""
+    """A model y = w * x + b whose convert_to_fp16 and convert_to_bf16 do nothing."""
 
     def __init__(self):
         super().__init__()
@@ -69,15 +69,15 @@ def step_of(trainer, opt, w_gradient):
 
 
 @pytest.mark.parametrize("kind, scale", [("use_fp16", 2**10), ("use_bf16", 1)])
-def test_loss_scale_leaves_the_step_as_it_is(kind, scale):
-    """bfloat16 has none."""
+def test_loss_scale_does_not_change_the_step(kind, scale):
+    """float16 scales the loss; bfloat16 does not."""
     model = Line()
     trainer = MixedPrecisionTrainer(model=model, initial_lg_loss_scale=10.0, **{kind: True})
     opt = th.optim.SGD(trainer.master_params, lr=0.5)
     assert step_of(trainer, opt, 3.0) is True
     assert model.w.grad.item() == 3.0 * scale
     assert model.w.item() == 2.0 - 0.5 * 3.0
-    assert model.b.item() == 1.0  # no gradient counts as zero
+    assert model.b.item() == 1.0  # a parameter without a gradient does not change
     assert logger.getkvs()["grad_norm"] == pytest.approx(3.0)
     assert logger.getkvs()["param_norm"] == pytest.approx(5**0.5)
     assert logger.getkvs().get("lg_loss_scale") == (10.0 if kind == "use_fp16" else None)
@@ -92,8 +92,8 @@ def test_overflow_skips_the_step_and_lowers_the_scale():
         assert step_of(trainer, opt, bad) is False
         assert trainer.lg_loss_scale == before - 1
         assert (model.w.item(), model.b.item()) == (2.0, 1.0)
-        assert not opt.state  # the optimiser saw nothing of it
-    # Every good step adds a little.
+        assert not opt.state  # the optimiser took no step
+    # Every step with finite gradients adds fp16_scale_growth to the log2 of the loss scale.
     assert step_of(trainer, opt, 1.0) is True
     assert step_of(trainer, opt, 1.0) is True
     assert trainer.lg_loss_scale == 8.0 + 2 * 0.25
@@ -101,8 +101,8 @@ def test_overflow_skips_the_step_and_lowers_the_scale():
 
 
 @pytest.mark.parametrize("kind", ["use_fp16", "use_bf16"])
-def test_small_updates_add_up_in_the_masters(kind):
-    # A step of 1e-4 on weights near 1 is lost in half precision; only float32 masters keep it.
+def test_small_updates_accumulate_in_the_master_parameters(kind):
+    # Half precision rounds away an update of 1e-4 to a weight near 1; float32 master parameters keep the update.
     model, _ = new_model()
     with th.no_grad():
         for p in model.parameters():
@@ -117,14 +117,14 @@ def test_small_updates_add_up_in_the_masters(kind):
     saved = trainer.master_params_to_state_dict(trainer.master_params)[name]
     assert th.allclose(saved, th.full_like(saved, 0.999), atol=1e-6)
     used = dict(model.named_parameters())[name]
-    assert (used == th.tensor(0.999).to(used.dtype)).all()  # the network has the masters' values, rounded
+    assert (used == th.tensor(0.999).to(used.dtype)).all()  # the network has the rounded master parameters
 
 
-# From one precision to another
+# Resuming in another precision
 
 
 def trained(precision, folder, steps=3):
-    """A run of some steps in `folder`, saved."""
+    """Train for `steps` steps, save a checkpoint in `folder`, and return the loop."""
     logger.configure(folder, format_strs=[])
     loop = new_loop(*new_model(), **precision)
     for step in range(steps):
@@ -135,7 +135,7 @@ def trained(precision, folder, steps=3):
 
 
 def moments_by_name(loop):
-    """Adam's moments of each of the model's parameters, whatever form the optimiser holds them in."""
+    """Adam's moments by parameter name, for flat master parameters as well as for separate parameters."""
     state, named = loop.opt.state_dict()["state"], list(loop.model.named_parameters())
     if not loop.mp_trainer.flat:
         return {name: (state[i]["exp_avg"], state[i]["exp_avg_sq"]) for i, (name, _) in enumerate(named)}
@@ -151,7 +151,7 @@ def moments_by_name(loop):
 
 
 @pytest.mark.parametrize("before, after", [("use_fp16", None), (None, "use_fp16"), ("use_bf16", None)])
-def test_the_optimizer_goes_on_in_another_precision(before, after, tmp_path, monkeypatch):
+def test_optimizer_state_survives_a_change_of_precision(before, after, tmp_path, monkeypatch):
     def precision(kind):
         return {kind: True, "initial_lg_loss_scale": 4.0} if kind else {}
 
@@ -165,7 +165,7 @@ def test_the_optimizer_goes_on_in_another_precision(before, after, tmp_path, mon
             assert all(th.equal(a, b) and a.any() for a, b in zip(want[name], got[name], strict=True)), name
             assert got[name][0].shape == p.shape and got[name][0].dtype == th.float32
         assert {float(s["step"]) for s in resumed.opt.state.values()} == {3}
-        # And back again: nothing is lost on the way.
+        # Resuming in the first precision again restores the optimiser state exactly.
         logger.configure(str(tmp_path / "again"), format_strs=[])
         resumed.save()
         again = new_loop(*new_model(), **precision(before), resume_checkpoint=str(tmp_path / "again/model000003.pt"))
@@ -176,8 +176,8 @@ def test_the_optimizer_goes_on_in_another_precision(before, after, tmp_path, mon
 
 
 @pytest.mark.parametrize("kind", [None, "use_fp16"])
-def test_the_original_s_optimizer_files_load(kind, tmp_path, monkeypatch):
-    """Written by hand as the original's old torch wrote them: steps are plain numbers, groups know few options."""
+def test_optimizer_files_of_the_original_load(kind, tmp_path, monkeypatch):
+    """Old PyTorch versions stored step counts as plain numbers and fewer options per parameter group."""
     model, diffusion = new_model()
     numel = [sum(p.numel() for p in model.parameters() if (p.ndim > 1) == matrix) for matrix in (False, True)]
     shapes = [(numel[0],), (1, numel[1])]
@@ -195,14 +195,14 @@ def test_the_original_s_optimizer_files_load(kind, tmp_path, monkeypatch):
             flat = moments[i]["exp_avg"].reshape(-1)[start[i] : start[i] + n]
             assert th.equal(got[name][0].reshape(-1), flat), name
             start[i] += n
-        # The rates are this run's own.
+        # The learning rate and weight decay come from the flags of the resumed run, not from the file.
         assert [(g["lr"], g["weight_decay"]) for g in loop.opt.param_groups] == [(1e-3, 0.0)]
         loop.run_step(batch_of(6), {})
         assert {float(s["step"]) for s in loop.opt.state.values()} == {501}
 
 
 @pytest.mark.parametrize("count", [7, 7.0, th.tensor(7.0)])
-def test_each_parameter_counts_its_own_steps_after_a_change_of_precision(count, tmp_path):
+def test_each_parameter_has_its_own_step_count_after_a_change_of_precision(count, tmp_path):
     loop = new_loop(*new_model(), use_bf16=True)
     loop.run_step(batch_of(6), {})
     state = loop.opt.state_dict()["state"]
@@ -216,7 +216,7 @@ def test_each_parameter_counts_its_own_steps_after_a_change_of_precision(count, 
     assert len({step.data_ptr() for step in steps}) == len(steps)
 
 
-def test_an_optimizer_of_another_network_is_refused(tmp_path):
+def test_optimizer_state_of_another_network_is_refused(tmp_path):
     trained({}, str(tmp_path))
     state = th.load(tmp_path / "opt000003.pt")
     del state["state"][0]
@@ -228,8 +228,8 @@ def test_an_optimizer_of_another_network_is_refused(tmp_path):
         new_loop(*new_model(), use_bf16=True, resume_checkpoint=str(tmp_path / "model000003.pt"))
 
 
-def test_float16_learns_as_float32_does(monkeypatch):
-    """The same data, noise and timesteps; the first steps overflow while the scale finds its place."""
+def test_float16_training_matches_float32_training(monkeypatch):
+    """Both runs use the same data, noise and timesteps. float16 skips the first steps: the loss scale is high."""
 
     def learn(**precision):
         th.manual_seed(0)
@@ -245,5 +245,5 @@ def test_float16_learns_as_float32_does(monkeypatch):
     single, want = learn()
     with quick_half_convolutions(monkeypatch):
         half, got = learn(use_fp16=True, initial_lg_loss_scale=24.0)
-    assert half.mp_trainer.lg_loss_scale < 24  # it did overflow
+    assert half.mp_trainer.lg_loss_scale < 24  # some steps overflowed
     assert want < 0.6 and abs(got - want) < 0.02 * want

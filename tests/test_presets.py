@@ -1,4 +1,4 @@
-"""The released models: their flags, parameters and attention."""
+"""Presets of the released models: flags, parameters and attention."""
 
 import pytest
 import torch as th
@@ -11,12 +11,12 @@ RELEASED = load_json("released_models.json.gz")
 
 
 def build_preset(name):
-    """A released model without its weights' memory."""
+    """Build a released model on the meta device, which allocates no memory for weights."""
     with th.device("meta"):
         return PRESETS[name].create()[0]
 
 
-def test_presets_are_the_released_models():
+def test_there_is_a_preset_for_each_released_model():
     assert PRESETS.keys() == RELEASED.keys()
     assert len(PRESETS) == 15
 
@@ -27,18 +27,18 @@ def test_preset_has_the_released_flags(name):
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_released_parameters(name):
+def test_preset_has_the_released_parameters(name):
     model, released = build_preset(name), RELEASED[name]
     shapes = [[key, list(value.shape)] for key, value in model.state_dict().items()]
-    assert shapes == released["state_dict"]  # names, order and shapes
+    assert shapes == released["state_dict"]  # parameter names, order and shapes are equal
     assert sum(p.numel() for p in model.parameters()) == released["parameters"]
-    # An optimiser's state counts parameters in this order, and there is nothing else in a checkpoint.
+    # Optimiser state refers to parameters by their order. Released checkpoints contain parameters only, no buffers.
     assert [key for key, _ in model.named_parameters()] == [key for key, _ in released["state_dict"]]
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_released_attention(name):
-    # Neither the number of heads nor the order of channels shows in the shapes.
+def test_preset_has_the_released_attention(name):
+    # The number of heads and the order of the qkv channels cannot be inferred from parameter shapes.
     flags = PRESETS[name].all_flags()
     blocks = [m for m in build_preset(name).modules() if isinstance(m, AttentionBlock)]
     assert blocks

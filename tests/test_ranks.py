@@ -1,4 +1,4 @@
-"""What several ranks do together: training as one process would, exchanging values, and their process group."""
+"""Several ranks: training equals that of one process, values are exchanged, and a backend is chosen."""
 
 import os
 from contextlib import contextmanager, nullcontext
@@ -27,18 +27,18 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 pytestmark = pytest.mark.usefixtures("cpu")
 
 
-# What runs on the ranks. Each writes its results to rankN.pt of the folder `out`.
+# Code that runs on every rank. Rank N writes its results to `out`/rankN.pt.
 
 
 def make_model(seed, **options):
-    """A small model; with 32 channels, group norm's groups would be single channels, whose biases have no gradient."""
+    """A small model with 64 channels: with 32, group norm would normalise single channels and cancel their biases."""
     model, diffusion = new_model(num_channels=64, learn_sigma=True, class_cond=True, num_classes=10, **options)
     randomize(model, seed)
     return model, diffusion
 
 
 def global_batches():
-    """(images, labels, timesteps and noise) of each step, the same on every rank."""
+    """Yield the global batch of each step: images and {"y": labels, "t": timesteps, "noise": noise}."""
     g = th.Generator().manual_seed(7)
     for _ in range(STEPS):
         yield (
@@ -57,7 +57,7 @@ def mean_loss(model, diffusion, x, cond):
 
 
 class FixedNoiseLoop(TrainLoop):
-    """Trains on the timesteps and noise that come with the batch."""
+    """A training loop that takes timesteps and noise from the batch instead of drawing them at random."""
 
     def compute_loss(self, micro, cond):
         return mean_loss(self.ddp_model, self.diffusion, micro, cond)
@@ -72,10 +72,10 @@ def my_share(batches):
 
 @contextmanager
 def as_on_gpus():
-    """Loops made within this use DistributedDataParallel, as on GPUs, while their tensors stay on the CPU."""
+    """Training loops created in this context use DistributedDataParallel, as on GPUs, but keep tensors on the CPU."""
 
     def wrap(model, device_ids, **options):
-        return DistributedDataParallel(model, **options)  # which takes no device_ids for CPUs
+        return DistributedDataParallel(model, **options)  # on CPUs, device_ids must be None
 
     with (
         patch.object(th.cuda, "is_available", lambda: True),
@@ -93,7 +93,7 @@ def make_loop(model, diffusion, kind, ddp=False, **options):
 
 
 def train(seed, microbatch=-1, ddp=False, **model_options):
-    """The gradient of the first step, the weights after STEPS and their average."""
+    """Train, and return the gradient of the first step, and the weights and their moving average after STEPS steps."""
     model, diffusion = make_model(seed, **model_options)
     loop = make_loop(model, diffusion, FixedNoiseLoop, ddp, microbatch=microbatch, lr=LR, ema_rate=str(EMA_RATE))
     gradient = None
@@ -106,7 +106,7 @@ def train(seed, microbatch=-1, ddp=False, **model_options):
 
 
 def train_classifier(ddp):
-    """The weights after STEPS, each followed by a held-out batch: a forward pass of the network without a backward."""
+    """Train a classifier for STEPS steps, with an evaluation on a held-out batch after each, and return its weights."""
     classifier = create_classifier(**{**classifier_defaults(), **CLASSIFIER})
     randomize(classifier, seed=dist_util.get_rank())
 
@@ -117,7 +117,8 @@ def train_classifier(ddp):
 
     options = dict(iterations=STEPS, val_data=batches(), eval_interval=1, microbatch=2, lr=0.1, seed=0)
     loop = make_loop(classifier, make_model(seed=0)[1], ClassifierTrainLoop, ddp, **options)
-    # Makes the update proportional to the gradient: Adam's own would hide a factor, and magnify rounding near zero.
+    # A large eps makes Adam's update proportional to the gradient. The usual update hides a wrong factor and
+    # magnifies rounding errors of small gradients.
     loop.opt.param_groups[0]["eps"] = 1.0
     for x, cond in list(batches())[:STEPS]:
         loop.run_step(x, cond)
@@ -125,7 +126,7 @@ def train_classifier(ddp):
 
 
 def losses_of_rank(rank):
-    """A number of losses that differs from rank to rank, none among them, over 3 timesteps."""
+    """Timesteps and losses of a rank. Rank 0 has 2 losses, rank 1 has 7 and rank 2 has none."""
     numbers = range([2, 7, 0][rank])
     return [(i + rank) % 3 for i in numbers], [1.0 + rank + 0.25 * i for i in numbers]
 
@@ -138,7 +139,7 @@ def learn_from_losses():
 
 
 def freeze_and_train():
-    """How far a frozen parameter moves in a step with weight decay."""
+    """Return the largest change of a frozen parameter in a training step with weight decay."""
     model, diffusion = make_model(seed=0)
     model.time_embed.requires_grad_(False)
     loop = make_loop(model, diffusion, FixedNoiseLoop, lr=0.1, weight_decay=0.5)
@@ -148,7 +149,7 @@ def freeze_and_train():
 
 
 def exchange():
-    """What the functions that pass values between ranks give on this one."""
+    """Return what all_gather_uneven, broadcast_object and sync_params give on the current rank."""
     rank = dist_util.get_rank()
     params = [th.nn.Parameter(th.full((2, 3), float(rank))), th.full((4,), rank + 0.5)]
     dist_util.sync_params(params)
@@ -164,7 +165,7 @@ def on_ranks(out):
     rank, share = dist_util.get_rank(), GLOBAL_BATCH // dist_util.get_world_size()
     logger.configure(dir=out, format_strs=[])
     found = {
-        # Each rank starts from other weights: rank 0's must reach all.
+        # Ranks start from different weights, so rank 0 must broadcast its weights.
         **{name: train(rank, **{"microbatch": share // 2 + 1, **options}) for name, options in TRAININGS.items()},
         "classifiers": [train_classifier(ddp) for ddp in (False, True)],
         "frozen_moved": freeze_and_train(),
@@ -177,7 +178,7 @@ def on_ranks(out):
 TRAININGS = {
     "whole": dict(microbatch=-1),
     "uneven": {},
-    "ddp": dict(ddp=True, use_checkpoint=True),  # the backward pass recomputes blocks
+    "ddp": dict(ddp=True, use_checkpoint=True),  # use_checkpoint recomputes blocks in the backward pass
 }
 
 
@@ -186,7 +187,7 @@ TRAININGS = {
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each rank of a job of 3 has in the end."""
+    """The results of each rank of a job with 3 ranks."""
     out = str(tmp_path_factory.mktemp("ranks"))
     snippet = f"import test_ranks; test_ranks.on_ranks({out!r})"
     run_ranks(3, [], snippet, quick_end=True)[0].check()
@@ -195,7 +196,7 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference():
-    """What plain PyTorch makes of the whole batches: no TrainLoop, no ranks, no microbatches."""
+    """Train in plain PyTorch on the global batches, without TrainLoop, ranks or microbatches."""
     model, diffusion = make_model(seed=0)
     opt = AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     average = copies(model.parameters())
@@ -207,7 +208,7 @@ def reference():
         opt.step()
         average = [EMA_RATE * a + (1 - EMA_RATE) * p.detach() for a, p in zip(average, model.parameters())]
     weights = copies(model.parameters())
-    # Weights that stand still would agree however they were trained.
+    # The weights must have changed during training, or comparing them would show nothing.
     assert largest_difference(weights, list(make_model(seed=0)[0].parameters())) > 2 * LR
     return {"gradient": gradient, "weights": weights, "ema": average}
 
@@ -223,8 +224,8 @@ def check_training(got, reference):
         assert largest_difference(got[name], reference[name]) < tolerance, name
 
 
-def test_frozen_parameters_stay(ranks):
-    # Averaging once gave them gradients of zeros, with which weight decay moves them.
+def test_frozen_parameters_do_not_change(ranks):
+    # Gradient averaging must not give frozen parameters zero gradients: weight decay would then change them.
     assert [got["frozen_moved"] for got in ranks] == [0.0] * len(ranks)
 
 
@@ -238,23 +239,23 @@ def test_one_process_trains_like_plain_pytorch(microbatch, reference):
 def test_ranks_train_like_plain_pytorch(training, ranks, reference):
     for got in ranks:
         check_training(got[training], reference)
-        # Bit for bit: ranks that drift apart by rounding would drift on.
+        # All ranks must have bitwise equal weights, because small differences grow during training.
         assert largest_difference(ranks[0][training]["weights"], got[training]["weights"]) == 0
 
 
-def test_classifiers_train_with_ddp_as_without(ranks):
+def test_classifiers_train_equally_with_and_without_ddp(ranks):
     for got in ranks:
         plain, ddp = got["classifiers"]
         assert largest_difference(plain, ddp) < 1e-6
         assert largest_difference(ranks[0]["classifiers"][1], ddp) == 0
 
 
-def test_samplers_learn_from_all_ranks(ranks):
+def test_timestep_samplers_use_the_losses_of_all_ranks(ranks):
     history = {0: [], 1: [], 2: []}
     for rank in range(len(ranks)):
         for t, loss in zip(*losses_of_rank(rank)):
             history[t].append(loss)
-    # "Improved DDPM", eq. 18, over the latest two losses of each timestep, with a tenth left uniform.
+    # "Improved DDPM", eq. 18, with the last two losses of each timestep, mixed with a uniform part of 0.1.
     expected = np.array([np.sqrt(np.mean(np.square(losses[-2:]))) for losses in history.values()])
     expected = 0.9 * expected / expected.sum() + 0.1 / 3
     for got in ranks:
@@ -262,14 +263,14 @@ def test_samplers_learn_from_all_ranks(ranks):
         assert (got["sampler_weights"] == ranks[0]["sampler_weights"]).all()
 
 
-def test_values_pass_between_ranks(ranks):
+def test_values_are_exchanged_between_ranks(ranks):
     for got in ranks:
         assert [g.tolist() for g in got["gathered"]] == [[], [[10, 11]], [[20, 21], [22, 23]]][: len(ranks)]
         assert got["object"] == {"rank": 0, "text": "x"}
         assert all((p == value).all() for p, value in zip(got["params"], [0.0, 0.5]))
 
 
-def test_values_pass_in_one_process():
+def test_exchanging_values_works_in_one_process():
     x, p = th.arange(3), th.ones(2)
     dist_util.sync_params([p])
     assert p.tolist() == [1, 1]
@@ -281,7 +282,7 @@ def test_values_pass_in_one_process():
 # The process group
 
 
-def test_nccl_where_every_rank_has_a_gpu_of_its_own(monkeypatch):
+def test_nccl_is_used_if_every_rank_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(dist_util.dist, "is_nccl_available", lambda: True)
     for gpus in (["node GPU-0"], ["a GPU-0", "a GPU-1", "b GPU-0"]):
         assert dist_util.choose_backend(gpus) == "cpu:gloo,cuda:nccl"
@@ -305,8 +306,8 @@ assert len(set(seen)) == 40, f"{len(set(seen))} of 40 images"
 """
 
 
-def test_an_epoch_in_a_process_group_of_the_callers_has_every_image(tmp_path):
-    # Ranks once drew seeds of their own there: two ranks saw 30 of 40 images.
+def test_an_epoch_has_every_image_in_a_process_group_that_the_caller_initialised(tmp_path):
+    # Regression test: ranks drew different seeds in such a process group, and two ranks saw 30 of 40 images.
     for i in range(40):
         Image.new("RGB", (4, 4), (i, i, i)).save(tmp_path / f"{i}.png")
     run_ranks(2, [tmp_path], OWN_GROUP)[0].check()

@@ -1,4 +1,4 @@
-"""Runs that repeat, and runs that are killed and resumed: with a seed, on other ranks, after signals and SIGKILL."""
+"""Reproducible training: runs that are killed or stopped by a signal and resumed, also on other numbers of ranks."""
 
 import json
 import os
@@ -16,7 +16,8 @@ from launch import BIN, ROOT, check_refused, clean_environment, flags, run_forke
 
 from guided_diffusion.image_datasets import ImageStream
 
-# 64 channels: with 32, each group of a group norm is one channel, and the biases before it get only rounding errors.
+# With 32 channels, group norm would normalise single channels, and the gradients of the biases before group norm
+# would be mere rounding errors.
 NETWORK = dict(image_size=8, num_channels=64, channel_mult="1", num_res_blocks=1, attention_resolutions="8")
 GLOBAL_BATCH = 12
 
@@ -34,7 +35,7 @@ def digits(tmp_path_factory):
 
 
 def command(digits, folder, **extra):
-    """The arguments of a training run."""
+    """The command-line arguments of a training run."""
     options = dict(
         data_dir=digits, log_dir=folder, lr=1e-4, ema_rate="0.5", log_interval=1, save_interval=4, total_steps=10
     )
@@ -43,12 +44,12 @@ def command(digits, folder, **extra):
 
 
 def train(digits, folder, ranks=1, **extra):
-    """Train on a number of ranks, and return the outcome."""
+    """Train on `ranks` ranks and return the Outcome."""
     return run_ranks(ranks, command(digits, folder, **extra), quick_end=True)[0]
 
 
 def mpiexec(digits, folder, **extra):
-    """Start training on two ranks, and return the process of mpiexec."""
+    """Start training on two ranks and return the mpiexec process."""
     return start([os.path.join(BIN, "mpiexec"), "-n", "2", sys.executable, *command(digits, folder, **extra)])
 
 
@@ -58,7 +59,7 @@ def start(argv):
 
 
 def processes_of(folder):
-    """The processes that train in a folder, ranks and their workers: {pid: pid of the parent}."""
+    """The training processes of a run folder, including data workers: {process id: process id of the parent}."""
     found = {}
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
@@ -66,7 +67,7 @@ def processes_of(folder):
                 argv = f.read().split("\0")
             with open(f"/proc/{pid}/stat") as f:
                 parent = int(f.read().rsplit(")", 1)[1].split()[1])
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended in the meantime
             continue
         if argv[0] == sys.executable and folder in argv:
             found[int(pid)] = parent
@@ -87,7 +88,7 @@ def logged_steps(folder):
 
 
 def check_same_end(folder, reference, step=10):
-    """Check that weights, averages, moments and logged steps are the same bit for bit."""
+    """Check that two runs have bitwise equal weights, moving averages and Adam moments, and the same logged steps."""
     for name in (f"model{step:06d}.pt", f"ema_0.5_{step:06d}.pt", f"opt{step:06d}.pt"):
         got, want = load(folder, name), load(reference, name)
         th.testing.assert_close(got.get("state", got), want.get("state", want), rtol=0, atol=0)
@@ -98,7 +99,7 @@ def check_same_end(folder, reference, step=10):
 
 
 class Numbers:
-    """A dataset whose items are their index and a random number."""
+    """A dataset in which each item is its index and a random number."""
 
     def __init__(self, length):
         self.length = length
@@ -111,7 +112,7 @@ class Numbers:
 
 
 def streams(monkeypatch, ranks, batch=GLOBAL_BATCH, **options):
-    """The streams of all ranks of a job, over 50 images."""
+    """The data streams of all ranks of a job, for a dataset of 50 images."""
     made = []
     for rank in range(ranks):
         as_rank(monkeypatch, rank, ranks)
@@ -120,30 +121,30 @@ def streams(monkeypatch, ranks, batch=GLOBAL_BATCH, **options):
 
 
 def items(rank_streams, steps):
-    """The items of some steps over all ranks, in the order of their positions."""
+    """The items of the next `steps` global batches, gathered from all ranks in the order of their positions."""
     batches = [[next(stream) for stream in rank_streams] for _ in range(steps)]
     return [(int(b[0][j]), float(b[1][j])) for step in batches for j in range(len(step[0][0])) for b in step]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_the_order_of_images_does_not_depend_on_ranks_and_shows_each_once_an_epoch(ranks, monkeypatch):
+def test_image_order_is_the_same_for_any_ranks_with_each_image_once_an_epoch(ranks, monkeypatch):
     shown = items(streams(monkeypatch, 1), 13)
     assert items(streams(monkeypatch, ranks), 13) == shown
     indices, draws = zip(*shown)
-    # 50 is not a multiple of the global batch: batches cross the ends of epochs.
+    # 50 images are not a multiple of the global batch size, so some batches span two epochs.
     epochs = [indices[:50], indices[50:100], indices[100:150]]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and len(set(draws)) == len(draws)
 
 
-def test_fixed_order_deals_images_in_turn(monkeypatch):
+def test_without_shuffling_images_are_dealt_to_ranks_in_order(monkeypatch):
     first = [next(stream)[0].tolist() for stream in streams(monkeypatch, 3, shuffle=False)]
     assert first == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
 
 
 @pytest.mark.parametrize("ranks, batch", [(1, GLOBAL_BATCH), (3, GLOBAL_BATCH), (1, 5)])
-def test_a_stream_continues_at_its_position(ranks, batch, monkeypatch):
-    """Also on other ranks, with another global batch, and from a state file that counts steps, as old ones do."""
+def test_a_data_stream_resumes_at_its_saved_position(ranks, batch, monkeypatch):
+    """The number of ranks and the global batch size may change. Old state files count steps instead of images."""
     stream = streams(monkeypatch, 2)
     expected = items(streams(monkeypatch, 1), 11)[6 * GLOBAL_BATCH :]
     items(stream, 6)
@@ -154,32 +155,32 @@ def test_a_stream_continues_at_its_position(ranks, batch, monkeypatch):
         assert items(resumed, len(expected) // batch) == expected
 
 
-# Restarts
+# Resuming runs
 
 OPTIONS = dict(seed=7, batch_size=6, save_interval=1, dropout=0.2, resume_checkpoint="auto")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(digits, tmp_path_factory):
-    """The folder of a run with OPTIONS on two ranks."""
+    """The folder of an uninterrupted run with OPTIONS on two ranks."""
     folder = str(tmp_path_factory.mktemp("undisturbed"))
     train(digits, folder, 2, **OPTIONS).check()
     return folder
 
 
-def test_killed_runs_end_like_an_undisturbed_one(digits, undisturbed, tmp_path):
+def test_killed_and_resumed_runs_equal_an_uninterrupted_run(digits, undisturbed, tmp_path):
     rng = random.Random(7)
     for pattern, count in ("progress.csv", 1), ("model*.pt", 3), ("opt*.pt", 7):
         kill_at = (tmp_path / pattern, count, rng.random() / 5)
         _, killed = run_ranks(2, command(digits, str(tmp_path), **OPTIONS), kill_at=kill_at)
         assert killed
         for name in names(tmp_path, ""):
-            load(tmp_path, name)  # a file with its final name is complete
+            load(tmp_path, name)  # loading fails for an incomplete file
     train(digits, str(tmp_path), 2, **OPTIONS).check()
     check_same_end(tmp_path, undisturbed)
 
 
-def test_a_run_without_a_seed_draws_one_and_keeps_it(digits, tmp_path):
+def test_a_run_without_a_seed_draws_a_seed_and_keeps_it_when_resumed(digits, tmp_path):
     options = dict(batch_size=4, save_interval=1, dropout=0.2, resume_checkpoint="auto")
     kept, parted = tmp_path / "kept", tmp_path / "parted"
     train(digits, str(parted), total_steps=1, **options).check()
@@ -211,8 +212,8 @@ def test_torchrun_restarts_killed_ranks(digits, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("number, to_all", [(signal.SIGUSR1, False), (signal.SIGTERM, True)])
-def test_a_signal_saves_and_ends_the_run(number, to_all, digits, tmp_path):
-    """A cluster may send it to one rank, or to all processes, including the workers that read images."""
+def test_a_signal_makes_the_run_save_a_checkpoint_and_end(number, to_all, digits, tmp_path):
+    """A cluster may send a signal to one rank, or to all processes including data workers."""
     folder = str(tmp_path)
     process = mpiexec(digits, folder, batch_size=4, total_steps=100000, save_interval=100000, num_workers=1)
     for line in process.stdout:
@@ -229,16 +230,16 @@ def test_a_signal_saves_and_ends_the_run(number, to_all, digits, tmp_path):
 
 @pytest.fixture(scope="module")
 def four_steps(digits, tmp_path_factory):
-    """The folder of a run with checkpoints of steps 2 and 4."""
+    """A run folder with checkpoints of steps 2 and 4."""
     folder = tmp_path_factory.mktemp("four") / "run"
     options = dict(dropout=0.3, rescale_learned_sigmas=True, use_bf16=True)
     train(digits, str(folder), total_steps=4, save_interval=2, batch_size=4, **options).check()
     return folder
 
 
-def test_a_resumed_run_passes_over_incomplete_checkpoints_and_keeps_its_flags(digits, four_steps, tmp_path):
+def test_a_resumed_run_ignores_incomplete_checkpoints_and_keeps_its_flags(digits, four_steps, tmp_path):
     folder = shutil.copytree(four_steps, tmp_path / "run")
-    (folder / "opt000008.pt").write_bytes(b"")  # the model file comes last
+    (folder / "opt000008.pt").write_bytes(b"")  # incomplete checkpoint: the model file is written last
     (folder / "model000009.pt.123.tmp").write_bytes(b"")
     (folder / "notes.tmp").write_text("a user's own")
     done = train(digits, folder, total_steps=5, batch_size=4, use_bf16=False, resume_checkpoint="auto").check()
@@ -251,7 +252,7 @@ def test_a_resumed_run_passes_over_incomplete_checkpoints_and_keeps_its_flags(di
 
 
 AUTO = dict(resume_checkpoint="auto")
-REFUSED = {  # flags, and words of the message
+REFUSED = {  # {case: (flags, words of the error message)}
     "a new run": (dict(noise_schedule="cosine"), ["holds model000004.pt", "--resume_checkpoint auto"]),
     "an earlier step": (dict(resume_checkpoint="{run}/model000002.pt"), ["holds model000004.pt"]),
     "an average": (dict(resume_checkpoint="{run}/ema_0.5_000004.pt"), ["ema_0.5_000004.pt", "{run}/model000004.pt"]),
@@ -262,8 +263,8 @@ REFUSED = {  # flags, and words of the message
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_refused_run_leaves_the_folder_as_it_is(name, digits, four_steps):
-    """Runs that mix in a folder would leave "auto" a mixture to choose from."""
+def test_a_refused_run_does_not_change_the_run_folder(name, digits, four_steps):
+    """If two runs shared a folder, --resume_checkpoint auto could resume the wrong run."""
     before = {path.name: path.read_bytes() for path in four_steps.iterdir() if path.name != "log.txt"}
     options, words = REFUSED[name]
     options = {key: value.format(run=four_steps) if isinstance(value, str) else value for key, value in options.items()}
@@ -272,14 +273,14 @@ def test_a_refused_run_leaves_the_folder_as_it_is(name, digits, four_steps):
     assert {path.name: path.read_bytes() for path in four_steps.iterdir() if path.name != "log.txt"} == before
 
 
-def test_a_run_that_was_killed_before_its_first_save_starts_its_records_anew(digits, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_restarts_its_logs(digits, tmp_path):
     (tmp_path / "progress.csv").write_text("step,loss\n0,1.0\n1,0.9\n2,0.")
     train(digits, str(tmp_path), batch_size=4, total_steps=2, resume_checkpoint="auto").check()
     assert logged_steps(tmp_path) == ["0", "1"]
 
 
 def test_the_weights_do_not_depend_on_ranks_and_microbatches(digits, tmp_path):
-    """A run that moves from two ranks to three and one ends like one on a single rank, with the same command."""
+    """A run that moves from 2 ranks to 3 and then to 1 ends with the weights of a run on a single rank."""
     reference, folder = str(tmp_path / "reference"), str(tmp_path / "moved")
     options = dict(seed=5, save_interval=2, batch_size=GLOBAL_BATCH, resume_checkpoint="auto")
     train(digits, reference, **options, total_steps=6).check()
@@ -293,6 +294,6 @@ def test_the_weights_do_not_depend_on_ranks_and_microbatches(digits, tmp_path):
     options["resume_checkpoint"] = os.path.join(folder, "model000006.pt")
     refused = train(digits, folder, 5, **options, total_steps=8)
     check_refused(refused, ["5 ranks cannot share evenly", "--batch_size"], last=False)
-    options["batch_size"] = 10  # another global batch is wanted
+    options["batch_size"] = 10  # a new global batch size is allowed
     changed = train(digits, folder, **options, total_steps=8).check()
     assert "the global batch is 10 images now; it was 12" in changed.output

@@ -1,4 +1,4 @@
-"""--sampler, --threshold, --sample_size and guidance by a second model, in the sampling scripts."""
+"""The sampling scripts' flags --sampler, --threshold and --sample_size, and guidance by a second model."""
 
 import json
 
@@ -25,7 +25,7 @@ def sample(monkeypatch, folder, name="classifier_sample", **options):
 # Samplers
 
 
-def test_every_sampler_whatever_the_batch_size(networks, monkeypatch, tmp_path):
+def test_samples_of_every_sampler_do_not_depend_on_the_batch_size(networks, monkeypatch, tmp_path):
     options = dict(networks, timestep_respacing=4, classifier_scale=2.0)
     found = {}
     for name in SAMPLERS:
@@ -39,7 +39,7 @@ def test_every_sampler_whatever_the_batch_size(networks, monkeypatch, tmp_path):
     assert dynamic.tobytes() != found["unipc"]
 
 
-def test_ranks_draw_the_same_noise(networks, monkeypatch, tmp_path):
+def test_samples_do_not_depend_on_the_number_of_ranks(networks, monkeypatch, tmp_path):
     options = dict(networks, timestep_respacing=4, classifier_scale=2.0, sampler="dpmpp_2m_sde", num_samples=5)
     alone = sample(monkeypatch, tmp_path / "alone", **options)
     argv = [script("classifier_sample"), *flags(**options, batch_size=2), "--log_dir", tmp_path / "ranks"]
@@ -64,10 +64,10 @@ def test_bad_samplers_are_refused(options, words, networks, monkeypatch, tmp_pat
     refused(lambda: sample(monkeypatch, tmp_path, **{**networks, "timestep_respacing": 4, **options}), *words)
 
 
-# Sizes
+# Sample sizes
 
 
-def test_other_sizes_and_shapes(monkeypatch, tmp_path):
+def test_sample_sizes_may_differ_from_the_training_size_and_be_rectangular(monkeypatch, tmp_path):
     network = dict(MODEL, channel_mult="1,2")
     path = save_network(str(tmp_path / "model.pt"), network, config={})
     options = dict(model_path=path, timestep_respacing=3)
@@ -84,7 +84,7 @@ def test_other_sizes_and_shapes(monkeypatch, tmp_path):
         )
 
 
-def test_guided_and_upsampled_sizes(networks, monkeypatch, tmp_path):
+def test_sample_sizes_with_a_classifier_and_an_upsampler(networks, monkeypatch, tmp_path):
     options = dict(networks, timestep_respacing=3, sample_size="8,12")
     refused(
         lambda: sample(monkeypatch, tmp_path / "bad", **options), "--sample_size 8,12", "--classifier_pool attention"
@@ -108,7 +108,7 @@ def test_guided_and_upsampled_sizes(networks, monkeypatch, tmp_path):
 # Guidance by a second model
 
 
-def test_the_formula():
+def test_guide_by_model_extrapolates_from_the_guide_to_the_model():
     x, t = th.ones(2, 3, 4, 4), th.tensor([500, 500])
     model = lambda x, t, y: th.cat([2 * x, 7 * x], dim=1)  # noqa: E731
     guide = lambda x, t, y: 5 * x  # noqa: E731
@@ -121,7 +121,7 @@ def test_the_formula():
 
 @pytest.fixture
 def guided(tmp_path):
-    """Flags of a model and of a smaller guide without labels and learned variance."""
+    """Flags of a model and of a smaller guide model, which has no class labels and no learned variance."""
     guide = {**MODEL, "class_cond": False, "learn_sigma": False, "num_heads": 1}
     return dict(
         model_path=save_network(str(tmp_path / "model/model.pt"), MODEL, config={}),
@@ -136,13 +136,13 @@ def count_evaluations(monkeypatch):
     return calls
 
 
-def test_samples_are_guided_by_the_second_model(guided, monkeypatch, tmp_path):
+def test_samples_follow_the_formula_of_guidance_by_a_second_model(guided, monkeypatch, tmp_path):
     calls = count_evaluations(monkeypatch)
     found = {
         scale: sample(monkeypatch, tmp_path / str(scale), "image_sample", **guided, guide_scale=scale)
         for scale in (1.0, 2.5)
     }
-    assert len(calls) == 4 + 8  # at scale 1 the guide is not evaluated
+    assert len(calls) == 4 + 8  # 4 steps each: guide_scale=1 evaluates the model only
     unguided = {name: value for name, value in guided.items() if name != "guide_model_path"}
     assert (sample(monkeypatch, tmp_path / "unguided", "image_sample", **unguided) == found[1.0]).all()
     model = new_network(MODEL)
@@ -164,7 +164,7 @@ def test_samples_are_guided_by_the_second_model(guided, monkeypatch, tmp_path):
     assert np.abs(found[2.5] - want).max() <= 1 and (found[2.5] != found[1.0]).mean() > 0.1
 
 
-def test_a_classifier_a_sampler_and_an_interval_beside_the_guide(guided, networks, monkeypatch, tmp_path):
+def test_a_guide_model_combines_with_a_classifier_a_sampler_and_an_interval(guided, networks, monkeypatch, tmp_path):
     both = {**networks, **guided, "guide_scale": 2.0, "classifier_scale": 2.0, "sampler": "dpmpp_2m"}
     calls = count_evaluations(monkeypatch)
     images = sample(monkeypatch, tmp_path / "both", **both)
@@ -187,7 +187,7 @@ BAD_GUIDES = [
 
 
 @pytest.mark.parametrize("changes, words", BAD_GUIDES, ids=str)
-def test_guides_that_do_not_fit_are_refused(changes, words, guided, monkeypatch, tmp_path):
+def test_incompatible_guide_models_are_refused(changes, words, guided, monkeypatch, tmp_path):
     path = guided["guide_model_path"].replace("model.pt", "config.json")
     with open(path, "w") as f:
         json.dump({"flags": {**MODEL, "class_cond": False, **changes}}, f)
@@ -198,7 +198,7 @@ def test_guides_that_do_not_fit_are_refused(changes, words, guided, monkeypatch,
     )  # fmt: skip
 
 
-def test_guides_that_are_missing_or_unknown_are_refused(guided, monkeypatch, tmp_path):
+def test_missing_or_unknown_guide_models_are_refused(guided, monkeypatch, tmp_path):
     def run(**options):
         sample(monkeypatch, tmp_path / "out", "image_sample", **{**guided, **options})
 

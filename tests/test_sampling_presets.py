@@ -1,4 +1,4 @@
-"""Models by --preset and by the config.json beside their checkpoint: the flags that sampling takes from them."""
+"""Flags that the sampling scripts take from --preset or from the config.json next to a checkpoint."""
 
 from functools import partial
 
@@ -15,13 +15,13 @@ pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 RELEASED = load_json("released_models.json.gz")
 DEFAULTS = {n.kind: n.flags for n in vars(sampling_networks).values() if isinstance(n, sampling_networks.Network)}
 SCRIPTS = {"diffusion": "image_sample", "classifier": "classifier_sample", "upsampler": "super_res_sample"}
-# Flags of the released commands that do not change the function that a network computes
+# Flags in the published commands that do not change which function a network computes
 SHAPELESS = {"use_fp16", "dropout", "use_checkpoint", "timestep_respacing", "classifier_use_fp16"}
 
 
 @pytest.fixture(scope="module")
 def models_dir(tmp_path_factory):
-    """A folder with empty files under the released names. They are not read before the flags are complete."""
+    """A folder with an empty file for each released model. The tests determine flags without reading checkpoints."""
     folder = tmp_path_factory.mktemp("models")
     for name in RELEASED:
         (folder / f"{name}.pt").write_bytes(b"")
@@ -30,25 +30,25 @@ def models_dir(tmp_path_factory):
 
 @pytest.fixture
 def settle(monkeypatch, models_dir):
-    """A function that returns a script's complete flags for a command line with --models_dir."""
+    """A function that returns all flags of a script after presets and config.json files have been applied."""
 
     monkeypatch.setattr(logger, "configure", lambda **kwargs: None)
     return partial(settled_flags, monkeypatch, sampling_networks, "set_up_sampling", models_dir=models_dir)
 
 
 def released_flags(name):
-    """The published flags of a released network, as far as they determine its function."""
+    """The published flags of a released network, without flags that do not change which function it computes."""
     kind = RELEASED[name]["kind"]
     made = {**DEFAULTS[kind], **RELEASED[name]["flags"]}
     if kind == "classifier":
-        made.pop("learn_sigma", None)  # the diffusion model's
-    if name == "64x64_classifier":  # trained on the noise of the 64x64 model
+        made.pop("learn_sigma", None)  # learn_sigma is a flag of the diffusion model
+    if name == "64x64_classifier":  # trained with the noise schedule of the 64x64 model
         made["noise_schedule"] = "cosine"
     return {k: v for k, v in made.items() if k not in SHAPELESS}
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_a_released_network_s_name_gives_its_flags_and_file(name, settle, models_dir):
+def test_a_preset_for_one_network_gives_its_flags_and_file(name, settle, models_dir):
     kind = RELEASED[name]["kind"]
     extra = dict(model_path=f"{models_dir}/64x64_diffusion.pt") if kind == "classifier" else {}
     args = settle(SCRIPTS[kind], preset=name, **extra)
@@ -58,7 +58,7 @@ def test_a_released_network_s_name_gives_its_flags_and_file(name, settle, models
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_s_name_gives_all_its_networks(name, settle, models_dir):
+def test_a_preset_for_a_model_gives_all_its_networks(name, settle, models_dir):
     parts = MODELS[name]
     args = settle("pipeline_sample" if len(parts) == 3 else "classifier_sample", preset=name)
     for part, prefix, path in zip(parts, ("", "", "upsampler_"), ("model_path", "classifier_path", "upsampler_path")):
@@ -68,12 +68,12 @@ def test_a_model_s_name_gives_all_its_networks(name, settle, models_dir):
         assert args["upsampler_small_size"] == args["image_size"]
 
 
-# The guidance scales of the ADM paper's tables, for 250 steps and for 25 steps of DDIM
+# Guidance scales from the tables of the ADM paper: (for 250 steps, for 25 DDIM steps)
 RECOMMENDED = {"imagenet128": (0.5, 1.25), "imagenet256": (1, 2.5), "imagenet512": (4, 9)}
 
 
 @pytest.mark.parametrize("name", RECOMMENDED)
-def test_sampling_flags_follow_the_paper_by_default(name, settle):
+def test_default_sampling_flags_follow_the_paper(name, settle):
     def found(**options):
         args = settle("classifier_sample", preset=name, **options)
         return args["timestep_respacing"], args["classifier_scale"]
@@ -82,21 +82,21 @@ def test_sampling_flags_follow_the_paper_by_default(name, settle):
     assert found() == ("250", slow) and found(use_ddim=True) == ("ddim25", fast)
     assert found(use_ddim=True, classifier_scale=7, timestep_respacing="ddim50") == ("ddim50", 7)
     assert found(sampler="ddim") == ("ddim25", fast)
-    for sampler in ("dpmpp_2m", "unipc"):  # UniPC's authors guide the 256x256 model at scale 2
+    for sampler in ("dpmpp_2m", "unipc"):  # UniPC's authors use scale 2 for this model
         assert found(sampler=sampler) == ("15", 2.0 if name == "imagenet256" else fast)
-    assert settle("image_nll", preset=name)["timestep_respacing"] == ""  # the bound needs all timesteps
-    assert settle("classifier_sample", preset="imagenet256_uncond")["classifier_scale"] == 10  # table 4
+    assert settle("image_nll", preset=name)["timestep_respacing"] == ""  # the variational bound needs all timesteps
+    assert settle("classifier_sample", preset="imagenet256_uncond")["classifier_scale"] == 10  # ADM paper, table 4
 
 
-def test_half_precision_is_for_gpus_by_default(settle):
+def test_half_precision_is_the_default_on_gpus_only(settle):
     def half(preset="imagenet256", **options):
         return settle("classifier_sample", preset=preset, **options)["use_fp16"]
 
     assert not half() and half(cuda=True) and half(use_fp16=True) and not half(cuda=True, use_fp16=False)
-    assert not half("imagenet512", cuda=True)  # released in float32
+    assert not half("imagenet512", cuda=True)  # the 512x512 model was released in float32
 
 
-# Contradictions
+# Contradictory flags
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,10 @@ def test_a_flag_that_contradicts_a_preset_is_refused(preset, name, value, its, s
         f"--{name} {value} on the command line", f"--preset {preset}", f"{name} {its}",
     )  # fmt: skip
     assert settle("classifier_sample", preset=preset, **{name: its})[name] == its
-    settle("classifier_sample", preset=preset, attention_resolutions="32, 16, 8")  # lists may have spaces
+    settle("classifier_sample", preset=preset, attention_resolutions="32, 16, 8")  # spaces in a list make no difference
 
 
-def test_the_upsampler_s_flags_in_a_pipeline_have_a_prefix(settle):
+def test_upsampler_flags_in_a_pipeline_have_a_prefix(settle):
     refused(
         lambda: settle("pipeline_sample", preset="imagenet64_256", upsampler_num_heads=1),
         "--upsampler_num_heads 1", "--preset imagenet64_256", "upsampler_num_heads 4",
@@ -127,7 +127,7 @@ def test_the_upsampler_s_flags_in_a_pipeline_have_a_prefix(settle):
     assert (args["timestep_respacing"], args["upsampler_timestep_respacing"]) == ("250", "27")
 
 
-def test_a_config_contradicts_flags_presets_and_other_configs(settle, tmp_path):
+def test_flags_presets_and_configs_that_contradict_a_config_are_refused(settle, tmp_path):
     first = save_network(str(tmp_path / "a/model.pt"), MODEL, config={})
     other = {**CLASSIFIER, "noise_schedule": "cosine"}
     second = save_network(str(tmp_path / "b/model.pt"), CLASSIFIER, config={"flags": other})
@@ -146,7 +146,7 @@ def test_a_config_contradicts_flags_presets_and_other_configs(settle, tmp_path):
     )  # fmt: skip
 
 
-def test_flags_that_do_not_change_the_network_may_differ(settle, tmp_path):
+def test_flags_that_do_not_change_the_network_may_differ_from_the_config(settle, tmp_path):
     trained = {**MODEL, "dropout": 0.3, "use_fp16": True, "use_checkpoint": True, "timestep_respacing": ""}
     path = save_network(str(tmp_path / "model.pt"), MODEL, config={"flags": trained})
     args = settle("image_sample", model_path=path, use_bf16=True, timestep_respacing=10, dropout=0.0)
@@ -154,7 +154,7 @@ def test_flags_that_do_not_change_the_network_may_differ(settle, tmp_path):
     assert not args["use_fp16"] and args["use_bf16"] and args["timestep_respacing"] == "10"
 
 
-# Flags that do not show in the shapes of weights: num_heads and use_new_attention_order
+# Flags that cannot be inferred from the shapes of weights: num_heads and use_new_attention_order
 
 
 def sample(monkeypatch, folder, **options):
@@ -162,7 +162,7 @@ def sample(monkeypatch, folder, **options):
     return read_npz(folder)["arr_0"]
 
 
-def test_heads_come_with_the_config_or_the_preset(monkeypatch, tmp_path):
+def test_num_heads_is_taken_from_the_config_or_the_preset(monkeypatch, tmp_path):
     network = {**MODEL, "num_channels": 64, "num_heads": 4, "use_new_attention_order": True}
     path = save_network(str(tmp_path / "tiny.pt"), network)
     right = sample(monkeypatch, tmp_path / "right", model_path=path, **network)
@@ -177,7 +177,7 @@ def test_heads_come_with_the_config_or_the_preset(monkeypatch, tmp_path):
     assert (sample(monkeypatch, tmp_path / "2", preset="tiny", models_dir=tmp_path) == right).all()
 
 
-def test_an_upsampler_s_config_is_read(monkeypatch, tmp_path):
+def test_the_config_of_an_upsampler_is_read(monkeypatch, tmp_path):
     network = {**UPSAMPLER, "num_heads": 4}
     np.savez(tmp_path / "base.npz", np.zeros((2, 8, 8, 3), np.uint8), np.arange(2))
     options = dict(base_samples=tmp_path / "base.npz", num_samples=2, timestep_respacing=2)

@@ -1,4 +1,4 @@
-"""The fast samplers: numbers of public implementations, order of convergence, distribution, and options."""
+"""Fast samplers: comparison with public implementations, order of convergence, moments of the samples, options."""
 
 import math
 
@@ -17,7 +17,7 @@ SOLVERS = ["plms", "dpmpp_2m", "dpmpp_2m_sde", "unipc"]
 SHAPE = (2, 3, 8, 8)
 
 
-# The numbers of public implementations: data/samplers.npz, of this model and these cond_fns
+# Samples of public implementations, in data/samplers.npz, for the model and the cond_fns that follow
 
 
 class Toy(th.nn.Module):
@@ -43,7 +43,7 @@ def golden_noise(seed):
 
 
 def golden_options(case):
-    """The loop and its options that made an array: "SCHEDULE/SAMPLER/plain" or "SCHEDULE/LOOP_loop/OPTION"."""
+    """The sampling loop and options of an array named "SCHEDULE/SAMPLER/plain" or "SCHEDULE/LOOP_loop/OPTION"."""
     schedule, sampler, option = case.split("/")
     spacing = {"linear12": ("linear", "12"), "cosine20": ("cosine", "ddim20")}[schedule]
     flags = dict(steps=1000, noise_schedule=spacing[0], timestep_respacing=spacing[1])
@@ -67,7 +67,7 @@ with np.load(DATA / "samplers.npz") as archive:
 
 
 @pytest.mark.parametrize("case", GOLDEN)
-def test_numbers_of_public_implementations(case):
+def test_samples_match_public_implementations(case):
     flags, sampler, options = golden_options(case)
     th.manual_seed(3)
     if sampler in SAMPLERS:
@@ -82,7 +82,7 @@ def test_numbers_of_public_implementations(case):
     assert relative_error(sample, th.from_numpy(GOLDEN[case])) < 1e-5
 
 
-# The probability flow of a mixture keeps the quantiles of its marginals: its exact solution is a formula
+# The probability flow of a one-dimensional mixture preserves quantiles, which gives its exact solution in closed form
 
 
 class QuantileMixture(MixtureData):
@@ -104,33 +104,34 @@ BETAS = gd.get_named_beta_schedule("linear", 1000)
 
 
 def error(name, spacing, **options):
-    """The RMS distance of a sampler's samples to the exact solution from the same x_T."""
+    """The RMS distance between the samples of a sampler and the exact solutions that start from the same x_T."""
     diffusion = create_gaussian_diffusion(timestep_respacing=spacing)
     exact = exact_model(MIXTURE, diffusion, betas=BETAS)
     q = (th.arange(200, dtype=th.float64) + 0.5) / 200
     noise = MIXTURE.quantile(q, diffusion.alphas_cumprod[-1]).float().reshape(-1, 1, 1, 1)
     *_, last = SAMPLERS[name](diffusion, exact, noise.shape, noise=noise, clip_denoised=False, **options)
     x_0 = MIXTURE.quantile(q, diffusion.alphas_cumprod[0]).reshape(-1, 1, 1, 1)
-    truth = MIXTURE.denoised(x_0, Tables(BETAS, th.zeros(len(q), dtype=th.long), x_0))  # samples end with this estimate
+    # Samplers return pred_xstart of the last step, so the exact solution is denoised as well.
+    truth = MIXTURE.denoised(x_0, Tables(BETAS, th.zeros(len(q), dtype=th.long), x_0))
     return float((last["sample"] - truth).square().mean().sqrt())
 
 
 @pytest.mark.parametrize(
     "name, least, most", [("ddim", 0.9, 1.3), ("plms", 1.6, 3), ("dpmpp_2m", 1.6, 3), ("unipc", 1.6, 3)]
 )
-def test_order_of_convergence(name, least, most):
+def test_samplers_have_the_expected_order_of_convergence(name, least, most):
     counts = (10, 14, 20, 28, 40)
     errors = [error(name, str(count)) for count in counts]
     slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert least < slope < most and errors[0] < 0.2, (slope, errors)
 
 
-def test_quadratic_spacing_is_closer_at_few_steps():
+def test_quadratic_timestep_spacing_is_more_accurate_with_few_steps():
     for name in ("dpmpp_2m", "unipc"):
         assert error(name, "quad8") < error("ddim", "25")
 
 
-def test_samples_of_the_sde_solver_have_the_datas_moments():
+def test_samples_of_the_sde_solver_have_the_moments_of_the_data():
     data, diffusion = GaussianData([0.5, -0.3], [0.5, 0.8]), process(100)
     th.manual_seed(0)
     model = exact_model(data, diffusion)
@@ -148,7 +149,7 @@ def network(x, t, **_):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_step_for_each_timestep(name):
+def test_samplers_take_one_step_for_each_timestep(name):
     diffusion, calls = create_gaussian_diffusion(timestep_respacing="6"), []
 
     def model(x, t, y):
@@ -170,8 +171,8 @@ def strong(x, t, **_):
 
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("spacing", ["25", "250"])
-def test_guided_predictions_are_limited_where_alpha_bar_is_nearly_0(name, spacing):
-    """On a cosine schedule, strong guidance of DDIM explodes at the last timestep."""
+def test_solvers_limit_guided_predictions_where_alpha_bar_is_nearly_0(name, spacing):
+    """On a cosine schedule, strongly guided DDIM diverges at the last timestep; the solvers must not diverge."""
     diffusion = create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing=spacing)
     noise = randn(0, 2, 3, 4, 4)
     for threshold in (None, "dynamic"):
@@ -186,7 +187,7 @@ def test_guided_predictions_are_limited_where_alpha_bar_is_nearly_0(name, spacin
     assert max(float(out["sample"].abs().max()) for out in limited) < 10
 
 
-def test_thresholds():
+def test_static_and_dynamic_thresholding():
     x = randn(1, 3, 3, 8, 8)
     x[1] *= 4
     x[2] *= 0.1
@@ -217,10 +218,10 @@ def test_a_single_timestep_is_refused(name):
     refused(lambda: diffusion.plms_sample(network, th.zeros(1, 1), th.tensor([0]), order=5), "order", "1, 2, 3, 4")
 
 
-# The notebooks' loops, beyond their numbers above
+# Options of the sampling loops in public notebooks
 
 
-def test_transformations_are_applied_before_the_timesteps_of_their_fractions():
+def test_transformation_percent_gives_the_timesteps_of_transformation_fn():
     diffusion = create_gaussian_diffusion(timestep_respacing="10")
     for loop in ("ddim_sample_loop_progressive", "plms_sample_loop_progressive"):
         before = []
@@ -229,11 +230,12 @@ def test_transformations_are_applied_before_the_timesteps_of_their_fractions():
             transformation_percent=[0.1, 0.55, 2.0],
         ):  # fmt: skip
             before.append("step")
-        assert before.index(0) == 0 and before.count("step") == 10 and len(before) == 12  # at timesteps 9 and 4
+        # transformation_fn is called before timesteps 9 and 4.
+        assert before.index(0) == 0 and before.count("step") == 10 and len(before) == 12
         assert [i for i, v in enumerate(before) if v != "step"] == [0, 6]
 
 
-def test_impossible_skips_are_refused():
+def test_skip_timesteps_out_of_range_is_refused():
     diffusion = create_gaussian_diffusion(timestep_respacing="5")
     for skip in (-1, 5):
         refused(
@@ -241,7 +243,7 @@ def test_impossible_skips_are_refused():
         )
 
 
-def test_cond_fn_with_grad_sees_the_process_s_own_timestep():
+def test_cond_fn_with_grad_receives_timesteps_of_the_shortened_process():
     diffusion = create_gaussian_diffusion(timestep_respacing="5", rescale_timesteps=True)
     assert isinstance(diffusion, SpacedDiffusion)
     for loop in ("p_sample_loop", "ddim_sample_loop", "plms_sample_loop"):

@@ -1,4 +1,4 @@
-"""Training upsamplers: small images made from large ones, and the script from end to end."""
+"""Training upsamplers: the low-resolution images are downsampled from training images; super_res_train.py runs."""
 
 import numpy as np
 import pytest
@@ -12,14 +12,14 @@ from guided_diffusion.upsampler_util import fixed_conditions, shrink
 TINY_UPSAMPLER = dict(num_channels=32, num_res_blocks=1, num_heads=2, attention_resolutions="8", learn_sigma=True)
 
 
-def test_shrinking_averages_areas():
-    """Also where the sizes do not divide: from 3 to 2 pixels, each new one covers the middle one's half."""
+def test_shrink_averages_areas():
+    """The sizes need not divide: from 3 to 2 pixels, each output pixel covers one and a half input pixels."""
     x = th.tensor([[0.0, 1, 5], [2, 3, 7], [4, 5, 9]])[None, None]
     assert shrink(x, 2)[0, 0].tolist() == [[1.5, 4.0], [3.5, 6.0]]
     assert th.equal(shrink(x, 1), x.mean(dim=(2, 3), keepdim=True)) and th.equal(shrink(x, 3), x)
 
 
-def test_previews_see_images_from_all_over_the_data():
+def test_preview_images_are_spread_over_the_dataset():
     class Numbered:
         random_flip = True
 
@@ -34,7 +34,7 @@ def test_previews_see_images_from_all_over_the_data():
     conditions = fixed_conditions(data, 4, count=4)
     assert conditions["low_res"].shape == (4, 3, 4, 4)
     assert conditions["low_res"][:, 0, 0, 0].tolist() == [0, 10, 20, 30] == conditions["y"].tolist()
-    assert data.random_flip  # training goes on as it was
+    assert data.random_flip  # the preview does not change the training data options
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def images(tmp_path_factory):
     return folder
 
 
-def test_the_script_trains_resumes_and_shows(images, tmp_path):
+def test_super_res_train_trains_resumes_and_writes_previews(images, tmp_path):
     options = dict(TINY_UPSAMPLER, data_dir=images, log_dir=tmp_path / "run", large_size=24, small_size=16,
                    class_cond=True, num_classes=3, batch_size=2, num_workers=0, log_interval=1, seed=0,
                    save_interval=2, sample_interval=2)  # fmt: skip
@@ -62,7 +62,7 @@ def test_the_script_trains_resumes_and_shows(images, tmp_path):
     model.load_state_dict(th.load(tmp_path / "run/model000004.pt"), strict=True)
 
 
-def test_sizes_that_make_no_upsampler(images, tmp_path):
+def test_small_size_above_large_size_is_refused(images, tmp_path):
     options = dict(TINY_UPSAMPLER, data_dir=images, log_dir=tmp_path, large_size=16, small_size=32)
     done = run_forked({"train": [script("super_res_train"), *flags(**options)]})["train"]
     check_refused(done, ["error: --small_size 32 must be from 1 to --large_size 16"])

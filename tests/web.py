@@ -1,4 +1,4 @@
-"""A web server on this machine, with the troubles that real ones have."""
+"""A local web server that can fail in the ways in which real web servers fail."""
 
 import http.server
 import socket
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """The first part of the path that is asked for says what to do with server.content."""
+    """Serves server.content. The first part of the URL path selects a failure: "none", "ends", "stalls" and others."""
 
     def do_GET(self):
         kind, content, status = self.path.split("/")[1], self.server.content, 200
@@ -40,7 +40,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(sent)
         if kind == "resets":
             self.wfile.flush()
-            time.sleep(0.1)  # for what is sent to arrive
+            time.sleep(0.1)  # so that the client receives the first half before the reset
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
         if kind == "stalls":
@@ -59,9 +59,9 @@ class Server(http.server.ThreadingHTTPServer):
 
 @contextmanager
 def serving(content):
-    """Yield a server of `content`: server.address(kind) is where, by the kind of service.
+    """Start a web server that serves `content`, and yield the server.
 
-    server.asked has the Range that each request asked for, or "".
+    server.address(kind) is the URL for a kind of failure; server.asked lists the Range header of each request, or "".
     """
     server = Server(("127.0.0.1", 0), Handler)
     server.content, server.asked, server.released = content, [], threading.Event()
