@@ -24,7 +24,7 @@ from guided_diffusion.train_util import TrainLoop
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
 
-# The test tensors are small: a second thread costs more time than it saves, above all on busy cores.
+# The test tensors are small: a second thread costs more time than it saves, especially on busy cores.
 th.set_num_threads(1)
 
 

@@ -141,7 +141,7 @@ class Bayes(th.nn.Module):
 
 
 def bayes_accuracy(diffusion, quartile):
-    """Return the exact accuracy of Bayes: the mean of 4 pixels is normal, with a quarter of the noise variance."""
+    """Return the exact accuracy of Bayes in one quarter of the timesteps; the mean of 4 pixels has 1/4 of the variance."""
     ts = np.arange(quartile * diffusion.num_timesteps // 4, (quartile + 1) * diffusion.num_timesteps // 4)
     signal, noise = diffusion.sqrt_alphas_cumprod[ts], diffusion.sqrt_one_minus_alphas_cumprod[ts] / 2
     # Decision boundaries: -0.7, 0, 0.7. An outer class is 0.3 from its boundary; an inner class is 0.3 and 0.4 away.
@@ -166,7 +166,7 @@ def test_accuracy_by_noise_matches_theory(diffusion):
 
 
 def test_accuracy_is_the_same_on_several_ranks(diffusion, monkeypatch):
-    """The counts of three simulated ranks, of which the last has fewer images, add up to the single-rank accuracy."""
+    """The counts of three simulated ranks, the last with fewer images, add up to the single-rank accuracy."""
     want = accuracy_by_noise(Bayes(diffusion), diffusion, Greys(50), batch_size=7)
     sums = []
     for rank in range(3):

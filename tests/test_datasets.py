@@ -78,7 +78,7 @@ def test_both_archives_share_a_folder_and_a_class_table(archives, unpacked, tmp_
     assert tree(tmp_path) == tree(unpacked["imagenet"]) | tree(unpacked["imagenet_val"])
     trained = class_names(tmp_path / "train")
     held_out = sorted(name for name in tree(tmp_path) if name.startswith("val"))
-    assert labels_of(held_out, trained) == [0, 0, 1, 1, 2]  # n01 twice, n02 twice, n03
+    assert labels_of(held_out, trained) == [0, 0, 1, 1, 2]  # two images of n01, two of n02, one of n03
 
 
 def test_archive_names_cannot_write_outside_the_output_folder(archives, tmp_path):
@@ -109,7 +109,7 @@ def test_archive_names_cannot_write_outside_the_output_folder(archives, tmp_path
 
 
 def make_squares(tmp_path, images, size, *flags):
-    """Run lsun_bedroom.py on a database of encoded images. Returns arrays [size, size, 3], in order."""
+    """Run lsun_bedroom.py on a database of encoded images. Returns its images, [size, size, 3] each."""
     write_lmdb(tmp_path / "db", {b"%04d" % i: data for i, data in enumerate(images)})
     call(lsun_bedroom, "--image-size", size, *flags, tmp_path / "db", tmp_path / "out").check()
     paths = sorted((tmp_path / "out").iterdir())

@@ -49,7 +49,7 @@ def server(tiny, monkeypatch):
 
 
 def run(address, *argv):
-    """Run the script in a subprocess. Returns its exit status and its combined stdout and stderr."""
+    """Run download_models.py in a subprocess. Returns the exit status, and stdout and stderr combined."""
     argv = [address, script("download_models"), *argv]
     outcome = run_ranks(None, argv, code=WITH_TINY, env=dict(no_proxy="*"), quick_end=True)[0]
     assert "Traceback" not in outcome.output, outcome.output
@@ -57,7 +57,7 @@ def run(address, *argv):
 
 
 def download(monkeypatch, address, folder, *names):
-    """Run the script in the test process. The script's InputError is raised to the caller."""
+    """Run download_models.py in the test process. The script's InputError is raised to the caller."""
     with monkeypatch.context() as patch:
         patch.setattr(presets, "ADDRESS", address)
         patch.setitem(PRESETS, "tiny", TINY)

@@ -23,7 +23,7 @@ STEPS = 250
 
 
 def write_images(folder, count, size=8, data=DATA, seed=0):
-    """Write images whose pixels are independent samples of `data`, rounded to grey levels. Returns the folder."""
+    """Write images whose pixels are independent samples of `data`, rounded to grey levels. Returns the folder's path."""
     folder.mkdir()
     rng = np.random.default_rng(seed)
     mean, std = (v.flatten().numpy() for v in (data.mean, data.variance.sqrt()))
@@ -67,7 +67,7 @@ def test_bits_per_dim_matches_the_entropy(monkeypatch, tmp_path):
     assert all(result[name].shape == (STEPS,) for name in TERMS)
     total = result["vb"].sum() + result["prior_bpd"].mean()
     assert total == pytest.approx(result["total_bpd"].mean(), rel=1e-6)
-    for name in TERMS:  # files of the original codebase
+    for name in TERMS:  # the original codebase writes one file per term
         with np.load(tmp_path / "out" / f"{name}_terms.npz") as arrays:
             assert (arrays["arr_0"] == result[name]).all()
     # Arrays run from the last timestep to the first. x_start is hard to predict at high noise, and eps at low noise.

@@ -1,4 +1,4 @@
-"""The logger: metrics, messages, and the files that they are written to."""
+"""The logger: metrics, messages, and the files that contain them."""
 
 import csv
 import io

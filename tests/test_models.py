@@ -75,7 +75,7 @@ def test_unet_option(name):
         assert th.equal(once, again)
         assert relative_error(model(x, t.flip(0), **labels), once) > 1e-3  # the output depends on the timestep
         alone = model(x[1:], t[1:], **{key: y[1:] for key, y in labels.items()})
-        th.testing.assert_close(alone, once[1:], rtol=1e-3, atol=1e-4)  # but not on other images in the batch
+        th.testing.assert_close(alone, once[1:], rtol=1e-3, atol=1e-4)  # independent of other images in the batch
         if options.get("num_classes", 1) > 1:
             assert relative_error(model(x, t, y=labels["y"].flip(0)), once) > 1e-4
 

@@ -30,7 +30,7 @@ CLEAN = dict(CLASSIFIER, classifier_pool="adaptive")  # the classifier that prov
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory, networks):
-    """Write the networks and the reference batch of a sweep that uses classifier features. Returns the flags."""
+    """Write the networks and the reference batch of a sweep that uses classifier features. Returns the sweep's flags."""
     folder = tmp_path_factory.mktemp("sweep")
     images = RNG.integers(0, BAD, (7, 8, 8, 3), dtype=np.uint8)
     np.savez(folder / "reference.npz", images)
@@ -56,7 +56,7 @@ def sweep(monkeypatch, folder, **options):
 
 @pytest.fixture(scope="module")
 def done(stage, tmp_path_factory):
-    """Run a sweep once. Returns its folder, and the column names and rows of sweep.csv."""
+    """Run one sweep for all tests of this file. Returns its folder, and the column names and rows of sweep.csv."""
     folder = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch:
         return folder, *sweep(patch, folder, **stage)
