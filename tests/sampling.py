@@ -50,7 +50,7 @@ def new_network(flags, seed=0):
 
 
 def save_network(path, flags, seed=0, config=None):
-    """Write a network's checkpoint and, unless config is None, a config.json beside it. Returns the checkpoint's path."""
+    """Write a network's checkpoint and, unless config is None, its config.json. Returns the checkpoint's path."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     th.save(new_network(flags, seed).state_dict(), path)
     if config is not None:
@@ -99,7 +99,7 @@ class Settled(Exception):
 def settled_flags(monkeypatch, module, set_up, name, cuda=False, **values):
     """Run a script until its flags are complete, and return them by name.
 
-    :param set_up: name of the function in `module` that completes the flags and returns them, alone or first in a tuple.
+    :param set_up: name of the function in `module` that completes and returns the flags, alone or first in a tuple.
     :param cuda: the value that torch.cuda.is_available returns to the script.
     """
     complete = getattr(module, set_up)

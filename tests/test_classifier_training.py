@@ -141,8 +141,9 @@ class Bayes(th.nn.Module):
 
 
 def bayes_accuracy(diffusion, quartile):
-    """Return the exact accuracy of Bayes in one quarter of the timesteps; the mean of 4 pixels has 1/4 of the variance."""
+    """Return the exact accuracy of Bayes in one quarter of the timesteps, from the normal distribution of the mean."""
     ts = np.arange(quartile * diffusion.num_timesteps // 4, (quartile + 1) * diffusion.num_timesteps // 4)
+    # The mean of 4 pixels has half the standard deviation of the noise.
     signal, noise = diffusion.sqrt_alphas_cumprod[ts], diffusion.sqrt_one_minus_alphas_cumprod[ts] / 2
     # Decision boundaries: -0.7, 0, 0.7. An outer class is 0.3 from its boundary; an inner class is 0.3 and 0.4 away.
     beyond = [0.5 * th.erfc(th.from_numpy(d * signal / noise) / 2**0.5).mean() for d in (0.3, 0.4)]

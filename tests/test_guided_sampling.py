@@ -135,7 +135,7 @@ def test_either_network_in_half_precision(use_ddim, class_cond, networks, monkey
     assert guidance > 1
     for halves, images in found.items():
         rounding = np.abs(images - full).mean()
-        most = 0.2 if "bf16" in halves else 0.05  # as a fraction of the effect of guidance; bf16 has three bits less than fp16
+        most = 0.2 if "bf16" in halves else 0.05  # relative to the effect of guidance; bf16 is less precise than fp16
         assert rounding == 0 if halves == (None, None) else 0 < rounding < most * guidance, halves
 
 

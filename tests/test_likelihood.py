@@ -23,7 +23,7 @@ STEPS = 250
 
 
 def write_images(folder, count, size=8, data=DATA, seed=0):
-    """Write images whose pixels are independent samples of `data`, rounded to grey levels. Returns the folder's path."""
+    """Write images with pixels drawn independently from `data`, rounded to grey levels. Returns the folder's path."""
     folder.mkdir()
     rng = np.random.default_rng(seed)
     mean, std = (v.flatten().numpy() for v in (data.mean, data.variance.sqrt()))

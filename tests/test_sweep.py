@@ -30,7 +30,7 @@ CLEAN = dict(CLASSIFIER, classifier_pool="adaptive")  # the classifier that prov
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory, networks):
-    """Write the networks and the reference batch of a sweep that uses classifier features. Returns the sweep's flags."""
+    """Write the networks and the reference batch of a sweep with classifier features. Returns the sweep's flags."""
     folder = tmp_path_factory.mktemp("sweep")
     images = RNG.integers(0, BAD, (7, 8, 8, 3), dtype=np.uint8)
     np.savez(folder / "reference.npz", images)
