@@ -1,4 +1,4 @@
-"""What the tests share: recorded data, weights from names, inputs from seeds, exact denoisers, and small networks."""
+"""Helpers for tests: recorded data, deterministic weights and inputs, exact denoisers, and small networks."""
 
 import gzip
 import json
@@ -24,26 +24,26 @@ from guided_diffusion.train_util import TrainLoop
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
 
-# The tensors are small: a second thread costs more than it gains, above all where other work shares the cores.
+# The test tensors are small: a second thread costs more time than it saves, especially on busy cores.
 th.set_num_threads(1)
 
 
 def load_json(name):
-    """A recorded fact file of tests/data, plain or gzipped."""
+    """Load a JSON file from tests/data, plain or gzipped."""
     path = DATA / name
     return json.loads(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_text())
 
 
 def randn(seed, *shape):
-    """Standard normal float32 numbers that depend on the seed and the shape only."""
+    """Return standard normal float32 numbers that depend only on the seed and the shape."""
     return th.from_numpy(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
 def fill_by_name(module):
-    """Give every parameter values that follow from its name alone, and return the module in evaluation mode.
+    """Set every parameter to values that depend only on its name and shape, and return the module in eval mode.
 
-    So two implementations that agree on names and shapes compute the same function, whatever they draw at the start.
-    Matrices have rows of norm about one, scales lie around one, and nothing is left at its initial zero.
+    Two implementations whose parameters have the same names and shapes then have the same weights. Rows of weight
+    matrices have a norm of about 1, normalisation scales are close to 1, and no parameter stays zero.
     """
     values = {}
     for name, old in module.state_dict().items():
@@ -61,13 +61,13 @@ def fill_by_name(module):
 
 
 def relative_error(got, want):
-    """The L2 norm of the difference over that of `want`, in float64."""
+    """Return norm(got - want) / norm(want), with L2 norms in float64."""
     got, want = (th.as_tensor(x).detach().double() for x in (got, want))
     return float((got - want).norm() / want.norm().clamp(min=1e-12))
 
 
 def assert_near(got, want, tolerance):
-    """Compare lists of tensors, each by its largest element's size."""
+    """Check that tensors agree within `tolerance` times the largest absolute value, or times 1 if that is smaller."""
     for i, (g, w) in enumerate(zip(got, want, strict=True)):
         assert g.shape == w.shape
         g, w = g.detach().double(), w.detach().double()
@@ -82,9 +82,9 @@ def per_sample(t, like):
 
 @contextmanager
 def quick_half_convolutions(monkeypatch):
-    """Compute float16 convolutions in float32 and round the result: what the CPU kernel does, but many times faster.
+    """Compute float16 convolutions in float32 and round the result, like the CPU kernel but many times faster.
 
-    It insists that input, weight and bias have one dtype, as the kernels do.
+    Like the kernel, the replacement requires the input, the weight and the bias to have the same dtype.
     """
 
     def quick(convolve):
@@ -103,7 +103,7 @@ def quick_half_convolutions(monkeypatch):
         yield
 
 
-# Data whose denoiser is a formula
+# Data distributions with a closed-form denoiser
 
 EPSILON, START_X, PREVIOUS_X = ModelMeanType.EPSILON, ModelMeanType.START_X, ModelMeanType.PREVIOUS_X
 LEARNED, LEARNED_RANGE = ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE
@@ -118,7 +118,7 @@ def process(steps=250, mean=EPSILON, var=FIXED_LARGE, loss=LossType.MSE, schedul
 
 
 class Tables:
-    """The process in float64, derived here from betas alone, at timesteps shaped to broadcast over x."""
+    """Coefficients of the diffusion process at timesteps t, in float64, computed from betas and broadcast over x."""
 
     def __init__(self, betas, t, x):
         betas = th.as_tensor(np.array(betas))
@@ -132,24 +132,24 @@ class Tables:
 
 
 class GaussianData:
-    """Data with independent channels N(mean, std^2), and what follows for its noised versions."""
+    """Data whose channels are independent and distributed as N(mean, std^2), with closed-form posteriors."""
 
     def __init__(self, mean, std):
         self.mean, self.variance = (th.tensor(v, dtype=th.float64).reshape(1, -1, 1, 1) for v in (mean, std))
         self.variance = self.variance**2
 
     def marginal(self, alpha_bar):
-        """Mean and variance of x_t."""
+        """Return the mean and the variance of x_t."""
         return alpha_bar.sqrt() * self.mean, alpha_bar * self.variance + 1 - alpha_bar
 
     def posterior(self, x, tables):
-        """Mean and variance of x_start given x_t."""
+        """Return the mean and the variance of x_start given x_t."""
         mean, variance = self.marginal(tables.alpha_bar)
         slope = tables.signal * self.variance / variance
         return self.mean + slope * (x - mean), self.variance * (1 - tables.alpha_bar) / variance
 
     def reverse_variance(self, tables):
-        """The variance of x_{t-1} given x_t, by Bayes' rule from the marginal of x_{t-1}."""
+        """Return the variance of x_{t-1} given x_t, by Bayes' rule from the marginal of x_{t-1}."""
         _, before = self.marginal(tables.alpha_bar_prev)
         return before * tables.beta / (tables.alpha * before + tables.beta)
 
@@ -161,9 +161,9 @@ class GaussianData:
 
 
 def exact_model(data, diffusion, betas=None):
-    """The network that would be perfect for `data`, in the form that `diffusion` reads.
+    """Return the optimal model for `data`, with the output parameterisation that `diffusion` expects.
 
-    :param betas: of the process whose timesteps the model is shown.
+    :param betas: betas of the process that numbers the model's timesteps (default: diffusion.betas).
     """
     betas = diffusion.betas if betas is None else betas
 
@@ -174,7 +174,7 @@ def exact_model(data, diffusion, betas=None):
             output = x_start
         elif diffusion.model_mean_type == EPSILON:
             output = (x - tables.signal * x_start) / tables.noise
-        else:  # E[x_{t-1} | x_t]: the expectation of the posterior's mean, which is linear in x_start
+        else:  # E[x_{t-1} | x_t]: the posterior mean is linear in x_start
             denominator = 1 - tables.alpha_bar
             output = (
                 tables.beta * tables.alpha_bar_prev.sqrt() / denominator * x_start
@@ -190,22 +190,22 @@ def exact_model(data, diffusion, betas=None):
 
 
 def assert_moments(samples, mean, variance, bias=0.0, relative_bias=0.0):
-    """Check samples [N] against a distribution's mean and variance within five standard errors and stated biases.
+    """Check that samples [N] have this mean and variance, within five standard errors plus an allowed bias.
 
-    :param bias: what the mean may be off by, in standard deviations.
-    :param relative_bias: what the variance may be off by, as a share of it.
+    :param bias: allowed bias of the mean, in standard deviations.
+    :param relative_bias: allowed bias of the variance, as a fraction of the variance.
     """
     samples, n = samples.double().flatten(), samples.numel()
     std = math.sqrt(variance)
     assert abs(samples.mean() - mean) < SIGMAS * std / math.sqrt(n) + bias * std
-    # The standard error of the variance from the samples' own fourth moment
+    # Estimate the standard error of the variance from the fourth central moment of the samples.
     fourth = ((samples - samples.mean()) ** 4).mean()
     error = math.sqrt((fourth - samples.var() ** 2) / n)
     assert abs(samples.var() - variance) < SIGMAS * error + relative_bias * variance
 
 
 def assert_mean(values, want, allowance):
-    """Check that values average to `want` within five standard errors and an allowance."""
+    """Check that the mean of `values` is `want`, within five standard errors plus `allowance`."""
     values = values.double()
     assert abs(float(values.mean()) - want) < SIGMAS * float(values.std()) / math.sqrt(len(values)) + allowance
 
@@ -223,7 +223,7 @@ SMALL = dict(
 
 
 def input_for(options, batch=2):
-    """x, timesteps and model keyword arguments for a network of these options."""
+    """Return x, timesteps and model keyword arguments for a network built with these options."""
     size = options["image_size"] or 8
     size = list(size) if isinstance(size, tuple) else [size] * 2
     size = {1: size[:1], 2: size, 3: [3, *size]}[options.get("dims", 2)]
@@ -232,7 +232,7 @@ def input_for(options, batch=2):
 
 
 def refused(build, *words):
-    """Check that `build` raises InputError, in one line that holds all of the words."""
+    """Check that `build` raises InputError with a one-line message that contains all the words."""
     with pytest.raises(InputError) as caught:
         build()
     message = str(caught.value)
@@ -245,7 +245,7 @@ def refused(build, *words):
 
 
 def new_model(**options):
-    """A small UNet with random weights throughout, and its process."""
+    """Return a small UNet, with every weight random, and its diffusion process."""
     options = {**dict(image_size=8, num_channels=32, channel_mult="1", num_res_blocks=1, num_heads=2,
                       attention_resolutions="8"), **options}  # fmt: skip
     model, diffusion = create_model_and_diffusion(**{**model_and_diffusion_defaults(), **options})
@@ -266,7 +266,7 @@ def batch_of(count, seed=1):
 
 
 def endless(*batches, seconds=0.0):
-    """Data for a loop: the batches of images again and again, each after some seconds."""
+    """Yield the batches in an endless cycle, as training data, with a delay of `seconds` before each batch."""
     while True:
         for batch in batches or [batch_of(6)]:
             time.sleep(seconds)
@@ -282,7 +282,7 @@ def new_loop(model, diffusion, kind=TrainLoop, **options):
 
 
 def as_rank(monkeypatch, rank, num_ranks):
-    """Pretend to be one of several ranks."""
+    """Make dist_util report this rank and this number of ranks."""
     monkeypatch.setattr(dist_util, "get_rank", lambda: rank)
     monkeypatch.setattr(dist_util, "get_world_size", lambda: num_ranks)
 

@@ -1,4 +1,4 @@
-"""Shared by the tests of sampling: small networks, scripts run in this process, and samples of known content."""
+"""Helpers for sampling tests: small networks, scripts run in the test process, and samples of known content."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from guided_diffusion.script_util import (
     sr_model_and_diffusion_defaults,
 )
 
-# Networks whose steps take a millisecond or two
+# Flags of small networks: one sampling step takes one or two milliseconds.
 MODEL = dict(image_size=8, num_channels=32, channel_mult="1", num_res_blocks=1, num_heads=2,
              attention_resolutions="8", class_cond=True, num_classes=4, learn_sigma=True,
              predict_xstart=True)  # fmt: skip
@@ -35,7 +35,7 @@ UPSAMPLER = dict(large_size=16, small_size=8, num_channels=32, num_res_blocks=1,
 
 
 def new_network(flags, seed=0):
-    """A network of these flags whose every weight matters; another for another seed."""
+    """Build the network that these flags describe, with nonzero weights that differ between seeds."""
     if "large_size" in flags:
         network = sr_create_model_and_diffusion(**{**sr_model_and_diffusion_defaults(), **flags})[0]
     elif "classifier_width" in flags:
@@ -50,7 +50,7 @@ def new_network(flags, seed=0):
 
 
 def save_network(path, flags, seed=0, config=None):
-    """Write a network's checkpoint, and beside it a config.json where `config` has entries for it: the path."""
+    """Write a network's checkpoint and, unless config is None, its config.json. Returns the checkpoint's path."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     th.save(new_network(flags, seed).state_dict(), path)
     if config is not None:
@@ -60,7 +60,7 @@ def save_network(path, flags, seed=0, config=None):
 
 
 def guided_networks(folder):
-    """A diffusion model and a classifier with random weights: the flags by which classifier_sample takes them."""
+    """Write a diffusion model and a classifier with random weights; return classifier_sample's flags for both."""
     paths = dict(
         model_path=save_network(str(folder / "diffusion/model.pt"), MODEL),
         classifier_path=save_network(str(folder / "classifier/model.pt"), CLASSIFIER, seed=1),
@@ -69,7 +69,7 @@ def guided_networks(folder):
 
 
 def save_broken(path, networks):
-    """Write guided_networks' diffusion model with one weight that is no number."""
+    """Write a copy of the diffusion model of guided_networks in which one weight is NaN."""
     broken = th.load(networks["model_path"])
     broken["out.2.bias"][0] = math.nan
     th.save(broken, path)
@@ -81,7 +81,7 @@ def prefixed(prefix, flags):
 
 
 def run_here(monkeypatch, name, **values):
-    """Run a script in this process, without a process group. What it refuses is raised."""
+    """Run a script in the test process, without a process group. The script's InputError is raised to the caller."""
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [script(name), *flags(**values)])
         patch.setattr(dist_util, "setup_dist", lambda: None)
@@ -93,14 +93,14 @@ def run_here(monkeypatch, name, **values):
 
 
 class Settled(Exception):
-    """Ends a script once its flags are complete."""
+    """Raised to stop a script after its flags are complete."""
 
 
 def settled_flags(monkeypatch, module, set_up, name, cuda=False, **values):
     """Run a script until its flags are complete, and return them by name.
 
-    :param set_up: the name of the function of `module` that completes them. It returns them alone or first.
-    :param cuda: whether the script is to find a GPU.
+    :param set_up: name of the function in `module` that completes and returns the flags, alone or first in a tuple.
+    :param cuda: the value that torch.cuda.is_available returns to the script.
     """
     complete = getattr(module, set_up)
 
@@ -116,7 +116,7 @@ def settled_flags(monkeypatch, module, set_up, name, cuda=False, **values):
 
 
 def read_npz(folder):
-    """The arrays of the one .npz of samples in a folder, by name."""
+    """Load the only samples_*.npz in a folder. Returns a dict of arrays by name."""
     (name,) = [name for name in os.listdir(folder) if name.startswith("samples_") and name.endswith(".npz")]
     with np.load(os.path.join(folder, name)) as arrays:
         found = dict(arrays)
@@ -125,17 +125,17 @@ def read_npz(folder):
 
 
 def check_alike(images, others):
-    """Check the promise for other ranks and batch sizes: within one grey level, and 99 % of the values identical."""
+    """Check that two sets of images differ by at most one grey level, and that 99 % of the values are identical."""
     assert 5 < images.std() and 0.1 < ((images > 0) & (images < 255)).mean()  # neither blank nor all clipped
     difference = np.abs(images.astype(int) - others.astype(int))
     assert difference.max() <= 1 and (difference == 0).mean() >= 0.99
 
 
-# Samples of known content, without a network
+# Samples of known content, made without a network
 
 
 def picture(index, shape=(2, 3, 3)):
-    """The image of an index: uint8 (H, W, C), another for each."""
+    """Return a random uint8 image [H, W, C] that depends only on the index."""
     return np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -144,9 +144,9 @@ def pictures(indices, shape=(2, 3, 3)):
 
 
 class KnownSampler:
-    """Replaces a BatchSampler: sample i is picture(i). It records the ranges that it is asked for.
+    """Stands in for a BatchSampler: sample i is picture(i). `asked` records the requested index ranges.
 
-    :param fail_at: the index of a sample that is not finite.
+    :param fail_at: index of a sample that contains NaN.
     """
 
     num_steps = 3
@@ -158,7 +158,7 @@ class KnownSampler:
     def steps(self, indices):
         self.asked.append(indices)
         size = (*self.shape[1:], self.shape[0])
-        # In the middle of a grey level, so that rounding does not matter
+        # Add half a grey level, so that rounding errors do not change the uint8 value.
         x = th.from_numpy((pictures(indices, size).astype(np.float32) + 0.5) / 127.5 - 1).permute(0, 3, 1, 2)
         if self.fail_at in indices:
             x = x.clone()
@@ -169,7 +169,7 @@ class KnownSampler:
 
 
 def known_job(folder, num_samples, batch_size, sampler=None, job=None, **options):
-    """Run sample_job with a KnownSampler. Returns the sampler and the arrays of the .npz."""
+    """Run sample_job with a KnownSampler. Returns the sampler and the arrays of the .npz file."""
     sampler = sampler or KnownSampler()
     path = sample_job(sampler, job or {"seed": 0}, num_samples, batch_size, folder=str(folder), **options)
     with np.load(path) as arrays:
@@ -194,14 +194,14 @@ print(f"\\nrank {dist_util.get_rank()} made {[list(asked) for asked in sampler.a
 def known_job_on_ranks(ranks, folder, num_samples, batch_size, limit=-1, **options):
     """Run known_job on several ranks.
 
-    :param limit: the size in bytes that no file may exceed.
-    :param options: for KnownSampler.
-    :return: an Outcome. Its output says of each rank which samples it made.
+    :param limit: maximum file size in bytes (-1: no limit).
+    :param options: arguments of KnownSampler.
+    :return: an Outcome, whose output lists the samples that each rank made.
     """
     return run_ranks(ranks, [folder, num_samples, batch_size, limit, json.dumps(options)], KNOWN_JOB)[0]
 
 
 def shard_files(folder):
-    """The finished shards of a folder by name, each with what distinguishes its file from a rewritten one."""
+    """Map the name of each finished shard in a folder to its inode and mtime, which change if it is rewritten."""
     found = sorted((e for e in os.scandir(folder) if e.name.endswith(".npz")), key=lambda e: e.name)
     return {e.name: [e.stat().st_ino, e.stat().st_mtime_ns] for e in found}

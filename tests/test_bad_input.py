@@ -1,4 +1,4 @@
-"""What users get wrong ends in one line that names the flag or file, without a traceback, on one rank for all."""
+"""User errors end in one line that names the flag or file, without a traceback, and only once for all ranks."""
 
 import os
 import pickle
@@ -15,7 +15,7 @@ CONDITIONAL = dict(TINY, class_cond=True, num_classes=4)
 
 
 class Payload:
-    """Runs code when it is unpickled: it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -32,7 +32,7 @@ def write_images(folder, names):
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
-    """A folder with good and bad data sets and checkpoints."""
+    """Create a folder with valid and broken data sets and checkpoints."""
     stage = tmp_path_factory.mktemp("stage")
     write_images(stage / "good", [f"{i % 4}_{i}.png" for i in range(8)])
     (stage / "empty").mkdir()
@@ -81,7 +81,7 @@ def sample_guided(path="{stage}/conditional.pt", classifier="{stage}/classifier.
     return [script("classifier_sample"), *flags(model_path=path, classifier_path=classifier, **options)]
 
 
-# What is wrong: (the command, what its last line has to hold). {stage} stands for the stage's folder.
+# {mistake: (command, words that the last line of its output must contain)}; {stage} is the folder of the stage fixture.
 CASES = {
     # Data
     "no data_dir": (train(""), ["--data_dir is missing"]),
@@ -94,7 +94,7 @@ CASES = {
     "more classes than num_classes": (train(model={**CONDITIONAL, "num_classes": 3}), ["4 classes", "--num_classes 3"]),
     "more classes than the classifier's": (train_classifier(num_classes=2), ["4 classes", "--num_classes 2"]),
     "unknown number of channels": (train(in_channels=2), ["--in_channels", "2", "1, 3"]),
-    # Flags with a choice
+    # Flags with a fixed set of values
     "unknown schedule": (train(noise_schedule="sine"), ["--noise_schedule", "'sine'", "linear", "cosine"]),
     "unknown sampler": (
         train(schedule_sampler="best"),
@@ -105,30 +105,30 @@ CASES = {
         ["classifier_pool", "'max'", "adaptive", "attention", "spatial", "spatial_v2"],
     ),
     "unknown flag": (train(learning_rate=1), ["--learning_rate"]),
-    # Values that do not parse
-    "no boolean": (train(class_cond="maybe"), ["--class_cond", "maybe"]),
-    "no whole number": (train(batch_size="many"), ["--batch_size", "many"]),
-    "no number": (train(lr="fast"), ["--lr", "fast"]),
-    "no list of numbers": (train(model={**TINY, "channel_mult": "1,two"}), ["--channel_mult", "1,two"]),
+    # Values of the wrong type
+    "not a boolean": (train(class_cond="maybe"), ["--class_cond", "maybe"]),
+    "not a whole number": (train(batch_size="many"), ["--batch_size", "many"]),
+    "not a number": (train(lr="fast"), ["--lr", "fast"]),
+    "not a list of numbers": (train(model={**TINY, "channel_mult": "1,two"}), ["--channel_mult", "1,two"]),
     "not a number in a list": (train(model={**TINY, "channel_mult": "1,nan"}), ["--channel_mult", "nan"]),
     "blank list": (train(model={**TINY, "channel_mult": " "}), ["channel_mult ()"]),
-    "no list of whole numbers": (
+    "not a list of whole numbers": (
         train(model={**TINY, "attention_resolutions": "8,4.5"}),
         ["--attention_resolutions", "8,4.5"],
     ),
     "a resolution of 0": (train(model={**TINY, "attention_resolutions": "16,0"}), ["--attention_resolutions", "16,0"]),
-    "no list of rates": (train(ema_rate="0.9,slow"), ["--ema_rate", "0.9,slow"]),
-    # Numbers that cannot be
+    "not a list of rates": (train(ema_rate="0.9,slow"), ["--ema_rate", "0.9,slow"]),
+    # Numbers out of range
     "ddim without an integer stride": (
         sample(timestep_respacing="ddim300"),
         ["--timestep_respacing", "ddim300", "ddim334"],
     ),
     "training with batch_size 0": (train(batch_size=0), ["--batch_size", "0"]),
     "negative warm-up": (train(warmup_steps=-1), ["--warmup_steps -1", "at least 0"]),
-    "an annealing that would raise the rate": (train(lr_anneal_steps=-10), ["--lr_anneal_steps -10"]),
+    "annealing that would raise the learning rate": (train(lr_anneal_steps=-10), ["--lr_anneal_steps -10"]),
     "negative total_steps": (train(total_steps=-5), ["--total_steps -5"]),
-    "infinite rate": (train(lr="inf"), ["--lr inf", "finite"]),
-    "negative norm": (train(max_grad_norm=-1), ["--max_grad_norm -1.0", "at least 0"]),
+    "infinite learning rate": (train(lr="inf"), ["--lr inf", "finite"]),
+    "negative gradient norm": (train(max_grad_norm=-1), ["--max_grad_norm -1.0", "at least 0"]),
     "negative number of bad steps": (train(max_bad_steps=-1), ["--max_bad_steps -1"]),
     "negative number of checkpoints": (train(keep_checkpoints=-2), ["--keep_checkpoints -2"]),
     "negative sample_interval": (train(sample_interval=-2), ["--sample_interval -2"]),
@@ -143,7 +143,7 @@ CASES = {
         train(model={**TINY, "image_size": 18, "channel_mult": "1,1,1"}),
         ["18", "channel_mult"],
     ),
-    "two precisions": (train(use_fp16=True, use_bf16=True), ["use_fp16", "use_bf16"]),
+    "two half precisions at once": (train(use_fp16=True, use_bf16=True), ["use_fp16", "use_bf16"]),
     "class outside the model's": (
         sample("{stage}/conditional.pt", CONDITIONAL, classes="1,4"),
         ["--classes 1,4", "class 4", "0..3"],
@@ -157,11 +157,11 @@ CASES = {
         train(resume_checkpoint="{stage}/model000001.pt"),
         ["--resume_checkpoint", "{stage}/model000001.pt"],
     ),
-    "another architecture": (
+    "checkpoint of another architecture": (
         sample(model={**TINY, "num_channels": 64, "learn_sigma": True, "num_res_blocks": 2}),
         ["{stage}/model.pt", "time_embed.0.weight is (128, 32) in the file and (256, 64) here"],
     ),
-    "resuming another architecture": (
+    "resuming with another architecture": (
         train(model={**TINY, "num_channels": 64}, resume_checkpoint="{stage}/described/model000001.pt"),
         ["{stage}/described/config.json", "--num_channels 64", "num_channels 32"],
     ),
@@ -169,10 +169,10 @@ CASES = {
         sample_guided(classifier="{stage}/conditional.pt", num_classes=4),
         ["{stage}/conditional.pt", "do not fit the model"],
     ),
-    "a pickle": (sample("{stage}/pickle.pt"), ["{stage}/pickle.pt"]),
+    "a pickle file": (sample("{stage}/pickle.pt"), ["{stage}/pickle.pt"]),
     "a pickle in torch's format": (sample("{stage}/zipped_pickle.pt"), ["{stage}/zipped_pickle.pt"]),
-    "half a file": (sample("{stage}/half.pt"), ["{stage}/half.pt"]),
-    "a flag that contradicts the record": (
+    "a truncated file": (sample("{stage}/half.pt"), ["{stage}/half.pt"]),
+    "a flag that contradicts config.json": (
         sample("{stage}/described/model000001.pt", {"num_channels": 64}),
         ["--num_channels 64", "{stage}/described/config.json", "num_channels 32"],
     ),
@@ -180,13 +180,13 @@ CASES = {
         train(resume_checkpoint="{stage}/foreign_opt/model000001.pt"),
         ["{stage}/foreign_opt/opt000001.pt"],
     ),
-    "an average of another width": (
+    "a moving average of another width": (
         train(resume_checkpoint="{stage}/foreign_ema/model000001.pt"),
         ["{stage}/foreign_ema/ema_0.9999_000001.pt"],
     ),
     # Sampling
     "unknown preset": (sample("", {}, preset="imagenet255"), ["--preset", "'imagenet255'", "imagenet256", "lsun_cat"]),
-    "a preset of another script's": (
+    "a preset of another script": (
         sample("", {}, preset="64_256_upsampler"),
         ["--preset 64_256_upsampler", "script"],
     ),
@@ -195,14 +195,14 @@ CASES = {
         ["--preset imagenet64", "{stage}/good/64x64_diffusion.pt", "--models_dir", "--model_path"],
     ),
     "too few steps for the schedule": (sample(diffusion_steps=10), ["--diffusion_steps 10", "cosine"]),
-    "a process without steps": (sample(diffusion_steps=0), ["--diffusion_steps 0"]),
-    # Where to log
+    "a diffusion process without steps": (sample(diffusion_steps=0), ["--diffusion_steps 0"]),
+    # Log folder
     "log_dir below a file": (train(log_dir="{stage}/model.pt/log"), ["{stage}/model.pt/log"]),
 }
 
 
 def staged(name, stage, log_dir):
-    """A case's command and words, with their paths."""
+    """Return the command and the expected words of a case, with {stage} replaced by the folder."""
     argv, words = CASES[name]
     argv = [text.replace("{stage}", str(stage)) for text in argv]
     if "--log_dir" not in argv:
@@ -221,16 +221,16 @@ def test_bad_input_is_refused_in_one_line(name, outcomes, stage):
 
 
 def test_pickled_code_did_not_run(outcomes, stage):
-    assert "a pickle" in outcomes
+    assert "a pickle file" in outcomes
     assert not (stage / "ran").exists()
-    with open(stage / "pickle.pt", "rb") as f:  # the file does hold code that a plain unpickler runs
+    with open(stage / "pickle.pt", "rb") as f:  # pickle.load does run the code in pickle.pt
         pickle.load(f).close()
     assert (stage / "ran").exists()
     os.remove(stage / "ran")
 
 
-def test_the_stage_itself_is_sound(stage, tmp_path):
-    """The good files work: the cases fail for what they name and not for the way they are called."""
+def test_valid_input_is_accepted(stage, tmp_path):
+    """The commands succeed with valid files, so each case above fails only because of its own mistake."""
     done = run_forked(
         {
             "train": [*(text.replace("{stage}", str(stage)) for text in train()), "--log_dir", str(tmp_path)],
@@ -241,12 +241,12 @@ def test_the_stage_itself_is_sound(stage, tmp_path):
         outcome.check()
 
 
-def test_two_ranks_say_it_once(stage, tmp_path):
-    argv, words = staged("another architecture", stage, tmp_path)
+def test_two_ranks_print_an_error_only_once(stage, tmp_path):
+    argv, words = staged("checkpoint of another architecture", stage, tmp_path)
     check_refused(run(argv, ranks=2), words, last=False)
 
 
-def test_one_rank_of_two_speaks_for_itself(stage, tmp_path):
-    # The broken image, one of two, is read by one rank only: which one, the shuffle says.
+def test_an_error_on_one_rank_of_two_is_printed(stage, tmp_path):
+    # Only one of the two ranks reads the broken image; the shuffle decides which.
     argv, words = staged("unreadable image", stage, tmp_path)
     check_refused(run([*argv, "--batch_size", "1"], ranks=2), words, r"(rank 1: )?error: ", last=False)

@@ -1,4 +1,4 @@
-"""Training classifiers: the loss, validation that leaves training alone, and accuracy by noise."""
+"""Classifier training: the loss, validation that does not affect training, and accuracy by noise level."""
 
 import numpy as np
 import pytest
@@ -34,9 +34,9 @@ def labelled(seed=0):
 # The loss
 
 
-def test_top_k():
+def test_top_k_accuracy():
     logits, labels = th.tensor([[0.1, 0.5, 0.4], [0.9, 0.0, 0.1]]), th.tensor([2, 1])
-    for k, expected in {1: [0, 0], 2: [1, 0], 5: [1, 1]}.items():  # 5 is more than there are classes
+    for k, expected in {1: [0, 0], 2: [1, 0], 5: [1, 1]}.items():  # k=5 exceeds the number of classes
         assert correct_in_top_k(logits, labels, k).tolist() == expected
 
 
@@ -49,7 +49,7 @@ def test_learning_rate_falls_over_the_iterations():
 
 
 @pytest.mark.parametrize("noised", [True, False])
-def test_the_loss_is_the_cross_entropy_of_noised_images(noised):
+def test_loss_is_the_cross_entropy_of_noised_images(noised):
     loop = new_classifier_loop(noised=noised, microbatch=3)
     x, y = batch_of(6), th.tensor([0, 1, 2, 0, 1, 2])
     loop.randomness.start_step(0, 6, loop.schedule_sampler)
@@ -69,7 +69,7 @@ def test_the_loss_is_the_cross_entropy_of_noised_images(noised):
 
 
 @pytest.mark.parametrize("seed", [4, -1])
-def test_validation_does_not_touch_training(seed):
+def test_validation_does_not_affect_training(seed):
     ends = []
     for val_data in (None, labelled(100)):
         seed_everything(0)
@@ -80,7 +80,7 @@ def test_validation_does_not_touch_training(seed):
     assert all(th.equal(a, b) for a, b in zip(*ends))
 
 
-def test_the_same_step_validates_with_the_same_noise():
+def test_validation_noise_depends_only_on_the_step():
     logged = []
     for _ in range(2):
         loop = new_classifier_loop(data=labelled(), val_data=labelled(100))
@@ -90,7 +90,7 @@ def test_the_same_step_validates_with_the_same_noise():
     assert logged[0] == logged[1]
 
 
-def test_the_place_in_the_held_out_images_is_saved():
+def test_position_in_the_held_out_data_is_saved():
     class Numbered:
         step = 0
 
@@ -105,18 +105,18 @@ def test_the_place_in_the_held_out_images_is_saved():
             self.step = state["step"]
 
     loop = new_classifier_loop(data=labelled(), val_data=Numbered(), eval_interval=2)
-    loop.run_loop()  # evaluates at steps 0 and 2
+    loop.run_loop()  # two evaluations: at steps 0 and 2
     resumed = new_classifier_loop(data=labelled(), val_data=Numbered(), resume_checkpoint=loop.checkpoints.last_good)
     assert resumed.val_data.step == 2
 
 
-# Accuracy by noise
+# Accuracy by noise level
 
-SIGNS = th.tensor([-1.0, -0.4, 0.4, 1.0])  # the grey value of each class
+SIGNS = th.tensor([-1.0, -0.4, 0.4, 1.0])  # grey value of each class
 
 
 class Greys(th.utils.data.Dataset):
-    """Flat images whose class is their grey value."""
+    """A data set of uniformly grey images whose class is given by the grey value."""
 
     def __init__(self, count):
         self.labels = [i % 4 for i in range(count)]
@@ -129,7 +129,7 @@ class Greys(th.utils.data.Dataset):
 
 
 class Bayes(th.nn.Module):
-    """The best classifier of noised Greys: the class whose grey, scaled as the image is, is nearest to its mean."""
+    """The Bayes-optimal classifier of noised Greys: the class whose scaled grey value is nearest to the mean."""
 
     def __init__(self, diffusion):
         super().__init__()
@@ -141,10 +141,11 @@ class Bayes(th.nn.Module):
 
 
 def bayes_accuracy(diffusion, quartile):
-    """Its accuracy, from the normal distribution: the mean of 4 pixels has a quarter of the noise's variance."""
+    """Return the exact accuracy of Bayes in one quarter of the timesteps, from the normal distribution of the mean."""
     ts = np.arange(quartile * diffusion.num_timesteps // 4, (quartile + 1) * diffusion.num_timesteps // 4)
+    # The mean of 4 pixels has half the standard deviation of the noise.
     signal, noise = diffusion.sqrt_alphas_cumprod[ts], diffusion.sqrt_one_minus_alphas_cumprod[ts] / 2
-    # Edges lie at -0.7, 0 and 0.7: an outer class errs on one side at 0.3, an inner one at 0.3 and at 0.4.
+    # Decision boundaries: -0.7, 0, 0.7. An outer class is 0.3 from its boundary; an inner class is 0.3 and 0.4 away.
     beyond = [0.5 * th.erfc(th.from_numpy(d * signal / noise) / 2**0.5).mean() for d in (0.3, 0.4)]
     return 1 - float(0.5 * beyond[0] + 0.5 * (beyond[0] + beyond[1]))
 
@@ -154,19 +155,19 @@ def diffusion():
     return create_gaussian_diffusion(steps=100, noise_schedule="cosine")
 
 
-def test_accuracy_by_noise_is_that_of_theory(diffusion):
+def test_accuracy_by_noise_matches_theory(diffusion):
     count = 4000
     shares = accuracy_by_noise(Bayes(diffusion), diffusion, Greys(count), batch_size=500)
     assert shares["acc@1"]["clean"] == 1.0
     for quartile in range(4):
         want = bayes_accuracy(diffusion, quartile)
-        # Five standard errors of a share
+        # Five standard errors of a proportion
         assert abs(shares["acc@1"][f"q{quartile}"] - want) < 5 * (max(want * (1 - want), 1e-3) / count) ** 0.5
-    assert set(shares["acc@5"].values()) == {1.0}  # only four classes
+    assert set(shares["acc@5"].values()) == {1.0}  # there are only four classes
 
 
-def test_ranks_share_the_held_out_images(diffusion, monkeypatch):
-    """Counted on three ranks one after the other, with a last one that has fewer, it adds up to the same."""
+def test_accuracy_is_the_same_on_several_ranks(diffusion, monkeypatch):
+    """The counts of three simulated ranks, the last with fewer images, add up to the single-rank accuracy."""
     want = accuracy_by_noise(Bayes(diffusion), diffusion, Greys(50), batch_size=7)
     sums = []
     for rank in range(3):

@@ -1,4 +1,4 @@
-"""Data sets: from small archives to folders to train on, by the scripts' commands."""
+"""Data set scripts: each converts a small archive into a folder of training images."""
 
 import csv
 import io
@@ -50,21 +50,21 @@ def labels_of(paths, names):
     return number_classes(paths, image_classes("", paths)[0], names)
 
 
-def test_training_images_are_the_archives_bytes_in_a_folder_for_each_class(unpacked):
+def test_training_images_are_copied_unchanged_into_one_folder_per_class(unpacked):
     images = {f"train/{wnid}/{name}": data for wnid, files in train_images().items() for name, data in files.items()}
     written = tree(unpacked["imagenet"])
     assert {name: data for name, data in written.items() if name.endswith(".JPEG")} == images
     assert sorted(set(written) - set(images)) == ["classes.csv"]
 
 
-def test_class_table_numbers_the_sorted_ids_as_training_does(unpacked):
+def test_class_table_numbers_the_sorted_ids_like_training(unpacked):
     with open(unpacked["imagenet"] / "classes.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert rows == [{"label": str(i), "wnid": wnid, "name": NAMES[wnid]} for i, wnid in enumerate(sorted(NAMES))]
     assert class_names(unpacked["imagenet"] / "train") == [row["wnid"] for row in rows]
 
 
-def test_validation_images_are_named_by_the_class_that_the_development_kit_gives_them(unpacked):
+def test_validation_images_are_named_by_their_class_in_the_development_kit(unpacked):
     wnids = {number: wnid for number, wnid, _ in KIT}
     images = zip(VAL_TRUTH, val_images().items())
     expected = {f"val/{wnids[t]}/{wnids[t]}_{name}": data for t, (name, data) in images}
@@ -78,11 +78,11 @@ def test_both_archives_share_a_folder_and_a_class_table(archives, unpacked, tmp_
     assert tree(tmp_path) == tree(unpacked["imagenet"]) | tree(unpacked["imagenet_val"])
     trained = class_names(tmp_path / "train")
     held_out = sorted(name for name in tree(tmp_path) if name.startswith("val"))
-    assert labels_of(held_out, trained) == [0, 0, 1, 1, 2]  # n01 twice, n02 twice, n03
+    assert labels_of(held_out, trained) == [0, 0, 1, 1, 2]  # two images of n01, two of n02, one of n03
 
 
-def test_names_lead_nowhere_else(archives, tmp_path):
-    """Folders in an archive's names, links and strangers' files are of no consequence."""
+def test_archive_names_cannot_write_outside_the_output_folder(archives, tmp_path):
+    """Directories in member names, links and unknown files in an archive are ignored."""
     images = train_images()
     wnid = "n01000000"
     honest = dict(images[wnid])
@@ -109,26 +109,26 @@ def test_names_lead_nowhere_else(archives, tmp_path):
 
 
 def make_squares(tmp_path, images, size, *flags):
-    """The squares of a database of these encoded images, in order: arrays [size, size, 3]."""
+    """Run lsun_bedroom.py on a database of encoded images. Returns its images, [size, size, 3] each."""
     write_lmdb(tmp_path / "db", {b"%04d" % i: data for i, data in enumerate(images)})
     call(lsun_bedroom, "--image-size", size, *flags, tmp_path / "db", tmp_path / "out").check()
     paths = sorted((tmp_path / "out").iterdir())
     return [np.asarray(Image.open(path)) for path in paths]
 
 
-def test_squares_are_means_of_blocks_from_the_middle(tmp_path):
-    """Halving with a box filter takes the mean of 2x2 pixels; twice the size repeats each."""
+def test_images_are_centre_cropped_and_box_filtered(tmp_path):
+    """Halving an image averages blocks of 2x2 pixels; doubling it repeats each pixel."""
     means = noise(0, 4, 7, 3).astype(int) // 2 + 40
-    offsets = np.array([[-30, 10], [6, 14]])  # of mean 0, and of whole means in each row and column
+    offsets = np.array([[-30, 10], [6, 14]])  # the mean is 0, and the mean of each row and column is an integer
     wide = np.kron(means, np.ones((2, 2, 1), int)) + np.tile(offsets, (4, 7))[..., None]
     small = noise(1, 2, 3, 3)
     squares = make_squares(tmp_path, [lossless(wide), lossless(wide.transpose(1, 0, 2)), lossless(small)], 4)
-    assert np.array_equal(squares[0], means[:, 1:5])  # 7 columns: one off the left, two off the right
+    assert np.array_equal(squares[0], means[:, 1:5])  # of 7 columns, 1 on the left and 2 on the right are cropped
     assert np.array_equal(squares[1], means.transpose(1, 0, 2)[1:5])
     assert np.array_equal(squares[2], np.kron(small, np.ones((2, 2, 1), int))[:, 1:5])
 
 
-def test_every_image_becomes_rgb(tmp_path):
+def test_every_image_is_converted_to_rgb(tmp_path):
     grey, colour = noise(0, 4, 4), noise(1, 4, 4, 3)
     opaque = np.concatenate([colour, np.full((4, 4, 1), 255)], axis=2)
     images = [encode(grey, "png"), lossless(opaque), encode(colour, "png")]
@@ -138,16 +138,16 @@ def test_every_image_becomes_rgb(tmp_path):
 
 
 def test_files_are_numbered_in_the_order_of_the_keys(tmp_path):
-    greys = {b"b": 20, b"a": 10, b"c": 30, b"Z": 0}  # an lmdb sorts them by bytes
+    greys = {b"b": 20, b"a": 10, b"c": 30, b"Z": 0}  # LMDB sorts keys by their bytes
     write_lmdb(tmp_path / "db", {key: encode(np.full((8, 8, 3), grey), "png") for key, grey in greys.items()})
-    data = tmp_path / "db" / "data.mdb"  # the file will do as well as its folder
+    data = tmp_path / "db" / "data.mdb"  # the path of the file works as well as that of its folder
     call(lsun_bedroom, "--prefix", "church", "--image_size", 8, data, tmp_path / "out").check()
     found = {path.name: int(np.asarray(Image.open(path)).mean()) for path in (tmp_path / "out").iterdir()}
     assert found == {f"church_{i:07d}.png": 10 * i for i in range(4)}
 
 
-def test_entries_that_cannot_be_decoded(tmp_path):
-    """They are named, the others are written, and the command fails unless it may leave them out."""
+def test_undecodable_entries_are_named(tmp_path):
+    """Undecodable entries are named, other entries are written, and without --skip_bad_images the command fails."""
     whole = lossless(noise(0, 16, 16, 3))
     write_lmdb(tmp_path / "db", {b"k0": whole, b"k1": b"no image", b"k2": whole, b"k\xff3": whole[:200]})
     args = ["--image-size", 16, tmp_path / "db", tmp_path / "out"]
@@ -182,7 +182,7 @@ def test_cifar10_from_its_archive(unpacked):
 @pytest.mark.parametrize("given", ["cifar-10-batches-bin", "."])
 def test_cifar10_from_the_unpacked_folder(archives, tmp_path, given):
     with tarfile.open(archives / "cifar.tar.gz") as tar:
-        tar.extractall(tmp_path)  # of the test's own making; older Pythons know no filter
+        tar.extractall(tmp_path)  # trusted archive; older Python versions have no filter argument
     call(cifar10, tmp_path / given, tmp_path / "out").check()
     check_cifar(tmp_path / "out")
 
@@ -218,10 +218,10 @@ def emoji_table(tmp_path):
     return tmp_path / "table.txt"
 
 
-def test_emoji_are_whole_centred_and_apart_from_those_held_out(emoji_table, tmp_path):
+def test_emoji_are_complete_and_centred_and_held_out_ones_are_separate(emoji_table, tmp_path):
     flags = ["--table", emoji_table, "--size", 40, "--held_out_dir", tmp_path / "held_out"]
     call(emoji, tmp_path / "out", *flags).check()
-    assert sorted(tree(tmp_path / "held_out")) == [  # a fifth, with all skin tones
+    assert sorted(tree(tmp_path / "held_out")) == [  # one fifth of the emoji, each with all its skin tones
         "food_1f34e.png", "people_1f44b-1f3fb.png", "people_1f44b-1f3ff.png", "people_1f44b.png",
     ]  # fmt: skip
     assert sorted(tree(tmp_path / "out")) == [
@@ -240,7 +240,7 @@ def test_emoji_are_whole_centred_and_apart_from_those_held_out(emoji_table, tmp_
     assert tree(tmp_path) == before
 
 
-def test_emoji_without_raqm_are_those_of_one_character(emoji_table, tmp_path, monkeypatch):
+def test_without_raqm_only_single_character_emoji_are_drawn(emoji_table, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFont.core, "HAVE_RAQM", False)
     done = call(emoji, tmp_path / "out", "--table", emoji_table).check()
     assert "raqm" in done.output
@@ -248,7 +248,7 @@ def test_emoji_without_raqm_are_those_of_one_character(emoji_table, tmp_path, mo
 
 
 @pytest.mark.skipif(not os.path.exists(emoji.TABLE), reason="needs the Debian package unicode-data")
-def test_unicodes_table_has_nine_classes():
+def test_unicode_table_has_nine_classes():
     found = emoji.read_table(emoji.TABLE)
     assert len(found) > 3600
     classes = "activities animals flags food objects people smileys symbols travel".split()
@@ -269,8 +269,8 @@ def test_a_missing_font_or_table_names_the_package_to_install(emoji_table, tmp_p
 # Commands
 
 
-def test_a_users_commands_do_without_torch(archives, unpacked, tmp_path):
-    """Loading it takes seconds. A mistake is met here too, as elsewhere it is in this process."""
+def test_commands_run_without_importing_torch(archives, unpacked, tmp_path):
+    """The data set scripts do not import torch, which takes seconds, neither on success nor on an input error."""
     module, args = command("imagenet", archives, tmp_path / "imagenet")
     done = run([module.__file__, *args]).check()
     assert done.output.splitlines()[-1] == (
@@ -283,7 +283,7 @@ def test_a_users_commands_do_without_torch(archives, unpacked, tmp_path):
 
 
 def readme_commands():
-    """The commands in the README's blocks: {script: [(number of ranks, arguments), ...]}."""
+    """Return the commands in the code blocks of the README: {script: [(number of ranks, arguments), ...]}."""
     text = (Path(DATASETS) / "README.md").read_text().replace("\\\n", " ")
     found = {}
     for line in re.findall(
@@ -296,7 +296,7 @@ def readme_commands():
     return found
 
 
-def test_readme_commands_are_those_of_the_scripts_and_of_the_released_models():
+def test_readme_commands_parse_and_match_the_released_models():
     parsed = {}
     for script, commands in readme_commands().items():
         parser = runpy.run_path(os.path.join(ROOT, script), run_name="readme")["create_argparser"]()

@@ -1,4 +1,4 @@
-"""The metrics of evaluations/ against what is known of Gaussians, identical sets, and small sets counted by hand."""
+"""The metrics of evaluations/, compared with closed forms for Gaussians and direct counts for small sets."""
 
 import itertools
 import json
@@ -26,8 +26,8 @@ def covariance(dim, rank=None, seed=0):
 # Frechet distance
 
 
-def test_distance_of_gaussians_that_commute():
-    """With common axes it is the sum over them of (difference of means)^2 + (difference of deviations)^2."""
+def test_frechet_distance_of_commuting_gaussians():
+    """With common principal axes, the distance is the sum of squared differences of means and standard deviations."""
     q, _ = np.linalg.qr(RNG.standard_normal((40, 40)))
     a, b = RNG.uniform(0, 3, 40), RNG.uniform(0, 3, 40)
     mu_a, mu_b = RNG.standard_normal((2, 40))
@@ -36,21 +36,21 @@ def test_distance_of_gaussians_that_commute():
 
 
 @pytest.mark.parametrize("ranks", [(5, 5), (5, 40), (40, 7), (1, 1), (40, 40)])
-def test_distance_of_any_ranks(ranks):
-    """tr (S1 S2)^(1/2) is the nuclear norm of A1^T A2, computed here from the factors that made the covariances."""
+def test_frechet_distance_of_rank_deficient_covariances(ranks):
+    """For covariances S1 = A1 A1^T and S2 = A2 A2^T, tr (S1 S2)^(1/2) is the nuclear norm of A1^T A2."""
     a, b = (np.random.default_rng(seed).standard_normal((40, rank)) for seed, rank in enumerate(ranks))
     zero = np.zeros(40)
     want = (a**2).sum() + (b**2).sum() - 2 * np.linalg.svd(a.T @ b, compute_uv=False).sum()
     assert frechet_distance(zero, a @ a.T, zero, b @ b.T) == pytest.approx(want, rel=1e-9)
 
 
-def test_a_gaussian_is_at_no_distance_from_itself():
+def test_a_gaussian_has_distance_zero_to_itself():
     for rank in (None, 10):
         sigma, mu = covariance(60, rank), RNG.standard_normal(60)
         assert abs(frechet_distance(mu, sigma, mu, sigma)) < 1e-6 * np.trace(sigma)
 
 
-def test_statistics_of_unlike_sizes_are_refused():
+def test_statistics_of_different_sizes_are_refused():
     with pytest.raises(ValueError, match="different shapes"):
         frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
 
@@ -60,9 +60,9 @@ def test_statistics_of_unlike_sizes_are_refused():
 
 @pytest.mark.parametrize("chunks", [[100], [1, 99], [37, 0, 63], [25] * 4])
 @pytest.mark.parametrize("at_once", [1, 30, 1024])
-def test_moments_in_chunks_and_of_several_ranks(chunks, at_once, monkeypatch):
+def test_moments_of_chunks_and_of_several_ranks(chunks, at_once, monkeypatch):
     monkeypatch.setattr(Moments, "ROWS", at_once)
-    rows = (1000 + RNG.standard_normal((100, 6))).astype(np.float32)  # far from zero, where naive sums lose digits
+    rows = (1000 + RNG.standard_normal((100, 6))).astype(np.float32)  # with a large mean, naive sums lose precision
     ends = list(itertools.accumulate(chunks))
     streamed, merged = Moments(6), Moments(6)
     for end, count in zip(ends, chunks):
@@ -77,10 +77,10 @@ def test_moments_in_chunks_and_of_several_ranks(chunks, at_once, monkeypatch):
         np.testing.assert_allclose(cov, np.cov(exact, rowvar=False), rtol=1e-9, atol=1e-12)
 
 
-def test_moments_keep_what_they_were_given():
+def test_moments_do_not_keep_a_reference_to_their_input():
     moments, buffer = Moments(2), np.zeros((2, 2))
     for value in (1.0, 3.0):
-        buffer[:] = value  # as a loop may that fills the same array again
+        buffer[:] = value  # a caller may reuse its buffer
         moments.update(buffer)
     mean, cov = moments.statistics()
     assert (mean == 2).all() and np.allclose(cov, 4 / 3)
@@ -102,17 +102,17 @@ def score(logits, split=5000):
     return value.value()
 
 
-def test_scores_that_are_known():
-    sure = 1e4 * np.eye(10).repeat(3, axis=0)  # ten classes, certainly and equally often: underflows to 0 in float32
+def test_inception_scores_with_known_values():
+    sure = 1e4 * np.eye(10).repeat(3, axis=0)  # certain predictions of ten equally frequent classes
     assert score(sure) == pytest.approx(10, rel=1e-12)
-    assert score(np.zeros((50, 7))) == pytest.approx(1, rel=1e-12)  # nothing is known of any image
-    assert score(np.tile([0.0, 3.0, -1.0], (20, 1))) == pytest.approx(1, rel=1e-12)  # all images are alike
-    p = np.array([0.9, 0.1])  # two images, mirrored: KL to the even mixture
+    assert score(np.zeros((50, 7))) == pytest.approx(1, rel=1e-12)  # every prediction is uniform
+    assert score(np.tile([0.0, 3.0, -1.0], (20, 1))) == pytest.approx(1, rel=1e-12)  # all predictions are identical
+    p = np.array([0.9, 0.1])  # two mirrored predictions: KL divergence to the uniform mean
     want = math.exp((p * np.log(p / 0.5)).sum())
     assert score(np.log([[0.9, 0.1], [0.1, 0.9]])) == pytest.approx(want, rel=1e-12)
 
 
-def test_splits_are_averaged_unweighted_however_they_come():
+def test_inception_score_is_the_unweighted_mean_over_splits_in_any_order():
     logits = RNG.standard_normal((23, 5)) * 3
     want = np.mean([score(logits[i : i + 10]) for i in (0, 10, 20)])
     assert score(logits, split=10) == pytest.approx(want, rel=1e-12)
@@ -138,8 +138,8 @@ def test_precision_and_recall_far_from_the_origin():
 
 
 @pytest.mark.parametrize("neighbours", [1, 3, 6])
-def test_tiles_do_not_matter(neighbours):
-    """Also with points that occur twice in a set, or in both sets."""
+def test_block_size_does_not_change_precision_and_recall(neighbours):
+    """Any block size gives the same result, even if points occur twice in a set or in both sets."""
     rng = np.random.default_rng(4)
     reference = rng.standard_normal((41, 6))
     samples = rng.standard_normal((30, 6)) * [1.5, 0.3, 0.3, 1, 1, 0.8]
@@ -153,8 +153,8 @@ def test_tiles_do_not_matter(neighbours):
 
 
 @pytest.mark.parametrize("dim, block", [(64, 7), (2048, 33), (2048, 2048)])
-def test_points_that_repeat_are_at_no_distance(dim, block):
-    """As of a model that makes the same few images again and again: every ball is a point, and has its copies in it."""
+def test_repeated_points_have_radius_zero(dim, block):
+    """If each point occurs five times, every ball has radius zero and still contains the copies of its centre."""
     rng = np.random.default_rng(5)
     few = (10 + rng.random((20, dim))).astype(np.float32)
     many = few.repeat(5, axis=0)
@@ -165,8 +165,8 @@ def test_points_that_repeat_are_at_no_distance(dim, block):
     assert precision_recall(many, half, block=block) == (0.5, 0.5)
 
 
-def test_points_that_nearly_repeat_are_told_apart():
-    """As features are of images that differ in little: a ten thousandth of their size."""
+def test_nearly_identical_points_are_distinguished():
+    """Points that differ by 1e-4 of their size, like features of very similar images, have exact radii."""
     rng = np.random.default_rng(6)
     few = rng.random((10, 256))
     close = np.concatenate([few + 1e-4 * i * np.eye(256)[i] for i in range(1, 6)])
@@ -174,20 +174,20 @@ def test_points_that_nearly_repeat_are_told_apart():
     assert precision_recall(close, few.repeat(5, axis=0), 1) == by_hand(close, few.repeat(5, axis=0), 1)
 
 
-def test_a_set_covers_itself():
+def test_a_set_has_precision_and_recall_1_with_itself():
     points = RNG.standard_normal((50, 8)).astype(np.float32)
     assert precision_recall(points, points.copy()) == (1.0, 1.0)
     assert precision_recall(points, points + 1000) == (0.0, 0.0)
 
 
-def test_radii_are_squared_distances_to_the_third_of_the_others():
+def test_radii_are_squared_distances_to_the_third_nearest_neighbour():
     line = th.tensor([[0.0], [1.0], [3.0], [7.0], [7.0]], dtype=th.float64)
     assert manifold_radii(line).tolist() == [49.0, 36.0, 16.0, 36.0, 36.0]
     with pytest.raises(ValueError, match="3 points have no 3 neighbours"):
         manifold_radii(line[:3])
 
 
-# In one piece the distances would take 288 MB; a tile takes half a megabyte, the features themselves 12.
+# The full distance matrix would take 288 MB; one block of distances takes 0.5 MB and the features take 12 MB.
 MEMORY = """
 import json, re
 import numpy as np
@@ -199,25 +199,25 @@ def memory(name):
 
 rng = np.random.default_rng(0)
 reference, samples = (rng.standard_normal((n, 512)).astype(np.float32) for n in (6000, 500))
-precision_recall(reference[:300], samples[:300], block=256)  # what the libraries take for themselves
+precision_recall(reference[:300], samples[:300], block=256)  # a warm-up: the libraries allocate their own memory
 before = memory("VmRSS")
 found = precision_recall(reference, samples, block=256)
 print(json.dumps([memory("VmHWM") - before, found]))
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read where Linux tells it")
-def test_memory_does_not_grow_with_the_square_of_the_points():
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc/self/status to read the memory use")
+def test_memory_does_not_grow_quadratically_with_the_number_of_points():
     grown, (precision, recall) = json.loads(run(["-c", MEMORY]).check().output.splitlines()[-1])
     assert grown < 0.1 * 6000**2 * 8
     assert 0 < precision < 1 and 0 < recall < 1
 
 
-# Values that are not finite
+# Non-finite values
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite_are_refused(bad):
+def test_non_finite_values_are_refused(bad):
     rows = RNG.standard_normal((6, 3))
     good, spoilt = rows.copy(), rows.copy()
     spoilt[4, 1] = bad

@@ -1,4 +1,4 @@
-"""From flags to networks and processes: defaults, written lists, unusual sizes, and flags that are refused."""
+"""Building networks and diffusion processes from flags: defaults, lists, unusual sizes, and refused flags."""
 
 import pytest
 import torch as th
@@ -29,12 +29,12 @@ def flags(**changes):
     ],
 )
 def test_default_channel_multiples(image_size, expected):
-    # The paper's for its sizes; of other sizes it is asked that they halve evenly, to no less than 4.
+    # 64, 128, 256 and 512 are the sizes in the paper. Other sizes are halved only while the result is an integer >= 4.
     assert script_util.default_channel_mult(image_size) == expected
 
 
 def test_upsampler_channel_multiples():
-    # At 512 the upsampler's first level is not halved.
+    # At size 512, unlike the diffusion model, the upsampler does not start with a channel multiple of 0.5.
     with th.device("meta"):
         model, _ = script_util.sr_create_model_and_diffusion(
             **{**script_util.sr_model_and_diffusion_defaults(), "large_size": 512}
@@ -56,17 +56,17 @@ def test_unusual_sizes_from_flags(image_size, changes):
     assert all(p.grad is not None for p in model.parameters())
     if chosen["class_cond"]:
         assert model.label_emb.num_embeddings == 5
-    assert sum(isinstance(m, AttentionBlock) for m in model.output_blocks.modules()) == 2  # at 12x12 only
+    assert sum(isinstance(m, AttentionBlock) for m in model.output_blocks.modules()) == 2  # attention only at 12x12
 
 
-def test_written_lists():
+def test_lists_in_flags_are_parsed():
     with th.device("meta"):
         one = script_util.create_model(512, 64, 1, channel_mult="0.5, 1,1", attention_resolutions=" 32, 16, 8")
     assert one.channel_mult == (0.5, 1, 1)
     assert one.attention_resolutions == (16, 32, 64)
 
 
-def test_create_model_has_its_own_defaults():
+def test_create_model_defaults_differ_from_script_defaults():
     with th.device("meta"):
         bare, scripts = script_util.create_model(64, 32, 1), script_util.create_model_and_diffusion(**flags())[0]
     assert bare.attention_resolutions == (4,) and scripts.attention_resolutions == (4, 8)

@@ -1,4 +1,4 @@
-"""Guidance by the scripts: when the classifier runs, its precision, and the distribution of the samples."""
+"""Classifier guidance in the scripts: when the classifier runs, its precision, and the sample distribution."""
 
 import math
 from functools import partial
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The timesteps at which the classifier runs, one for each batch and step."""
+    """Return a list that records the timestep of each classifier call, one call per batch and step."""
     times, forward = [], EncoderUNetModel.forward
 
     def recording(self, x, timesteps):
@@ -41,7 +41,7 @@ def sample(monkeypatch, folder, script="classifier_sample", **options):
 
 
 @pytest.mark.parametrize("use_ddim", [False, True])
-def test_the_classifier_runs_at_every_step_unless_the_scale_is_0(use_ddim, networks, seen, monkeypatch, tmp_path):
+def test_classifier_runs_at_every_step_unless_the_scale_is_0(use_ddim, networks, seen, monkeypatch, tmp_path):
     options = dict(networks, timestep_respacing=5, use_ddim=use_ddim, classes="balanced")
     guided = sample(monkeypatch, tmp_path / "guided", **options)
     assert seen == sorted(space_timesteps(1000, "5"), reverse=True)
@@ -55,7 +55,7 @@ def test_the_classifier_runs_at_every_step_unless_the_scale_is_0(use_ddim, netwo
 
 
 @pytest.mark.parametrize("use_ddim", [False, True])
-def test_guidance_may_be_limited_to_an_interval(use_ddim, networks, seen, monkeypatch, tmp_path):
+def test_guidance_can_be_limited_to_an_interval(use_ddim, networks, seen, monkeypatch, tmp_path):
     options = dict(networks, timestep_respacing=10, use_ddim=use_ddim)
     steps = sorted(space_timesteps(1000, "10"), reverse=True)  # 999, 888, ... 0
     images = {}
@@ -67,12 +67,12 @@ def test_guidance_may_be_limited_to_an_interval(use_ddim, networks, seen, monkey
         assert seen == [t for t in steps if a <= t / 1000 <= b], interval
     assert (images["0,1"] == images[""]).all()
     unguided = sample(monkeypatch, tmp_path / "none", **{**options, "classifier_scale": 0})["arr_0"]
-    assert np.abs(images["0.95,0.96"].astype(int) - unguided).max() <= 1  # it contains no step
+    assert np.abs(images["0.95,0.96"].astype(int) - unguided).max() <= 1  # no step in 0.95..0.96
     assert (images["0.2,0.8"] != images[""]).any() and (images["0.2,0.8"] != unguided).any()
 
 
-def test_the_interval_is_a_fraction_of_the_process():
-    """Also if timesteps are rescaled, or the process has not 1000 of them."""
+def test_guidance_interval_is_a_fraction_of_the_process():
+    """The interval is a fraction of the process even if timesteps are rescaled or their number is not 1000."""
     for steps, rescaled in [(500, False), (500, True), (4000, True)]:
         diffusion = create_gaussian_diffusion(steps=steps, timestep_respacing="8", rescale_timesteps=rescaled)
         shown = []
@@ -89,7 +89,7 @@ def test_the_interval_is_a_fraction_of_the_process():
         assert 0 < len(want) < 8 and shown == pytest.approx([s * (1000 if rescaled else steps) for s in want])
 
 
-def test_bad_intervals_and_scales_are_refused():
+def test_invalid_intervals_and_scales_are_refused():
     diffusion = create_gaussian_diffusion(timestep_respacing="5")
     for interval in ("0.2", "0.8,0.2", "-0.1,0.5", "0.5,1.5", "a,b", "0,0.2,0.4", ","):
         for scale in (1.0, 0.0):
@@ -98,7 +98,7 @@ def test_bad_intervals_and_scales_are_refused():
         refused(lambda s=scale: guide(lambda x, t: x, diffusion, s), f"--classifier_scale {scale}")
 
 
-def test_a_classifier_of_clean_images_gives_a_warning(networks, monkeypatch, tmp_path):
+def test_a_classifier_trained_on_clean_images_gives_a_warning(networks, monkeypatch, tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(open(networks["classifier_path"], "rb").read())
     (tmp_path / "config.json").write_text('{"flags": {"noised": false}}')
@@ -107,7 +107,7 @@ def test_a_classifier_of_clean_images_gives_a_warning(networks, monkeypatch, tmp
     assert f"{path} was trained on clean images" in (tmp_path / "out" / "log.txt").read_text()
 
 
-# The precisions of the diffusion model and the classifier
+# {class_cond: pairs of the precisions of the diffusion model and of the classifier}
 HALVES = {
     True: [(None, None), ("fp16", None), (None, "fp16"), ("bf16", "bf16")],
     False: [(None, None), ("bf16", None), (None, "bf16"), ("fp16", "fp16")],
@@ -135,7 +135,7 @@ def test_either_network_in_half_precision(use_ddim, class_cond, networks, monkey
     assert guidance > 1
     for halves, images in found.items():
         rounding = np.abs(images - full).mean()
-        most = 0.2 if "bf16" in halves else 0.05  # of what guidance changes; bf16 has three bits less
+        most = 0.2 if "bf16" in halves else 0.05  # relative to the effect of guidance; bf16 is less precise than fp16
         assert rounding == 0 if halves == (None, None) else 0 < rounding < most * guidance, halves
 
 
@@ -143,8 +143,8 @@ def test_either_network_in_half_precision(use_ddim, class_cond, networks, monkey
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_each_sample_is_guided_to_its_own_label(name):
-    """At scale 1, with an exact model and classifier of a mixture, samples have the moments of their component."""
+def test_each_sample_is_guided_towards_its_own_label(name):
+    """At scale 1, with the exact model and classifier of a mixture, samples have the moments of their component."""
     labels, diffusion = (th.arange(600) % 3 == 0).long(), process(100, var=FIXED_LARGE)
     exact = exact_model(MIXTURE, diffusion)
     cond_fn = classifier_cond_fn(lambda x, t: MIXTURE.log_joint(x, Tables(diffusion.betas, t, x)))
@@ -154,5 +154,5 @@ def test_each_sample_is_guided_to_its_own_label(name):
     samples = th.cat(batches).flatten()
     assert ((samples > 0) == (labels == 1)).all()
     for label, (mean, std) in enumerate(zip(MIXTURE.means, MIXTURE.stds)):
-        # The biases of 100 steps are those of test_analytic_truth.
+        # test_analytic_truth.py allows the same biases for 100 sampling steps.
         assert_moments(samples[labels == label], float(mean), float(std) ** 2, bias=5 / 100, relative_bias=20 / 100)

@@ -1,4 +1,4 @@
-"""How jobs end: a rank that fails says why and takes the others along, and a healthy job does not hang."""
+"""How jobs end: a failing rank prints its error and ends all ranks, and a successful job does not hang."""
 
 import blobfile
 import pytest
@@ -34,7 +34,7 @@ KILLED = "if rank == 1: os.kill(os.getpid(), signal.SIGKILL)"
         ("mpiexec", BAD_FLAG, "error: --flag 7: too many"),
         ("mpiexec", BUG, "RuntimeError: the disk is on fire"),
         ("torchrun", BAD_IMAGE, "rank 1: error: image.png: broken"),
-        ("mpiexec", KILLED, "signal 9"),  # the launcher's words
+        ("mpiexec", KILLED, "signal 9"),  # printed by mpiexec
         ("torchrun", KILLED, "error: lost the connection to another rank"),
     ],
 )
@@ -43,7 +43,7 @@ def test_a_failing_rank_ends_the_job_and_says_why(launcher, failure, line, tmp_p
     done = run(["-c", FAILING.format(failure=failure), str(note)], ranks=2, launcher=launcher)
     assert done.returncode != 0 and done.ended - float(note.read_text()) < 10, done.output
     assert line in done.output
-    assert "<string>" not in done.output or failure == BUG, done.output  # no traceback of a rank's
+    assert "<string>" not in done.output or failure == BUG, done.output  # no traceback from a rank
 
 
 @pytest.mark.parametrize(
@@ -53,15 +53,15 @@ def test_a_failing_rank_ends_the_job_and_says_why(launcher, failure, line, tmp_p
         "x = th.ones(4)\ndist.send(x, 1) if rank == 0 else dist.recv(x, 0) if rank == 1 else None",
         "dist.destroy_process_group(); dist_util.setup_dist(); dist_util.wait_for_all()",
     ],
-    ids=["one rank later", "the caller's messages", "a second group"],
+    ids=["one rank finishes later", "point-to-point messages", "a second process group"],
 )
-def test_healthy_jobs_end_well(code):
+def test_successful_jobs_end_without_errors(code):
     start = "import time, torch as th, torch.distributed as dist\nfrom guided_diffusion import dist_util\n"
     outcome, _ = run_ranks(3, [], f"{start}dist_util.setup_dist(); rank = dist_util.get_rank()\n{code}\n")
     assert outcome.returncode == 0 and not outcome.output, outcome.output
 
 
-# A thread that wants the GIL as the process ends, when only a thread that sleeps or waits lets it go.
+# A thread needs the GIL at exit. With this switch interval, only a thread that sleeps or waits releases the GIL.
 GIL_WANTED = """
 import atexit, sys, threading
 import torch.distributed as dist
@@ -76,7 +76,7 @@ sys.setswitchinterval(1000)
 
 
 def test_threads_get_the_gil_before_the_process_group_is_destroyed():
-    # destroy_process_group joins gloo's threads, before torch 2.13 with the GIL held: jobs hung at their end.
+    # Before torch 2.13, destroy_process_group joined gloo's threads while it held the GIL, so jobs hung at exit.
     assert "the thread has finished: True" in run_ranks(2, [], GIL_WANTED)[0].check().output
 
 
@@ -92,7 +92,7 @@ def test_threads_get_the_gil_before_the_process_group_is_destroyed():
         (None, ["main memory", "4000000000000000 bytes", "--batch_size"]),
     ],
 )  # fmt: skip
-def test_errors_of_the_system_are_told_in_one_line(error, words):
+def test_system_errors_become_one_line_messages(error, words):
     if error is None:
         with pytest.raises(RuntimeError) as caught:
             th.empty(10**15)

@@ -1,4 +1,4 @@
-"""The likelihood script: right where the entropy is a formula, each image once, on any ranks; its files and plot."""
+"""image_nll.py: agreement with a known entropy, each image counted once on any number of ranks, files and plot."""
 
 import math
 import os
@@ -18,12 +18,12 @@ from guided_diffusion import likelihood_util, sampling_networks
 from guided_diffusion.likelihood_util import TERMS, bits_per_dim
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
-DATA = GaussianData([0.0, 0.1, -0.1], [0.2, 0.15, 0.25])  # four standard deviations or more within the grey levels
+DATA = GaussianData([0.0, 0.1, -0.1], [0.2, 0.15, 0.25])  # [-1, 1] covers at least 3.5 standard deviations
 STEPS = 250
 
 
 def write_images(folder, count, size=8, data=DATA, seed=0):
-    """Images whose pixels are independent draws from the data, rounded to grey levels."""
+    """Write images with pixels drawn independently from `data`, rounded to grey levels. Returns the folder's path."""
     folder.mkdir()
     rng = np.random.default_rng(seed)
     mean, std = (v.flatten().numpy() for v in (data.mean, data.variance.sqrt()))
@@ -42,8 +42,8 @@ def read_result(folder):
     return result, int(said[1]), float(said[2]), float(said[3])
 
 
-def test_the_script_finds_the_entropy_and_its_terms(monkeypatch, tmp_path):
-    """With the exact model of DATA in place of the network that the flags describe."""
+def test_bits_per_dim_matches_the_entropy(monkeypatch, tmp_path):
+    """With the exact model of DATA instead of a network, the script reports the entropy of DATA."""
     pytest.importorskip("matplotlib")
     diffusion = process(STEPS, var=LEARNED)
     exact = exact_model(DATA, diffusion)
@@ -56,31 +56,31 @@ def test_the_script_finds_the_entropy_and_its_terms(monkeypatch, tmp_path):
     result, count, mean, error = read_result(tmp_path / "out")
     assert count == 120 == len(result["total_bpd"])
     assert mean == pytest.approx(result["total_bpd"].mean(), abs=1e-4)
-    # The standard error of independent images, each of them the mean over 192 independent pixels
+    # The standard error of the mean over 120 independent images
     assert error == pytest.approx(result["total_bpd"].std(ddof=1) / math.sqrt(120), abs=1e-4)
-    # A pixel's -log2 p has a standard deviation of sqrt(1 / 2) nats; the noise of 250 timesteps adds to it.
+    # -log p of a pixel has a standard deviation of sqrt(1 / 2) nats; the noise of 250 timesteps increases the error.
     assert math.sqrt(0.5) / math.log(2) / math.sqrt(120 * 192) < error < 0.02
-    # The error that more images would not reduce is below 0.005: see test_analytic_truth.
+    # The systematic error is below 0.005 bits per dimension, as in test_analytic_truth.py.
     assert abs(mean - gaussian_bpd(DATA)) < 4 * error + 0.005
 
     assert result.keys() == {"total_bpd", "prior_bpd", *TERMS}
     assert all(result[name].shape == (STEPS,) for name in TERMS)
     total = result["vb"].sum() + result["prior_bpd"].mean()
     assert total == pytest.approx(result["total_bpd"].mean(), rel=1e-6)
-    for name in TERMS:  # as the original wrote them
+    for name in TERMS:  # the original codebase writes one file per term
         with np.load(tmp_path / "out" / f"{name}_terms.npz") as arrays:
             assert (arrays["arr_0"] == result[name]).all()
-    # From the last timestep to the first: x_start is harder to tell from noise, eps is harder to tell from the data.
+    # Arrays run from the last timestep to the first. x_start is hard to predict at high noise, and eps at low noise.
     assert result["xstart_mse"][0] > 50 * result["xstart_mse"][-1] and result["mse"][-1] > 50 * result["mse"][0]
     with Image.open(tmp_path / "out/terms.png") as plot:
-        assert plot.width > 800 and len(np.unique(np.asarray(plot.convert("L")))) > 20  # something is drawn
+        assert plot.width > 800 and len(np.unique(np.asarray(plot.convert("L")))) > 20  # the plot is not blank
 
 
-# Each image once, for all ranks and batch sizes
+# Each image is counted once, for any number of ranks and any batch size
 
 
 class Numbered:
-    """A dataset of images of a single level each."""
+    """A data set in which all pixels of image i, and its label, encode the number i."""
 
     def __init__(self, count):
         self.count = count
@@ -93,7 +93,7 @@ class Numbered:
 
 
 class Tracing:
-    """Replaces a process: its terms are the images' numbers and their noise."""
+    """Stands in for a diffusion process: the loss terms of an image are its number and its noise."""
 
     num_timesteps = 2
 
@@ -106,23 +106,23 @@ class Tracing:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_each_image_counts_once(batch_size):
+def test_each_image_is_counted_once(batch_size):
     one = bits_per_dim(Tracing(), None, Numbered(11), 11)
     result = bits_per_dim(Tracing(), None, Numbered(11), batch_size)
-    assert result["total_bpd"] == pytest.approx(np.arange(11), abs=1e-4)  # in the order of the images
-    assert (result["prior_bpd"] == one["prior_bpd"]).all()  # each with its own noise
+    assert result["total_bpd"] == pytest.approx(np.arange(11), abs=1e-4)  # in image order
+    assert (result["prior_bpd"] == one["prior_bpd"]).all()  # the noise of an image does not depend on the batch size
     assert (bits_per_dim(Tracing(), None, Numbered(11), 4, seed=1)["prior_bpd"] != one["prior_bpd"]).all()
     assert result["mse"] == pytest.approx([5, one["prior_bpd"].mean()], abs=1e-5)
 
 
-def test_the_number_of_images_may_be_limited():
+def test_the_number_of_images_can_be_limited():
     for count, found in ((7, 7), (99, 11)):
         assert len(bits_per_dim(Tracing(), None, Numbered(11), 2, count=count)["total_bpd"]) == found
     refused(lambda: bits_per_dim(Tracing(), None, Numbered(3), 1, count=0), "--num_samples 0")
     refused(lambda: bits_per_dim(Tracing(), None, Numbered(3), 0), "--batch_size 0")
 
 
-# The script with a network
+# The script with a real network
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def stage(tmp_path_factory):
     return dict(data_dir=images, model_path=path, timestep_respacing=3, num_workers=0)
 
 
-def test_ranks_agree(stage, monkeypatch, tmp_path):
+def test_three_ranks_give_the_same_result_as_one(stage, monkeypatch, tmp_path):
     run_here(monkeypatch, "image_nll", **stage, batch_size=7, log_dir=tmp_path / "1")
     argv = [script("image_nll"), *flags(**stage, batch_size=2, log_dir=tmp_path / "3")]
     assert run_ranks(3, argv)[0].check().output.count("bits/dim") == 1
@@ -143,7 +143,7 @@ def test_ranks_agree(stage, monkeypatch, tmp_path):
         assert three[name] == pytest.approx(one[name], rel=1e-4)
 
 
-def test_half_precision_is_converted(stage, monkeypatch, tmp_path):
+def test_half_precision_changes_the_result_only_slightly(stage, monkeypatch, tmp_path):
     totals = {}
     with quick_half_convolutions(monkeypatch):
         for half in (False, True):
@@ -168,7 +168,7 @@ def test_images_are_neither_flipped_nor_cropped_at_random(stage, monkeypatch, tm
     assert read_result(tmp_path)[1] == 7
 
 
-def test_bad_input(stage, monkeypatch, tmp_path):
+def test_invalid_flags_are_refused(stage, monkeypatch, tmp_path):
     for changes, words in [
         (dict(data_dir=""), ["--data_dir is missing"]),
         (dict(batch_size=0), ["--batch_size 0"]),

@@ -1,4 +1,4 @@
-"""Tests of the logger: metrics, messages and the files that hold them."""
+"""The logger: metrics, messages, and the files that contain them."""
 
 import csv
 import io
@@ -44,7 +44,7 @@ def read_json(path):
 
 
 def read_losses(folder):
-    """The points of the TensorBoard curve "loss", as it is drawn."""
+    """Return the (step, value) points of the TensorBoard curve "loss"."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder)).Reload()
@@ -55,16 +55,16 @@ def read_losses(folder):
 # Metrics
 
 
-def test_rows(tmp_path):
+def test_metrics_of_a_row_are_replaced_or_averaged(tmp_path):
     logger.configure(str(tmp_path), format_strs=["json"])
     logger.logkv("step", 1)
-    logger.logkv("step", 2)  # replaces
+    logger.logkv("step", 2)  # replaces the first value
     for value in (1.0, 2.0, 6.0):
         logger.logkv_mean("loss", value)
     logger.logkvs({"a": 3, "b": 4})
     assert logger.dumpkvs() == {"step": 2, "loss": 3.0, "a": 3, "b": 4}
     assert logger.getkvs() == {}
-    logger.logkv_mean("loss", 10.0)  # a mean of this row alone
+    logger.logkv_mean("loss", 10.0)  # earlier rows do not count
     assert logger.dumpkvs() == {"loss": 10.0}
     assert read_json(tmp_path / "progress.json") == [{"step": 2, "loss": 3.0, "a": 3, "b": 4}, {"loss": 10.0}]
 
@@ -74,7 +74,7 @@ def test_metrics_before_configure_are_kept_in_memory():
     assert logger.Logger.CURRENT.dumpkvs() == {"early": 1} and logger.get_dir() is None
 
 
-def test_values_of_numpy_and_torch(tmp_path):
+def test_numpy_and_torch_values_are_written(tmp_path):
     logger.configure(str(tmp_path), format_strs=["json", "csv"])
     dump({"n": np.float32(0.5), "i": np.int64(7), "t": th.tensor(2.5), "s": "text"}, {"n": float("nan")})
     first, second = read_json(tmp_path / "progress.json")
@@ -97,7 +97,7 @@ def test_profile_kv_adds_durations(tmp_path):
 def test_log_is_a_table(tmp_path):
     logger.configure(str(tmp_path), format_strs=["log"])
     logger.log("first", 2, "third")
-    dump({}, {"loss": th.tensor(0.123456), "big": 1234567.0, "k" * 60: "text"})  # no table for the empty row
+    dump({}, {"loss": th.tensor(0.123456), "big": 1234567.0, "k" * 60: "text"})  # an empty row prints no table
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert lines[:2] == [f"Logging to {tmp_path}", "first 2 third"]
     table = lines[2:]
@@ -108,7 +108,7 @@ def test_log_is_a_table(tmp_path):
     assert any(key.startswith("kkk") and key.endswith("...") for key in cells)
 
 
-def test_characters_that_an_encoding_lacks_are_escaped(tmp_path, monkeypatch):
+def test_characters_that_cannot_be_encoded_are_escaped(tmp_path, monkeypatch):
     name = os.fsdecode(b"caf\xe9_0.png")  # a Latin-1 file name on a UTF-8 file system
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -130,10 +130,10 @@ def test_csv_columns_that_appear_later(tmp_path):
     assert os.listdir(tmp_path) == ["progress.csv"]  # the temporary file is gone
 
 
-# What a resumed run drops
+# Records that a resumed run removes
 
 
-def test_tensorboard(tmp_path):
+def test_resumed_tensorboard_curve_has_no_duplicate_steps(tmp_path):
     pytest.importorskip("tensorboard")
     logger.configure(str(tmp_path), format_strs=["tensorboard"])
     dump({"step": 10, "loss": 0.5, "text": "no number"}, {"step": 20, "loss": 0.25}, {"step": 30, "loss": 7.0})
@@ -144,7 +144,7 @@ def test_tensorboard(tmp_path):
     assert read_losses(tmp_path) == [(10, 0.5), (20, 0.3), (30, 0.2)]
 
 
-def test_rows_from_the_step_on_and_unfinished_rows_are_dropped(tmp_path):
+def test_rows_from_the_resumed_step_and_unfinished_rows_are_removed(tmp_path):
     rows = [{"step": 0, "loss": 3.5}, {"step": 1}, {"note": "no step"}, {"step": 2, "loss": 2.5}]
     logger.configure(str(tmp_path), format_strs=["csv", "json", "log"], log_suffix="-rank002")
     dump(*rows)
@@ -162,8 +162,8 @@ def test_rows_from_the_step_on_and_unfinished_rows_are_dropped(tmp_path):
     assert read_csv(tmp_path / "progress.csv") == in_csv
 
 
-def test_other_files_stay(tmp_path):
-    """Files without steps, files of other names and messages are not cut."""
+def test_other_files_are_not_truncated(tmp_path):
+    """Files without a step column, files with other names, and messages are not truncated."""
     before = {"progress.csv": "name\na\nb\n", "progress.json": '{"a": 1}\n', "progress-old.csv": "step\n1\n2"}
     before["log.txt"] = "| step | 1 |\nstopping after"
     for name, text in before.items():
@@ -179,7 +179,7 @@ def test_other_files_stay(tmp_path):
 # Levels
 
 
-def test_levels(tmp_path):
+def test_log_levels(tmp_path):
     logger.configure(str(tmp_path), format_strs=["log"])
     logger.debug("debug 1")  # below the default level
     logger.info("info 1")
@@ -197,7 +197,7 @@ def test_levels(tmp_path):
 # Folders and formats
 
 
-def test_configure_by_environment(tmp_path, monkeypatch):
+def test_configure_by_environment_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "deep" / "run"))
     monkeypatch.setenv("OPENAI_LOG_FORMAT", "json,csv")
     logger.configure()
@@ -205,7 +205,7 @@ def test_configure_by_environment(tmp_path, monkeypatch):
     assert logger.get_dir() == str(tmp_path / "deep" / "run")
     assert sorted(os.listdir(logger.get_dir())) == ["progress.csv", "progress.json"]
     monkeypatch.setenv("HOME", str(tmp_path))
-    logger.configure("~/other", format_strs=["log"])  # arguments take precedence
+    logger.configure("~/other", format_strs=["log"])  # arguments take precedence over environment variables
     assert os.listdir(tmp_path / "other") == ["log.txt"]
 
 
@@ -232,14 +232,14 @@ def test_default_folders_differ():
     assert re.match(rf"{tempfile.gettempdir()}/openai-\d{{4}}-\d\d-\d\d-", first)
 
 
-def test_bad_formats_and_folders_are_refused(tmp_path):
+def test_invalid_formats_and_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match="'xml'.*stdout, log, json, csv, tensorboard"):
         logger.configure(str(tmp_path), format_strs=["xml"])
     with pytest.raises(InputError, match="--log_dir s3://b/run: must be a local folder"):
         logger.configure("s3://b/run")
 
 
-def test_scoped_configure(tmp_path):
+def test_scoped_configure_restores_the_previous_logger(tmp_path):
     logger.configure(str(tmp_path / "outer"), format_strs=["json"])
     logger.logkv("outer", 1)
     with pytest.raises(ZeroDivisionError), logger.scoped_configure(str(tmp_path / "inner"), format_strs=["json"]):
@@ -256,7 +256,7 @@ def test_scoped_configure(tmp_path):
 
 
 def test_averages_over_ranks_are_weighted_by_counts(tmp_path):
-    others = [{"loss": (10.0, 1), "theirs": (7.0, 2)}, {}]  # what two other ranks send
+    others = [{"loss": (10.0, 1), "theirs": (7.0, 2)}, {}]  # metrics of two other ranks: (mean, count)
     comm = SimpleNamespace(rank=0, allgather=lambda mine: [mine, *others])
     logger.configure(str(tmp_path), format_strs=["json"], comm=comm)
     for value in (1.0, 2.0, 3.0):
@@ -266,7 +266,7 @@ def test_averages_over_ranks_are_weighted_by_counts(tmp_path):
     assert logger.dumpkvs() == pytest.approx(expected)
     assert read_json(tmp_path / "progress.json") == [pytest.approx(expected)]
 
-    # Another rank returns the averages and leaves writing to rank 0.
+    # Ranks other than 0 return the averages but write no file.
     logger.configure(str(tmp_path / "other"), format_strs=["json"])
     logger.get_current().set_comm(SimpleNamespace(rank=1, allgather=lambda mine: [mine, {"loss": (3.0, 1)}]))
     logger.logkv("loss", 1.0)

@@ -1,4 +1,4 @@
-"""The networks: every option of UNets, upsamplers and classifiers, and the combinations that are refused."""
+"""UNets, upsamplers and classifiers: every option, and the combinations of options that are refused."""
 
 import pytest
 import torch as th
@@ -16,7 +16,7 @@ from guided_diffusion.unet import (
     UNetModel,
 )
 
-# Every option of the networks
+# UNet options
 
 OPTIONS = {
     "plain": {},
@@ -55,33 +55,33 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_option(name):
+def test_unet_option(name):
     options = {**SMALL, **OPTIONS[name]}
     model = UNetModel(**options)
     x, t, labels = input_for(options)
     x.requires_grad_(True)
-    assert not model(x, t, **labels).any()  # a new model's last convolution is zero
+    assert not model(x, t, **labels).any()  # the last convolution is initialised to zero
     fill_by_name(model).train()
     output = model(x, t, **labels)
     assert output.shape == (2, options["out_channels"], *x.shape[2:]) and output.dtype == th.float32
     output.pow(2).mean().backward()
     for key, p in [("x", x), *model.named_parameters()]:
         assert p.grad is not None and p.grad.isfinite().all(), key
-        # A weight that is used gets a gradient. (A bias before a norm of single channels rightly gets none.)
+        # Every weight matrix has a nonzero gradient. A bias before a norm with one channel per group has none.
         assert p.ndim < 2 or p.grad.any(), key
     model.eval()
     with th.no_grad():
         once, again = model(x, t, **labels), model(x, t, **labels)
         assert th.equal(once, again)
-        assert relative_error(model(x, t.flip(0), **labels), once) > 1e-3  # time matters
+        assert relative_error(model(x, t.flip(0), **labels), once) > 1e-3  # the output depends on the timestep
         alone = model(x[1:], t[1:], **{key: y[1:] for key, y in labels.items()})
-        th.testing.assert_close(alone, once[1:], rtol=1e-3, atol=1e-4)  # the rest of the batch does not
+        th.testing.assert_close(alone, once[1:], rtol=1e-3, atol=1e-4)  # independent of other images in the batch
         if options.get("num_classes", 1) > 1:
             assert relative_error(model(x, t, y=labels["y"].flip(0)), once) > 1e-4
 
 
 @pytest.mark.parametrize("size", [(8, 16), (16, 4), (24, 8)])
-def test_sizes_other_than_the_built_for(size):
+def test_input_size_may_differ_from_image_size(size):
     model = fill_by_name(UNetModel(**SMALL, resblock_updown=True))
     x, t = randn(0, 2, 3, *size), th.tensor([0, 500])
     with th.no_grad():
@@ -89,7 +89,7 @@ def test_sizes_other_than_the_built_for(size):
 
 
 def test_transposed_images_give_transposed_outputs():
-    # With kernels that are symmetric in the two axes nothing tells height from width.
+    # If all kernels are symmetric, the network is equivariant to transposing height and width.
     model = fill_by_name(UNetModel(**SMALL))
     for p in model.parameters():
         if p.ndim == 4:
@@ -99,7 +99,7 @@ def test_transposed_images_give_transposed_outputs():
         th.testing.assert_close(model(x.mT, t), model(x, t).mT, rtol=1e-3, atol=1e-4)
 
 
-def test_dropout_only_in_training():
+def test_dropout_is_active_only_in_training_mode():
     model = fill_by_name(UNetModel(**SMALL, dropout=0.5))
     x, t, _ = input_for(SMALL)
     with th.no_grad():
@@ -110,7 +110,7 @@ def test_dropout_only_in_training():
 
 
 @pytest.mark.parametrize("kind", ["unet", "classifier"])
-def test_checkpointing_changes_nothing_but_memory(kind):
+def test_activation_checkpointing_does_not_change_outputs_and_gradients(kind):
     def make(use_checkpoint):
         if kind == "unet":
             return fill_by_name(UNetModel(**SMALL, use_checkpoint=use_checkpoint, num_classes=4))
@@ -138,8 +138,8 @@ def test_checkpointing_changes_nothing_but_memory(kind):
         th.testing.assert_close(grad, plain, rtol=1e-5, atol=1e-6 * float(plain.abs().max()))
 
 
-def test_checkpointing_frozen_networks():
-    # Guidance needs the gradient of the input alone.
+def test_activation_checkpointing_of_frozen_networks():
+    # Classifier guidance computes only the gradient with respect to the input.
     model = fill_by_name(EncoderUNetModel(**SMALL, use_checkpoint=True)).requires_grad_(False)
     x, t, _ = input_for(SMALL)
     x.requires_grad_(True)
@@ -147,7 +147,7 @@ def test_checkpointing_frozen_networks():
     assert grad.any()
 
 
-def test_labels_belong_to_conditional_models():
+def test_labels_are_required_by_conditional_models_only():
     x, t, _ = input_for(SMALL)
     conditional = UNetModel(**SMALL, num_classes=3)
     with pytest.raises(ValueError, match="label"):
@@ -163,8 +163,8 @@ def test_labels_belong_to_conditional_models():
 
 @pytest.mark.parametrize("dims, mode", [(1, "linear"), (2, "bilinear"), (3, "trilinear")])
 @pytest.mark.parametrize("low_size", [4, 8])
-def test_upsampler_sees_the_enlarged_image(dims, mode, low_size):
-    arguments = [16, 3, 32, 6, 1, (2,)]  # by position, as a UNet's
+def test_upsampler_input_is_concatenated_with_the_enlarged_image(dims, mode, low_size):
+    arguments = [16, 3, 32, 6, 1, (2,)]  # positional, in the same order as for UNetModel
     model = fill_by_name(SuperResModel(*arguments, channel_mult=(1, 2), dims=dims, num_classes=4))
     plain = fill_by_name(UNetModel(**{**SMALL, "in_channels": 6, "out_channels": 6}, dims=dims, num_classes=4))
     assert model.state_dict().keys() == plain.state_dict().keys()
@@ -188,17 +188,17 @@ def test_averaging_classifiers_take_any_shape(dims, pool):
         assert model(randn(0, 2, 3, *(8, 20, 4)[:dims]), th.tensor([1, 2])).shape == (2, 3)
 
 
-def test_new_adaptive_classifier_is_undecided():
+def test_new_adaptive_classifier_returns_zero_logits():
     x, t, _ = input_for(SMALL)
     assert not EncoderUNetModel(**SMALL)(x, t).any()
 
 
-# Combinations that cannot work
+# Invalid combinations
 
 
-def test_sizes_that_do_not_divide():
-    # The decoder could not join its maps with the encoder's. A classifier has no decoder: only its attention pool,
-    # which counts positions, must know how many are left.
+def test_sizes_that_cannot_be_halved_are_refused():
+    # The decoder of a UNet could not concatenate its feature maps with those of the encoder. A classifier has no
+    # decoder, but its attention pool needs the exact size of the last feature map.
     for size, words in [(18, (18, 4, "(1, 1, 2)")), ((16, 10), ("16x10", 4))]:
         refused(lambda: UNetModel(**{**SMALL, "image_size": size, "channel_mult": (1, 1, 2)}), *words)
     options = {**SMALL, "image_size": 18, "channel_mult": (1, 1, 2), "num_head_channels": 32}
@@ -223,15 +223,15 @@ def test_sizes_that_do_not_divide():
     ],
     ids=str,
 )
-def test_impossible_networks(make, options, words):
+def test_invalid_network_options_are_refused(make, options, words):
     refused(lambda: make(**{**SMALL, **options}), *words)
 
 
-def test_impossible_decoder_heads():
+def test_invalid_decoder_heads_are_refused():
     refused(lambda: UNetModel(**SMALL, num_heads=2, num_heads_upsample=3), 64, 3)
 
 
-def test_impossible_poolings():
+def test_invalid_pooling_options_are_refused():
     refused(lambda: EncoderUNetModel(**SMALL, pool="attention"), "num_head_channels")
     refused(lambda: EncoderUNetModel(**SMALL, pool="attention", num_head_channels=48), 64, 48)
     options = {**SMALL, "image_size": None}
@@ -240,12 +240,12 @@ def test_impossible_poolings():
     refused(lambda: AttentionPool2d(4, 64, 32)(randn(0, 1, 64, 2, 2)), 16, 4)
 
 
-def test_impossible_inputs():
+def test_invalid_input_sizes_are_refused():
     model = UNetModel(**{**SMALL, "channel_mult": (1, 1, 2)})
     refused(lambda: model(randn(0, 1, 3, 16, 18), th.tensor([0])), "16x18", 4)
 
 
-def test_impossible_layers():
+def test_invalid_layer_options_are_refused():
     refused(lambda: Downsample(32, False, out_channels=64), 32, 64)
     refused(lambda: normalization(40), 40, 32)
     refused(lambda: conv_nd(0, 3, 3, 1), 0)

@@ -1,4 +1,4 @@
-"""Previews: what they show, and that training does not notice them."""
+"""Preview images during training: their content, and that they do not change the training run."""
 
 import os
 
@@ -15,8 +15,8 @@ from guided_diffusion.script_util import create_gaussian_diffusion
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
 
-def test_previews_are_samples_from_the_same_noise(quiet):
-    """With an exact denoiser, samples have the data's mean; and they do not change from one preview to the next."""
+def test_every_preview_starts_from_the_same_noise(quiet):
+    """With an exact denoiser, preview samples have the mean of the data and are identical in every preview."""
     data = GaussianData(mean=[0.6, -0.5, 0.0], std=[0.05, 0.05, 0.05])
     diffusion = process(steps=200)
     preview = Preview(diffusion, (3, 8, 8), steps=50)
@@ -24,12 +24,12 @@ def test_previews_are_samples_from_the_same_noise(quiet):
     images = [np.asarray(Image.open(preview.write(model, step, "weights"))) for step in (5, 10)]
     assert sorted(os.listdir(os.path.join(quiet, "preview"))) == ["000005_weights.png", "000010_weights.png"]
     assert (images[0] == images[1]).all()
-    # 4 x 4 samples of 8 pixels, with lines between them, enlarged eightfold.
+    # 4x4 samples of 8x8 pixels, separated by 1-pixel lines and enlarged 8 times.
     assert images[0].shape == ((4 * 9 - 1) * 8, (4 * 9 - 1) * 8, 3)
     assert np.abs(images[0][:64, :64].mean(axis=(0, 1)) - (np.array([0.6, -0.5, 0.0]) + 1) * 127.5).max() < 4
 
 
-def test_previews_visit_few_timesteps_and_tell_the_model_the_right_ones():
+def test_previews_use_few_timesteps_and_pass_the_original_ones_to_the_model():
     seen = []
 
     def model(x, t, **kwargs):
@@ -42,14 +42,14 @@ def test_previews_visit_few_timesteps_and_tell_the_model_the_right_ones():
     labels = seen[0][1]
     assert len(labels) == 4 and all(0 <= y < 10 for y in labels)
     assert all(y == labels for _, y in seen)
-    seen.clear()  # A process that visits a subset keeps it: the model was trained on no other timesteps.
+    seen.clear()  # A respaced process keeps its timesteps: the model was trained on no others.
     respaced = create_gaussian_diffusion(steps=1000, timestep_respacing="8")
     Preview(respaced, (3, 8, 8), 10, count=4, steps=5).write(model, 2, "weights")
     assert len(seen) == 8
 
 
 @pytest.mark.parametrize("precision", [{}, {"use_bf16": True}], ids=str)
-def test_previews_do_not_touch_training(precision, quiet):
+def test_previews_do_not_affect_training(precision, quiet):
     ends = []
     for interval in (0, 1):
         th.manual_seed(0)
@@ -66,11 +66,11 @@ def test_previews_do_not_touch_training(precision, quiet):
     assert all(th.equal(a, b) for a, b in zip(*ends))
 
 
-def test_the_average_is_shown_once_it_has_seen_enough_steps(tmp_path):
-    """3 / (1 - rate) steps: 6 for a rate of 0.5. Until then, the weights are shown. The log says which."""
+def test_the_moving_average_is_shown_after_enough_steps(tmp_path):
+    """Previews show the raw weights for 3 / (1 - rate) steps (6 for a rate of 0.5) and then the moving average."""
     logger.configure(str(tmp_path), format_strs=["log"])
     model, diffusion = new_model()
-    shown, own = [], {}  # own: the weights after each step
+    shown, own = [], {}  # own: {step: the model's weights after the step}
 
     class Note:
         def write(self, shown_model, step, weights):
@@ -94,7 +94,7 @@ SHOWN = [("0.9", 29, "weights"), ("0.9", 30, "ema_0.9"), ("0.998,0.5", 1499, "we
 
 
 @pytest.mark.parametrize("rates, steps, name", SHOWN)
-def test_the_first_average_counts_the_steps_before_a_restart(rates, steps, name):
+def test_steps_before_a_restart_count_for_the_first_moving_average(rates, steps, name):
     loop = new_loop(*new_model(), ema_rate=rates, preview=Preview(process(), (3, 8, 8)), sample_interval=1)
     names = []
     loop.preview.write = lambda model, step, weights: names.append(weights)

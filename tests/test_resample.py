@@ -1,4 +1,4 @@
-"""Timestep samplers: the distributions they draw from, and the weights that make up for it."""
+"""Timestep samplers: their distributions and the importance weights that keep the loss unbiased."""
 
 import math
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ def eight_steps(request):
     return create_gaussian_diffusion(steps=request.param, noise_schedule="cosine")
 
 
-def test_uniform_sampler(eight_steps):
+def test_uniform_sampler_draws_all_timesteps_equally_often(eight_steps):
     sampler = create_named_schedule_sampler("uniform", eight_steps)
     weights = sampler.weights()
     assert weights.shape == (8,) and np.ptp(weights) == 0
@@ -32,19 +32,19 @@ def test_uniform_sampler(eight_steps):
 
 
 def warmed_up(diffusion, losses):
-    """A loss-aware sampler that has seen the losses [T, 10], oldest first."""
+    """Return a loss-aware sampler that was updated with losses [T, 10], oldest first."""
     sampler = create_named_schedule_sampler("loss-second-moment", diffusion)
     for column in losses.T:
         sampler.update_with_all_losses(list(range(len(losses))), column.tolist())
     return sampler
 
 
-def test_loss_aware_weights(eight_steps):
+def test_loss_aware_weights_follow_the_second_moment_of_recent_losses(eight_steps):
     rng = np.random.default_rng(0)
     losses = rng.random((8, 10)) * np.arange(1, 9)[:, None]
     sampler = create_named_schedule_sampler("loss-second-moment", eight_steps)
     for count, column in enumerate(losses.T):
-        assert np.ptp(sampler.weights()) == 0, count  # until all timesteps have ten losses, all weigh alike
+        assert np.ptp(sampler.weights()) == 0, count  # uniform until each timestep has ten losses
         sampler.update_with_all_losses(list(range(8)), column.tolist())
 
     def expected(losses):
@@ -52,12 +52,12 @@ def test_loss_aware_weights(eight_steps):
         return 0.999 * roots / roots.sum() + 0.001 / 8
 
     np.testing.assert_allclose(sampler.weights(), expected(losses))
-    # Then the latest ten of each count.
+    # After the warm-up, the weights depend on the latest ten losses of each timestep.
     for loss in (5.0, 6.0):
         sampler.update_with_all_losses([2], [loss])
     losses[2] = [*losses[2, 2:], 5.0, 6.0]
     np.testing.assert_allclose(sampler.weights(), expected(losses))
-    # A timestep without loss is still drawn now and then.
+    # A timestep whose losses are all zero keeps a small probability.
     idle = warmed_up(eight_steps, np.concatenate([np.zeros((1, 10)), losses[1:]]))
     np.testing.assert_allclose(idle.weights()[0] / idle.weights().sum(), 0.001 / 8)
 
@@ -71,16 +71,16 @@ def test_loss_aware_sampling_is_unbiased(eight_steps):
     t, factors = sampler.sample(n, "cpu")
     counts = th.bincount(t, minlength=8).double().numpy()
     assert (np.abs(counts - n * p) < SIGMAS * np.sqrt(n * p * (1 - p))).all()
-    # p * factor is the uniform distribution, so that a weighted mean has the uniform mean for its expectation ...
+    # p * factor is the uniform distribution, so the weighted mean is an unbiased estimate of the uniform mean.
     np.testing.assert_allclose(p[t] * factors.numpy(), 1 / 8, rtol=1e-6)
     values = th.tensor([3.0, -1.0, 4.0, 1.0, -5.0, 9.0, 2.0, 6.0])
     assert_mean(factors * values[t], float(values.mean()), 0)
-    # ... and for the losses it was made for, less variance: that is what it is for.
+    # For losses like the recorded ones, importance sampling reduces the variance.
     typical = th.tensor(np.sqrt((losses**2).mean(1)))
     assert (factors * typical[t]).var() < 0.05 * typical.var()
 
 
-def test_local_losses_are_all_losses_on_one_rank(eight_steps):
+def test_local_losses_equal_all_losses_on_one_rank(eight_steps):
     local, told = (create_named_schedule_sampler("loss-second-moment", eight_steps) for _ in "ab")
     rng = np.random.default_rng(0)
     for _ in range(12):

@@ -1,4 +1,4 @@
-"""The grid, the PNG files and the progress of a sampling job."""
+"""The image grid, the PNG files and the progress bar of a sampling job."""
 
 import os
 import re
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
 
 def cells_of(path, size, factor):
-    """The images of a grid with 1-pixel gaps, enlarged by a factor: [rows, columns, size, size, C]."""
+    """Read the images of an enlarged grid with 1-pixel gaps. Returns an array [rows, columns, size, size, C]."""
     with Image.open(path) as opened:
         grid = np.asarray(opened)[::factor, ::factor]
     rows, columns = ((length + 1) // (size + 1) for length in grid.shape[:2])
@@ -33,7 +33,7 @@ def test_the_grid_shows_the_first_64_samples(channels, tmp_path):
     assert (cells.reshape(64, 4, 4, channels) == pictures(range(64), (4, 4, channels))).all()
 
 
-def test_chosen_classes_have_a_row_each(tmp_path):
+def test_each_chosen_class_has_its_own_row(tmp_path):
     labels = th.tensor([7, 3, 5, 7, 7])[th.arange(40) % 5]
     known_job(tmp_path, 40, 32, KnownSampler(shape=(3, 4, 4)), labels=labels, rows_by_class=True)
     cells = cells_of(tmp_path / "samples_40x4x4x3.png", 4, 16)
@@ -44,7 +44,7 @@ def test_chosen_classes_have_a_row_each(tmp_path):
 
 
 @pytest.mark.parametrize("classes, rows", [("", [[0, 1], [2, 3]]), ("2,1", [[1, 3], [0, 2]]), ("3", [[0, 1], [2, 3]])])
-def test_scripts_draw_rows_for_the_classes_of_their_flag(classes, rows, networks, monkeypatch, tmp_path):
+def test_scripts_draw_one_row_for_each_class_in_the_classes_flag(classes, rows, networks, monkeypatch, tmp_path):
     options = {**networks, "num_samples": 4, "batch_size": 4, "timestep_respacing": 1, "classifier_scale": 0}
     run_here(monkeypatch, "classifier_sample", **options, classes=classes, log_dir=tmp_path)
     cells = cells_of(tmp_path / "samples_4x8x8x3.png", 8, 8)
@@ -52,7 +52,7 @@ def test_scripts_draw_rows_for_the_classes_of_their_flag(classes, rows, networks
 
 
 class Brightening(KnownSampler):
-    """Its prediction of sample i is, after step s of 12, all of grey level 20 s + i."""
+    """A sampler whose pred_xstart for sample i, after step s of 12, has the constant grey level 20 s + i."""
 
     num_steps = 12
 
@@ -63,7 +63,7 @@ class Brightening(KnownSampler):
             yield {"sample": x if step == 12 else th.zeros_like(x), "pred_xstart": x}
 
 
-def test_the_progress_grid_shows_predictions_along_the_steps(tmp_path):
+def test_progress_grid_shows_predictions_at_several_steps(tmp_path):
     known_job(tmp_path, 12, 10, Brightening((3, 4, 4)), progress_grid=True)
     cells = cells_of(tmp_path / "samples_12x4x4x3_progress.png", 4, 16)
     assert cells.shape[:2] == (8, 10)  # eight samples, ten of the twelve steps
@@ -75,7 +75,7 @@ def test_the_progress_grid_shows_predictions_along_the_steps(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [None, th.arange(10) % 3])
-def test_save_images_writes_each_sample_also_of_an_earlier_run(labels, tmp_path):
+def test_save_images_also_writes_samples_of_an_earlier_run(labels, tmp_path):
     folder = str(tmp_path / "each")
     names = [f"{i:06d}.png" if labels is None else f"{i % 3}_{i:06d}.png" for i in range(10)]
 
@@ -89,13 +89,13 @@ def test_save_images_writes_each_sample_also_of_an_earlier_run(labels, tmp_path)
     check()
     for name in names[::2]:
         os.remove(os.path.join(folder, name))
-    known_job(tmp_path / "a", 10, 4, labels=labels, save_images=folder)  # from the .npz
+    known_job(tmp_path / "a", 10, 4, labels=labels, save_images=folder)  # reads the samples from the .npz file
     check()
     for name in names:
         os.remove(os.path.join(folder, name))
     with pytest.raises(Exception, match="sample 9"):
         known_job(tmp_path / "b", 10, 4, KnownSampler(fail_at=9), labels=labels)
-    known_job(tmp_path / "b", 10, 4, labels=labels, save_images=folder)  # from shards, and new ones
+    known_job(tmp_path / "b", 10, 4, labels=labels, save_images=folder)  # reads shards and makes the rest
     check()
 
 
@@ -106,7 +106,7 @@ def progress_lines(capsys):
     return capsys.readouterr().err.replace("\r", "\n").strip().splitlines()
 
 
-def test_progress_shows_samples_pace_remaining_time_and_steps(tmp_path, capsys, monkeypatch):
+def test_progress_bar_shows_samples_speed_remaining_time_and_steps(tmp_path, capsys, monkeypatch):
     from tqdm import tqdm
 
     with monkeypatch.context() as patch:
@@ -121,10 +121,10 @@ def test_progress_shows_samples_pace_remaining_time_and_steps(tmp_path, capsys, 
         known_job(tmp_path / "b", 10, 4, KnownSampler(fail_at=9))
     progress_lines(capsys)
     known_job(tmp_path / "b", 10, 4)
-    assert "| 8/10 [" in progress_lines(capsys)[0]  # the samples of an earlier run count
+    assert "| 8/10 [" in progress_lines(capsys)[0]  # samples of an earlier run are counted
 
 
-def test_progress_is_shown_now_and_then_and_by_rank_0(tmp_path, capsys, monkeypatch):
+def test_progress_bar_is_updated_rarely_and_only_on_rank_0(tmp_path, capsys, monkeypatch):
     known_job(tmp_path / "a", 100, 1)
     assert 2 <= len(progress_lines(capsys)) < 20
     monkeypatch.setattr("guided_diffusion.logger.dist_util", SimpleNamespace(get_rank=lambda: 1))

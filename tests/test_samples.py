@@ -1,4 +1,4 @@
-"""Samples: noise and labels as functions of seed and index, --classes, and the conversion to uint8."""
+"""Samples: noise and labels that depend on seed and index, --classes, and the conversion to uint8."""
 
 import numpy as np
 import pytest
@@ -17,11 +17,11 @@ pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 # Noise and seeds
 
 
-def test_noise_depends_on_seed_and_index_alone():
+def test_noise_depends_only_on_seed_and_index():
     together = SampleNoise(7, [3, 4, 5])
     first, second = together.randn(2, 3), together.randn_like(th.zeros(3, 4))
     assert first.shape == (3, 2, 3) and second.shape == (3, 4)
-    th.manual_seed(0)  # torch's own generator does not matter
+    th.manual_seed(0)  # torch's global generator has no effect
     alone = SampleNoise(7, [4])
     assert (alone.randn(2, 3)[0] == first[1]).all() and (alone.randn_like(th.zeros(1, 4))[0] == second[1]).all()
     swapped = SampleNoise(7, [5, 3]).randn(2, 3)
@@ -38,7 +38,7 @@ def test_noise_is_standard_normal_and_independent_between_samples():
     assert SampleNoise(0, range(3)).randn_like(th.zeros(3, 2, dtype=th.float64)).dtype == th.float64
 
 
-def test_seeding_differs_between_ranks_and_repeats(monkeypatch):
+def test_seeding_is_repeatable_and_differs_between_ranks(monkeypatch):
     def draw(seed, rank):
         monkeypatch.setattr(dist_util, "get_rank", lambda: rank)
         seed_everything(seed)
@@ -54,7 +54,7 @@ def test_seeding_differs_between_ranks_and_repeats(monkeypatch):
 IMAGENET = ["n01440764,tench,Tinca tinca", "n01443537,goldfish", "2", "n01484850,great white shark"]
 
 
-def test_labels_are_uniform_functions_of_seed_and_index():
+def test_random_labels_are_uniform_and_depend_on_seed_and_index():
     labels = choose_labels("", 3000, 10, seed=5)
     assert labels.dtype == th.int64 and (random_labels(5, [7, 11], 10) == labels[[7, 11]]).all()
     counts = np.bincount(labels.numpy(), minlength=10)
@@ -74,12 +74,12 @@ def test_labels_are_uniform_functions_of_seed_and_index():
         ("2", [2] * 5),
     ],
 )
-def test_classes_are_numbers_and_names_in_turn(classes, labels):
+def test_classes_flag_cycles_through_numbers_and_names(classes, labels):
     found = choose_labels(classes, 5, 4, 0, IMAGENET)
     assert found.tolist() == labels and found.dtype == th.int64
 
 
-def test_classes_that_do_not_exist_are_named():
+def test_unknown_classes_are_refused_by_name():
     refused(lambda: choose_labels("goldfish,whale", 4, 4, 0, IMAGENET), "--classes", "'whale'", "tench")
     refused(lambda: choose_labels("goldfish", 4, 4, 0), "--classes goldfish", "class names need", "--class_table")
     refused(lambda: choose_labels("1", 4, None, 0), "not class-conditional")
@@ -89,7 +89,7 @@ def test_classes_that_do_not_exist_are_named():
         refused(lambda c=classes: choose_labels(c, 4, 4, 0), f"--classes {classes}")
 
 
-def test_classes_from_files(tmp_path):
+def test_classes_are_read_from_files(tmp_path):
     (tmp_path / "a.txt").write_text("3\n0\n\n1\n")
     np.save(tmp_path / "b.npy", np.array([[3], [0], [1]], np.uint8))
     for name in ("a.txt", "b.npy"):
@@ -104,7 +104,7 @@ def test_classes_from_files(tmp_path):
     refused(lambda: choose_labels(str(tmp_path / "gone.txt"), 5, 4, 0), "gone.txt", "No such file")
 
 
-def test_class_tables(tmp_path):
+def test_class_tables_are_read_or_refused(tmp_path):
     path = str(tmp_path / "table.csv")
     for content in ("label,wnid\n0,n1\n", "label,name\n1,ant\n", "label,name\nx,ant\n"):
         (tmp_path / "table.csv").write_text(content)
@@ -114,7 +114,7 @@ def test_class_tables(tmp_path):
     refused(lambda: read_class_table(f"{path}.gone"), "--class_table", "No such file")
 
 
-def test_names_come_from_a_table_or_from_the_config_beside_the_checkpoint(networks, monkeypatch, tmp_path):
+def test_class_names_come_from_a_table_or_from_config_json(networks, monkeypatch, tmp_path):
     options = {**networks, "num_samples": 4, "batch_size": 4, "timestep_respacing": 1, "classifier_scale": 0}
     (tmp_path / "table.csv").write_text("label,wnid,name\n0,n1,ant\n1,n2,bee\n2,n3,cow\n3,n4,dog\n")
     run_here(monkeypatch, "classifier_sample", **options, classes="dog,n2", class_table=tmp_path / "table.csv",
@@ -125,10 +125,10 @@ def test_names_come_from_a_table_or_from_the_config_beside_the_checkpoint(networ
     assert read_npz(tmp_path / "b")["arr_1"].tolist() == [3, 0, 3, 0]
 
 
-# Pixels
+# Conversion to uint8
 
 
-def test_to_uint8():
+def test_to_uint8_clips_and_refuses_non_finite_values():
     x = th.tensor([-1.0, 1.0, 0.0, -3.0, 2.0, 0.5]).reshape(2, 1, 1, 3)
     out = to_uint8(x)
     assert out.shape == (2, 1, 3, 1) and out.dtype == th.uint8

@@ -1,4 +1,4 @@
-"""Sampling in trouble: one line that says why, a status that is not zero, and no finished sample lost."""
+"""Failures of sampling jobs: a one-line error, a nonzero exit status, and no finished sample lost."""
 
 import os
 
@@ -18,26 +18,26 @@ def networks(networks):
 
 
 def check_ended(outcome, *words):
-    """The job failed within 10 s, and one line says why."""
+    """Check that the job failed within 10 s, with one error line that contains all the words."""
     assert outcome.returncode == 1 and outcome.seconds < 10 and "Traceback" not in outcome.output, outcome.output
     errors = [line for line in outcome.output.replace("\r", "\n").splitlines() if "error:" in line]
     assert any(all(str(word) in line for word in words) for line in errors), outcome.output
 
 
-def test_what_only_rank_0_finds_wrong_ends_all(networks, monkeypatch, tmp_path):
+def test_an_error_found_only_by_rank_0_ends_all_ranks(networks, monkeypatch, tmp_path):
     run_here(monkeypatch, "classifier_sample", **networks, log_dir=tmp_path)
     argv = [script("classifier_sample"), *flags(**networks, log_dir=tmp_path, seed=1)]
     check_ended(run_ranks(2, argv)[0], "--seed 0, not 1", "--log_dir")
 
 
-def test_a_sample_that_is_not_finite_is_named_and_nothing_is_written_for_it(networks, monkeypatch, tmp_path):
+def test_a_non_finite_sample_is_named_and_not_written(networks, monkeypatch, tmp_path):
     def known(**options):
         return known_job(tmp_path, 20, 4, save_images=str(tmp_path / "each"), **options)
 
     refused(lambda: known(sampler=KnownSampler(fail_at=13)), "sample 13 is not finite")
     assert list(shard_files(tmp_path / "shards")) == [f"{i:09d}-{i + 4:09d}.npz" for i in (0, 4, 8)]
     assert not list(tmp_path.glob("samples*")) and len(os.listdir(tmp_path / "each")) == 12
-    os.truncate(tmp_path / "shards/000000004-000000008.npz", 100)  # and a damaged shard is made again
+    os.truncate(tmp_path / "shards/000000004-000000008.npz", 100)  # a damaged shard is made again
     sampler, arrays = known()
     assert sampler.asked == [range(4, 8), range(12, 16), range(16, 20)]
     assert (arrays["arr_0"] == pictures(range(20))).all()
@@ -45,15 +45,15 @@ def test_a_sample_that_is_not_finite_is_named_and_nothing_is_written_for_it(netw
     refused(lambda: run_here(monkeypatch, "classifier_sample", **options), "sample 0 is not finite")
 
 
-def test_a_sample_that_is_not_finite_on_one_rank_ends_all(tmp_path):
+def test_a_non_finite_sample_on_one_rank_ends_all_ranks(tmp_path):
     check_ended(known_job_on_ranks(3, tmp_path, 20, 4, fail_at=6), "sample 6 is not finite")
     assert not os.path.exists(tmp_path / "shards/000000004-000000008.npz")
     known_job_on_ranks(3, tmp_path, 20, 4).check()
     assert (read_npz(tmp_path)["arr_0"] == pictures(range(20))).all()
 
 
-def test_a_disk_that_fills_keeps_the_finished_samples(tmp_path):
-    """A limit on the size of files stands in for a full disk: it refuses writes in the middle of a file."""
+def test_finished_samples_are_kept_if_the_disk_is_full(tmp_path):
+    """A file size limit stands in for a full disk: a write fails in the middle of a file."""
     size, count = dict(shape=(3, 8, 8)), 160
     known_job(tmp_path / "free", count, 8, KnownSampler(**size))
     npz = (tmp_path / "free/samples_160x8x8x3.npz").stat().st_size
@@ -62,7 +62,7 @@ def test_a_disk_that_fills_keeps_the_finished_samples(tmp_path):
         known_job(full, count, 8, KnownSampler(**size, fail_at=24))
     before = shard_files(full / "shards")
     assert len(before) == 3
-    # While shards and the .npz are written. Shards of 8 samples fit, those of 40 do not.
+    # The limit is reached first in a shard (shards of 8 samples fit, shards of 40 do not), then in the .npz file.
     for ranks, batch_size, limit, name in [(2, 40, 4000, "shards"), (2, 8, npz - 100, "samples_160x8x8x3.npz")]:
         outcome = known_job_on_ranks(ranks, full, count, batch_size, limit, **size)
         check_ended(outcome, full / name, "cannot be written (File too large)", f"are kept in {full}")
@@ -72,8 +72,8 @@ def test_a_disk_that_fills_keeps_the_finished_samples(tmp_path):
     assert (read_npz(full)["arr_0"] == read_npz(tmp_path / "free")["arr_0"]).all()
 
 
-def test_samples_that_other_ranks_wrote_elsewhere_are_missed(monkeypatch, tmp_path):
-    """Two nodes whose --log_dir is not one folder: no .npz with rows missing."""
+def test_samples_written_by_another_rank_to_another_folder_are_reported_missing(monkeypatch, tmp_path):
+    """If two nodes do not share --log_dir, the job fails and writes no incomplete .npz file."""
     with monkeypatch.context() as patch:
         as_rank(patch, 0, 2)
         patch.setattr(dist_util, "wait_for_all", lambda: None)

@@ -1,4 +1,4 @@
-"""Guidance sweeps: samples are classifier_sample's, figures those of evaluations/, and nothing is made twice."""
+"""guidance_sweep.py: the same samples as classifier_sample.py, the metrics of evaluations/, and no repeated work."""
 
 import csv
 import json
@@ -25,12 +25,12 @@ pytestmark = pytest.mark.usefixtures("cpu")
 
 RNG = np.random.default_rng(0)
 SAMPLING = dict(num_samples=8, batch_size=4, timestep_respacing=3)
-CLEAN = dict(CLASSIFIER, classifier_pool="adaptive")  # the classifier whose features are taken
+CLEAN = dict(CLASSIFIER, classifier_pool="adaptive")  # the classifier that provides the features
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory, networks):
-    """The flags of a sweep with a classifier's features; its reference batch lies in `stage.folder`."""
+    """Write the networks and the reference batch of a sweep with classifier features. Returns the sweep's flags."""
     folder = tmp_path_factory.mktemp("sweep")
     images = RNG.integers(0, BAD, (7, 8, 8, 3), dtype=np.uint8)
     np.savez(folder / "reference.npz", images)
@@ -49,28 +49,28 @@ def read_table(folder):
 
 
 def sweep(monkeypatch, folder, **options):
-    """Run it in this process: the table's column names, and its rows as numbers."""
+    """Run a sweep in the test process. Returns the column names and the rows of numbers of sweep.csv."""
     run_here(monkeypatch, "guidance_sweep", **options, log_dir=folder)
     return read_table(folder)
 
 
 @pytest.fixture(scope="module")
 def done(stage, tmp_path_factory):
-    """A sweep's folder, its columns and rows."""
+    """Run one sweep for all tests of this file. Returns its folder, and the column names and rows of sweep.csv."""
     folder = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch:
         return folder, *sweep(patch, folder, **stage)
 
 
 def content(folder):
-    """What tells the files of samples from others, by path."""
+    """Map the path of each samples_*.npz file to its inode and mtime, which change if the file is rewritten."""
     paths = sorted(path for path in folder.rglob("samples_*.npz"))
     return {path.relative_to(folder): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """How many samples were made."""
+    """Return a list that records the index of every sample that is made."""
     made, steps = [], BatchSampler.steps
     monkeypatch.setattr(BatchSampler, "steps", lambda self, indices: made.extend(indices) or steps(self, indices))
     return made
@@ -85,7 +85,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_samples_are_those_of_classifier_sample(options, stage, networks, monkeypatch, tmp_path):
+def test_samples_are_the_same_as_from_classifier_sample(options, stage, networks, monkeypatch, tmp_path):
     sweep(monkeypatch, tmp_path / "sweep", **{**stage, "scales": "0,2.5,30", **options})
     found = set()
     for scale in ("0", "2.5", "30"):
@@ -95,12 +95,12 @@ def test_samples_are_those_of_classifier_sample(options, stage, networks, monkey
         for name in ("samples_8x8x8x3.npz", "samples_8x8x8x3.png"):
             assert (folder / name).read_bytes() == (tmp_path / scale / name).read_bytes(), (scale, name)
         jobs = [json.loads((path / "samples_8x8x8x3.json").read_text()) for path in (folder, tmp_path / scale)]
-        assert jobs[0] == jobs[1]  # so either command may go on with what the other has made
+        assert jobs[0] == jobs[1]  # so either script can resume the samples of the other
         found.add(read_npz(folder)["arr_0"].tobytes())
     assert len(found) == 3
 
 
-def test_nothing_is_made_twice(stage, done, asked, monkeypatch, tmp_path):
+def test_finished_scales_are_not_sampled_again(stage, done, asked, monkeypatch, tmp_path):
     folder, header, rows = done
     shutil.copytree(folder, tmp_path / "copy")
     before = content(tmp_path / "copy")
@@ -116,14 +116,14 @@ def test_nothing_is_made_twice(stage, done, asked, monkeypatch, tmp_path):
     assert len(after) == 4 and before.items() <= after.items()
 
 
-def test_other_samples_in_its_folder_are_not_touched(stage, done, monkeypatch, tmp_path):
+def test_samples_of_another_job_are_not_overwritten(stage, done, monkeypatch, tmp_path):
     shutil.copytree(done[0], tmp_path / "copy")
     before = content(tmp_path / "copy")
     refused(lambda: sweep(monkeypatch, tmp_path / "copy", **{**stage, "seed": 7}), "scale-0", "seed")
     assert content(tmp_path / "copy") == before
 
 
-def test_scales_of_a_second_model(stage, monkeypatch, tmp_path):
+def test_sweep_over_the_scale_of_a_guide_model(stage, monkeypatch, tmp_path):
     guide = save_network(str(tmp_path / "guide/model.pt"), MODEL, seed=3, config={})
     options = dict(stage, guide_model_path=guide, guide_scales="3,1", sampler="unipc")
     header, rows = sweep(monkeypatch, tmp_path / "both", **options, classifier_scale=2.0)
@@ -141,10 +141,10 @@ def test_scales_of_a_second_model(stage, monkeypatch, tmp_path):
     refused(lambda: sweep(monkeypatch, tmp_path / "bad", **{**stage, "classifier_path": ""}), "--classifier_path")
 
 
-# Figures
+# Metrics
 
 
-def test_the_table_says_whose_features_it_was_made_with(done):
+def test_the_table_names_the_feature_classifier(done):
     _, header, rows = done
     names = ("FID", "Inception Score", "Precision", "Recall")
     assert header == ["classifier_scale", *(f"{name} in features of clean/model9.pt" for name in names)]
@@ -152,7 +152,7 @@ def test_the_table_says_whose_features_it_was_made_with(done):
 
 
 def penultimate(images):
-    """What the clean classifier's last layer sees of images uint8 [N, H, W, C], and its logits."""
+    """Return the inputs of the clean classifier's last layer, and its logits, for uint8 images [N, H, W, C]."""
     network = new_network(CLEAN, seed=2)
     x = th.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     seen = []
@@ -162,7 +162,7 @@ def penultimate(images):
     return seen[0].double().numpy(), logits.double()
 
 
-def test_figures_are_those_of_the_classifier_s_features(stage, done):
+def test_metrics_are_computed_from_the_classifier_features(stage, done):
     folder, _, rows = done
     with np.load(stage["ref_batch"]) as arrays:
         reference, _ = penultimate(arrays["arr_0"])
@@ -179,8 +179,8 @@ def test_figures_are_those_of_the_classifier_s_features(stage, done):
 
 
 @pytest.mark.parametrize("channels", [3, 1])
-def test_inception_s_figures(channels, stage, monkeypatch, tmp_path, capsys):
-    """As evaluator.py computes them, without a note in the table. Grey samples count as three equal channels."""
+def test_metrics_with_inception_features(channels, stage, monkeypatch, tmp_path, capsys):
+    """The metrics match evaluator.py, and grey samples are evaluated as three equal channels."""
     monkeypatch.setattr(evaluator, "load_inception", lambda *args: (KnownNetwork(), ""))
     options = {k: v for k, v in stage.items() if not k.startswith("feature")}
     if channels == 1:
@@ -198,12 +198,12 @@ def test_inception_s_figures(channels, stage, monkeypatch, tmp_path, capsys):
         want = truth(reference, samples.repeat(3 // channels, axis=3))
         precision_and_recall = [want["precision"], want["recall"]]
         assert figure[1:] == pytest.approx([want["is"], *precision_and_recall], rel=1e-6)
-        assert channels == 1 or figure[0] == pytest.approx(want["fid"], rel=1e-6)  # of grey pixels, numpy finds nan
+        assert channels == 1 or figure[0] == pytest.approx(want["fid"], rel=1e-6)  # for grey pixels, numpy's FID is NaN
     assert ("evaluated as three equal channels" in capsys.readouterr().err) == (channels == 1)
 
 
-def test_the_reference_s_statistics_are_inception_s(stage, done, monkeypatch, tmp_path):
-    """Which a classifier's features must not be compared with, not even where they are as many."""
+def test_inception_statistics_in_the_reference_are_ignored_for_classifier_features(stage, done, monkeypatch, tmp_path):
+    """Statistics in the reference file are of Inception features, so classifier features must not use them."""
     shutil.copytree(done[0], tmp_path / "copy")
     with np.load(stage["ref_batch"]) as arrays:
         dim = penultimate(arrays["arr_0"])[0].shape[1]
@@ -213,7 +213,7 @@ def test_the_reference_s_statistics_are_inception_s(stage, done, monkeypatch, tm
     assert found == done[1:]
 
 
-def test_the_picture_needs_matplotlib(stage, done, monkeypatch, tmp_path):
+def test_the_plot_is_drawn_only_with_matplotlib(stage, done, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     with Image.open(done[0] / "sweep.png") as image:
         image.load()
@@ -228,7 +228,7 @@ def test_the_picture_needs_matplotlib(stage, done, monkeypatch, tmp_path):
 
 
 def check_same(folder, done):
-    """The same samples to the last bit; the sums behind the figures may be grouped otherwise."""
+    """Check that samples are bit-identical and that metrics agree up to the order of floating-point sums."""
     whole, header, rows = done
     for scale in (0, 2, 30):
         name = f"scale-{scale}/samples_8x8x8x3.npz"
@@ -236,7 +236,7 @@ def check_same(folder, done):
     assert read_table(folder) == (header, [pytest.approx(row, rel=1e-9) for row in rows])
 
 
-def test_a_killed_sweep_goes_on_with_other_ranks(stage, done, tmp_path):
+def test_a_killed_sweep_resumes_on_a_different_number_of_ranks(stage, done, tmp_path):
     pytest.importorskip("matplotlib")
     argv = [script("guidance_sweep"), *flags(**stage, log_dir=tmp_path / "run")]
     outcome, killed = run_ranks(2, argv, kill_at=(tmp_path / "run" / "scale-2" / "shards" / "job.json", 1, 0))
@@ -251,30 +251,30 @@ def test_a_killed_sweep_goes_on_with_other_ranks(stage, done, tmp_path):
     assert outcome.output.count("compare them only with each other") == 1
 
 
-# Bad input: each before any sample is made
+# Invalid input is refused before any sample is made
 
 
 INCEPTION = dict(features="inception", feature_path="")
 BAD_FLAGS = {
     "no scales": (dict(scales=""), ["--scales", "give numbers from 0 up"]),
     "a scale below 0": (dict(scales="1,-2"), ["--scales 1,-2", "give numbers from 0 up"]),
-    "no number for a scale": (dict(scales="1,nan"), ["--scales '1,nan'"]),
+    "a scale that is not a number": (dict(scales="1,nan"), ["--scales '1,nan'"]),
     "no feature classifier": (dict(feature_path=""), ["--features classifier and --feature_path"]),
-    "a feature classifier for nothing": (dict(features="inception"), ["--features classifier and --feature_path"]),
+    "an unused feature classifier": (dict(features="inception"), ["--features classifier and --feature_path"]),
     "unknown features": (dict(features="clip"), ["--features", "'clip'", "inception, classifier"]),
-    "a feature classifier that is not there": (dict(feature_path="gone.pt"), ["gone.pt: no such file"]),
-    "another feature classifier": (dict(feature_classifier_width=128), ["model9.pt"]),
-    "features of another size": (dict(feature_image_size=16), ["--feature_image_size 16", "--image_size 8"]),
-    "features of another colour": (dict(feature_in_channels=1), ["--feature_in_channels 1", "--in_channels 3"]),
+    "a missing feature classifier": (dict(feature_path="gone.pt"), ["gone.pt: no such file"]),
+    "a feature classifier of another width": (dict(feature_classifier_width=128), ["model9.pt"]),
+    "features for another image size": (dict(feature_image_size=16), ["--feature_image_size 16", "--image_size 8"]),
+    "features for another channel count": (dict(feature_in_channels=1), ["--feature_in_channels 1", "--in_channels 3"]),
     "no reference": (dict(ref_batch=""), ["--ref_batch is missing"]),
-    "a reference that is not there": (dict(ref_batch="{stage}/gone.npz"), ["gone.npz: no such file"]),
+    "a missing reference": (dict(ref_batch="{stage}/gone.npz"), ["gone.npz: no such file"]),
     "a reference with alpha": (dict(ref_batch="{stage}/alpha.npz"), ["alpha.npz", "5x8x8x4", "width x 3 is expected"]),
     "a small reference": (dict(ref_batch="{stage}/three.npz"), ["three.npz", "3 images", "at least 4"]),
     "a reference of another size": (dict(ref_batch="{stage}/larger.npz"), ["larger.npz", "16x16", "8x8"]),
     "few samples": (dict(num_samples=3), ["--num_samples 3: must be at least 4"]),
-    "no batches": (dict(eval_batch_size=0), ["--eval_batch_size 0"]),
+    "an evaluation batch size of 0": (dict(eval_batch_size=0), ["--eval_batch_size 0"]),
     "unknown precision": (dict(eval_dtype="fp8"), ["--eval_dtype", "'fp8'", "fp32, bf16"]),
-    "no graph": (dict(INCEPTION, inception_path="gone.pb"), ["--inception_path gone.pb: no such file"]),
+    "a missing Inception file": (dict(INCEPTION, inception_path="gone.pb"), ["--inception_path gone.pb: no such file"]),
 }
 
 
@@ -293,12 +293,12 @@ def bad_flags(case, stage, references):
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_flags(case, stage, references, asked, monkeypatch, tmp_path):
+def test_invalid_flags_are_refused(case, stage, references, asked, monkeypatch, tmp_path):
     refused(lambda: sweep(monkeypatch, tmp_path, **bad_flags(case, stage, references)), *BAD_FLAGS[case][1])
     assert not asked and not list(tmp_path.glob("scale-*")) and not list(tmp_path.glob("sweep.*"))
 
 
-def test_features_that_are_not_finite(stage, monkeypatch, tmp_path):
+def test_non_finite_features_are_refused(stage, monkeypatch, tmp_path):
     broken = th.load(stage["feature_path"])
     broken["out.0.bias"][0] = float("nan")
     th.save(broken, tmp_path / "broken.pt")
@@ -306,11 +306,11 @@ def test_features_that_are_not_finite(stage, monkeypatch, tmp_path):
     refused(lambda: sweep(monkeypatch, tmp_path / "run", **options), "reference.npz: images 0 to 2", "not finite")
 
 
-# A classifier in Inception's place
+# Features from a classifier instead of Inception
 
 
 @pytest.mark.parametrize("pool, channels", [("adaptive", 1), ("attention", 3), ("spatial", 3), ("spatial_v2", 3)])
-def test_logits_are_the_classifier_s(pool, channels):
+def test_feature_network_returns_the_logits_of_the_classifier(pool, channels):
     options = dict(in_channels=channels, classifier_pool=pool, classifier_attention_resolutions="4,8")
     classifier = fill_by_name(create_classifier(**{**classifier_defaults(), **CLEAN, **options}))
     images = th.from_numpy(RNG.integers(0, 256, (5, 8, 8, channels), dtype=np.uint8))

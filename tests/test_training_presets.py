@@ -1,4 +1,4 @@
-"""Training with --preset: the released network, the paper's recipe, and the global batch shared by the ranks."""
+"""Training with --preset: the released network, the recipe of the paper, and the global batch split over ranks."""
 
 import json
 
@@ -13,7 +13,7 @@ from guided_diffusion import training_job
 
 pytestmark = pytest.mark.usefixtures("quiet", "cpu")
 
-RECIPES = [  # from the tables of hyperparameters in the appendix of the paper
+RECIPES = [  # from the hyperparameter tables in the paper's appendix
     ("image_train", "64x64_diffusion", dict(
         batch_size=2048, lr=3e-4, weight_decay=0, total_steps=540_000, ema_rate="0.9999", dropout=0.1, image_size=64,
         noise_schedule="cosine", use_new_attention_order=True, num_channels=192, num_res_blocks=3)),
@@ -31,7 +31,7 @@ RECIPES = [  # from the tables of hyperparameters in the appendix of the paper
 
 @pytest.fixture
 def settle(monkeypatch, tmp_path):
-    """A function that returns a training script's complete flags, and what it logs."""
+    """Return a function that runs a training script until its flags are complete: (flags by name, text of log.txt)."""
 
     def settled(name, **values):
         values["log_dir"] = tmp_path / "log"
@@ -42,13 +42,13 @@ def settle(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name, preset, recipe", RECIPES)
-def test_a_preset_gives_the_network_and_the_paper_s_recipe(name, preset, recipe, settle):
+def test_a_preset_sets_the_network_and_the_recipe_of_the_paper(name, preset, recipe, settle):
     args, _ = settle(name, preset=preset)
     assert {flag: args[flag] for flag in recipe} == recipe
     assert args["schedule_sampler"] == "uniform" and args["microbatch"] == -1
 
 
-def test_flags_given_by_hand_win_and_the_log_says_so(settle):
+def test_command_line_flags_override_the_preset_and_are_logged(settle):
     args, log = settle("image_train", preset="imagenet64", lr=1e-5, num_channels=64, batch_size=7, microbatch=2)
     assert (args["lr"], args["num_channels"], args["batch_size"], args["microbatch"]) == (1e-5, 64, 7, 2)
     assert args["dropout"] == 0.1
@@ -58,7 +58,7 @@ def test_flags_given_by_hand_win_and_the_log_says_so(settle):
     assert "--dropout 0.1" in of_preset and "--dropout" not in by_hand
 
 
-def test_half_precision_is_for_gpus_by_default(settle):
+def test_half_precision_is_used_by_default_only_on_gpus(settle):
     def half(**options):
         return settle("image_train", preset="imagenet256", **options)[0]["use_fp16"]
 
@@ -70,7 +70,7 @@ def test_a_preset_of_another_kind_is_refused(monkeypatch, tmp_path):
         refused(lambda: run_here(monkeypatch, name, preset=preset, log_dir=tmp_path), f"--preset {preset}", "trains")
 
 
-# On several ranks, with a small preset
+# Training on several ranks with a small preset
 
 WITH_TINY = """
 import runpy, sys
@@ -103,7 +103,7 @@ def recorded(folder):
     return config["global_batch"], config["flags"]["batch_size"], config["flags"]["dropout"]
 
 
-def test_ranks_share_the_global_batch_and_a_run_resumes(photos, tmp_path):
+def test_global_batch_is_split_over_ranks_and_a_run_resumes(photos, tmp_path):
     train(2, photos, tmp_path).check()
     assert recorded(tmp_path) == (12, 6, 0.1) and (tmp_path / "ema_0.5_000002.pt").exists()
     train(3, photos, tmp_path, total_steps=4).check()
@@ -113,14 +113,14 @@ def test_ranks_share_the_global_batch_and_a_run_resumes(photos, tmp_path):
     check_refused(outcome, ["--num_channels 64 on the command line contradicts"])
 
 
-def test_a_run_of_other_flags_than_the_preset_s_resumes_with_those(photos, tmp_path):
+def test_a_run_that_overrides_preset_flags_resumes_only_with_the_same_flags(photos, tmp_path):
     train(None, photos, tmp_path, num_channels=64).check()
     outcome = train(None, photos, tmp_path, total_steps=3)
     check_refused(outcome, ["--num_channels 32 in --preset tiny contradicts"])
     train(None, photos, tmp_path, total_steps=3, num_channels=64).check()
 
 
-def test_ranks_that_cannot_share_the_global_batch_are_refused(photos, tmp_path):
+def test_a_number_of_ranks_that_does_not_divide_the_global_batch_is_refused(photos, tmp_path):
     outcome = train(5, photos, tmp_path)
     words = ["--preset tiny", "5 ranks", "global batch of 12", "another number of ranks", "--batch_size"]
     check_refused(outcome, words, last=False)

@@ -1,4 +1,4 @@
-"""Upsampling an .npz of small images, and the pipeline that makes them first."""
+"""Upsampling an .npz file of small images, and the pipeline that samples and then upsamples."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def upsample(monkeypatch, folder, base, **options):
 
 
 def by_hand(flags, base, labels, seed, indices, use_ddim):
-    """Upsample base images by the library's loops, one at a time: float images [n, 3, 16, 16]."""
+    """Upsample base images one at a time with the library's sampling loops. Returns a float tensor [n, 3, 16, 16]."""
     options = {k: v for k, v in flags.items() if k in sr_model_and_diffusion_defaults()}
     diffusion = sr_create_model_and_diffusion(
         **{**sr_model_and_diffusion_defaults(), **options, "timestep_respacing": str(flags["timestep_respacing"])}
@@ -54,19 +54,19 @@ def by_hand(flags, base, labels, seed, indices, use_ddim):
 
 
 @pytest.mark.parametrize("use_ddim", [False, True])
-def test_sample_i_is_made_of_base_image_i_mod_n(use_ddim, upsampler, monkeypatch, tmp_path):
-    """Seven samples of three images in batches of four: with their labels, and by DDIM if the flag says so."""
+def test_sample_i_is_made_from_base_image_i_mod_n(use_ddim, upsampler, monkeypatch, tmp_path):
+    """Seven samples of three base images, in batches of four, keep the labels and use DDIM if --use_ddim is set."""
     found = upsample(monkeypatch, tmp_path / "out", write_base(tmp_path / "base.npz"), **upsampler, num_samples=7,
                      seed=5, use_ddim=use_ddim)  # fmt: skip
     assert found["arr_1"].tolist() == [2, 0, 3, 2, 0, 3, 2] and found["arr_0"].shape == (7, 16, 16, 3)
     want = by_hand(upsampler, pictures(range(3), SMALL), [2, 0, 3], 5, range(7), use_ddim)
     want = ((want + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).numpy()
     assert np.abs(found["arr_0"] - np.floor(want)).max() <= 1 and found["arr_0"].std() > 5
-    # The same small image and label, but other noise
+    # Samples 0, 3 and 6 have the same base image and label, but different noise.
     assert len({found["arr_0"][i].tobytes() for i in (0, 3, 6)}) == 3
 
 
-def test_a_model_without_labels_keeps_those_of_its_small_images(monkeypatch, tmp_path):
+def test_an_unconditional_upsampler_keeps_the_labels_of_the_base_images(monkeypatch, tmp_path):
     network = {**UPSAMPLER, "class_cond": False}
     path = save_network(str(tmp_path / "model.pt"), network)
     options = dict(network, model_path=path, timestep_respacing=2, num_samples=4)
@@ -76,7 +76,7 @@ def test_a_model_without_labels_keeps_those_of_its_small_images(monkeypatch, tmp
     assert bare.keys() == {"arr_0"} and (bare["arr_0"] == labelled["arr_0"]).all()
 
 
-def test_other_base_samples_are_refused(upsampler, monkeypatch, tmp_path):
+def test_a_changed_base_samples_file_is_refused(upsampler, monkeypatch, tmp_path):
     options = dict(upsampler, num_samples=3)
     upsample(monkeypatch, tmp_path / "out", write_base(tmp_path / "base.npz"), **options)
     other = write_base(tmp_path / "base.npz", arr_0=pictures(range(1, 4), SMALL))
@@ -93,19 +93,19 @@ BAD_BASES = {
     "too few labels": (dict(labels=[1, 2]), ["arr_1", "(2,)"]),
     "one-hot labels": (dict(labels=np.eye(3, 4, dtype=int)), ["arr_1", "(3, 4)"]),
     "labels that are objects": (dict(labels=np.array([{}] * 3, dtype=object)), ["arr_1", "cannot be read"]),
-    "labels outside": (dict(labels=[0, 4, 1]), ["labels outside", "0..3"]),
+    "labels out of range": (dict(labels=[0, 4, 1]), ["labels outside", "0..3"]),
     "negative labels": (dict(labels=[0, -1, 1]), ["labels outside", "0..3"]),
 }
 
 
 @pytest.mark.parametrize("name", BAD_BASES)
-def test_base_samples_that_do_not_fit_are_refused(name, tmp_path):
+def test_base_samples_of_the_wrong_shape_or_type_are_refused(name, tmp_path):
     arrays, words = BAD_BASES[name]
     path = write_base(tmp_path / "base.npz", **arrays)
     refused(lambda: BaseSamples(path, (8, 8), 3, 4, True), f"--base_samples {path}", *words)
 
 
-def test_base_samples_that_cannot_be_read_are_refused(upsampler, monkeypatch, tmp_path):
+def test_unreadable_base_samples_are_refused(upsampler, monkeypatch, tmp_path):
     path = tmp_path / "base.npz"
     whole = open(write_base(path), "rb").read()
     for content in (whole[:300], whole[:-1], b"404\n" * 100, b""):
@@ -127,7 +127,7 @@ def pipeline(networks, upsampler):
     return {**options, **prefixed("upsampler_", upsampling)}
 
 
-def test_the_pipeline_gives_what_its_two_scripts_give(pipeline, monkeypatch, tmp_path):
+def test_the_pipeline_gives_the_same_samples_as_its_two_scripts(pipeline, monkeypatch, tmp_path):
     first = {k: v for k, v in pipeline.items() if not k.startswith("upsampler_")}
     second = {k.removeprefix("upsampler_"): v for k, v in pipeline.items() if k not in first}
     second.update(
@@ -147,7 +147,7 @@ def test_the_pipeline_gives_what_its_two_scripts_give(pipeline, monkeypatch, tmp
         refused(lambda r=run: run_here(monkeypatch, "pipeline_sample", **r), f"--{name} ")
 
 
-def test_a_killed_pipeline_goes_on(pipeline, tmp_path):
+def test_a_killed_pipeline_resumes(pipeline, tmp_path):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     argv = [script("pipeline_sample"), *flags(**pipeline)]
     run_ranks(2, [*argv, "--log_dir", alone])[0].check()
@@ -158,7 +158,7 @@ def test_a_killed_pipeline_goes_on(pipeline, tmp_path):
         there = [*killed.glob("**/samples*.npz"), *killed.glob("**/shards/*-*.npz")]
         now = {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in there}
         kept = {path: stat for path, stat in seen.items() if "base/shards" not in path or path in now}
-        assert kept.items() <= now.items()  # nothing was made twice
+        assert kept.items() <= now.items()  # no finished file was rewritten
         seen = now
     run_ranks(2, [*argv, "--log_dir", killed])[0].check()
     for name in ("base/samples_8x8x8x3.npz", "samples_8x16x16x3.npz"):
@@ -166,7 +166,7 @@ def test_a_killed_pipeline_goes_on(pipeline, tmp_path):
     assert not [*killed.glob("**/*.tmp"), *killed.glob("**/shards")]
 
 
-def test_an_upsampler_that_does_not_fit_is_refused_before_sampling(pipeline, monkeypatch, tmp_path):
+def test_an_incompatible_upsampler_is_refused_before_sampling(pipeline, monkeypatch, tmp_path):
     def refuse(*words, **changes):
         run = {**pipeline, **changes}
         refused(lambda: run_here(monkeypatch, "pipeline_sample", **run, log_dir=tmp_path / "out"), *words)
