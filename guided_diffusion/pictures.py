@@ -69,7 +69,7 @@ def grid_indices(num_samples, labels=None, columns=10):
 def save_grid(path, images, labels=None, columns=None, rows=16):
     """Write images [N, H, W, C] as one PNG: a row for each class if there are 2 to `rows` classes, otherwise a square.
 
-    Images smaller than 64 pixels are enlarged by an integer factor.
+    Images whose shorter side has at most 32 pixels are enlarged by an integer factor.
 
     :param columns: the number of images in a row. The default makes a square of at most 16 columns.
     """
