@@ -79,9 +79,9 @@ def main():
     path = os.path.join(args.out_dir, "ablations.csv")
     keys = [(name, int(seed), args.steps, args.num_samples) for seed in args.seeds.split(",") for name in VARIANTS]
     done = {tuple(row[name] for name in KEY) for row in read_rows(path)}
-    todo = [key for key in keys if tuple(map(str, key)) not in done]
-    if todo:
-        measure(args, todo, path)
+    missing = [key for key in keys if tuple(map(str, key)) not in done]
+    if missing:
+        measure(args, missing, path)
     wanted = {tuple(map(str, key)) for key in keys}
     rows = [row for row in read_rows(path) if tuple(row[name] for name in KEY) in wanted]
     print_table(args, rows)
