@@ -181,6 +181,7 @@ def _in_batches(gaps, batch_size):
 
 def _finish(store, rows_by_class):
     """Write the .npz file and the picture, and remove the shards. Only rank 0 calls this function."""
+    picture = f"{store.stem}.png"
     if files.exists(store.path):
         logger.log(f"{store.path} is complete")
     else:
@@ -189,10 +190,11 @@ def _finish(store, rows_by_class):
                 f"{store.shards}: samples {gaps[0][0]} to {gaps[0][1] - 1} are not there, although every rank has "
                 f"written its own: give a --log_dir that all nodes share, and run this again"
             )
+        if files.exists(picture):
+            files.remove(picture)  # the picture of an earlier job whose .npz is gone
         store.assemble()
         store.remove_shards()
         logger.log(f"wrote {store.path}")
-    picture = f"{store.stem}.png"
     if not files.exists(picture):
         chosen = grid_indices(store.shape[0], store.labels if rows_by_class else None)
         with store.explained(picture):

@@ -25,6 +25,19 @@ def cells_of(path, size, factor):
     return np.array(cells)
 
 
+def test_the_grid_of_a_new_job_replaces_the_grid_of_a_removed_one(tmp_path):
+    grid, npz = tmp_path / "samples_4x4x4x3.png", tmp_path / "samples_4x4x4x3.npz"
+    known_job(tmp_path, 4, 4, KnownSampler(shape=(3, 4, 4)))
+    drawn = grid.read_bytes()
+    Image.new("RGB", (8, 8)).save(grid)  # the grid of a job whose .npz is removed
+    npz.unlink()
+    known_job(tmp_path, 4, 4, KnownSampler(shape=(3, 4, 4)), job={"seed": 1})
+    assert grid.read_bytes() == drawn
+    grid.unlink()  # as after a kill between the .npz and the grid
+    sampler, _ = known_job(tmp_path, 4, 4, KnownSampler(shape=(3, 4, 4)), job={"seed": 1})
+    assert grid.read_bytes() == drawn and not sampler.asked
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_grid_shows_the_first_64_samples(channels, tmp_path):
     known_job(tmp_path, 70, 32, KnownSampler(shape=(channels, 4, 4)))
