@@ -1,4 +1,4 @@
-# Two commands for a fresh machine: `make quickstart` shows what this is about, `make test` checks that it works.
+# Two commands for a fresh machine: `make quickstart` trains and samples a small model, `make test` runs the tests.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,18 +13,18 @@ OUT := quickstart
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# Two processes with a thread each: small networks gain little from more threads.
+# Run two test processes with one thread each: the small networks of the tests gain little from more threads.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile tests
 
 lint: .venv/installed
 	$(BIN)/ruff check .
 
-# The evaluator's figures on both golden pairs: 810 images through Inception, more than a minute.
+# Compare the evaluator with the original's values: 810 images through Inception take more than a minute.
 test-slow: .venv/installed
 	$(BIN)/python -m pytest --quiet -m slow tests
 
-# Every command is printed before it runs, and can be run again by hand.
+# make prints each command before running it, so the commands can also be run by hand.
 quickstart: .venv/installed
 	rm -rf $(OUT)
 	$(BIN)/python datasets/digits.py $(OUT)/digits --held_out_dir $(OUT)/digits_held_out
@@ -46,7 +46,7 @@ quickstart: .venv/installed
 	$(BIN)/python datasets/judge_digits.py $(OUT)/unguided/samples_100x16x16x1.npz $(OUT)/guided/samples_100x16x16x1.npz
 	@echo "Pictures, a row for each digit asked for: $(OUT)/unguided/samples_100x16x16x1.png and $(OUT)/guided/samples_100x16x16x1.png"
 
-# The paper's claims on emoji: about 80 minutes of training and an hour of sampling on two cores. It needs the font:
-# apt install fonts-noto-color-emoji unicode-data. Interrupted, it goes on where it was.
+# Reproduce the paper's claims on emoji: about 80 minutes of training and an hour of sampling on two cores. Install the
+# emoji font first: apt install fonts-noto-color-emoji unicode-data. An interrupted showcase continues when run again.
 showcase: .venv/installed
 	$(BIN)/python benchmarks/showcase.py --out_dir showcase

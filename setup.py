@@ -1,4 +1,4 @@
-"""For tools that still call setup.py. The package is described in pyproject.toml."""
+"""Entry point for tools that still call setup.py. pyproject.toml describes the package."""
 
 from setuptools import setup
 

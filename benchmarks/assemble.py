@@ -1,11 +1,11 @@
-"""Pass many images through a sampling job, and measure how far memory grows on each rank.
+"""Pass many images through a sampling job, and measure how much memory grows on each rank.
 
     mpiexec -n 2 python benchmarks/assemble.py --num_samples 20000 --size 128
 
-writes images of noise (20,000 of 128x128 are 983 MB) as shards and assembles them into one .npz and a picture, as
-scripts/image_sample.py does with a network's samples. For each rank it reports how much the peak of its resident memory
-grows beyond that of a job with one batch a rank. Then it reads the .npz and compares every image. It exits with 1 if an
-image differs, or if a rank grew by more than --most MB.
+The benchmark writes noise images (20,000 images of 128x128 are 983 MB) as shards, and assembles the shards into one
+.npz file and a picture, as scripts/image_sample.py does with samples of a network. For each rank, the benchmark reports
+the growth of peak resident memory relative to a job with one batch per rank. Then the benchmark checks every image in
+the .npz file. The exit status is 1 if an image differs, or if a rank's memory grew by more than --most MB.
 """
 
 import argparse
@@ -32,16 +32,16 @@ def main():
         everywhere = dist_util.gather_objects(grown)
         if dist_util.get_rank() == 0:
             for rank, (total, assembly) in enumerate(everywhere):
-                print(f"rank {rank} grew by {total:.0f} MB, {assembly:.0f} MB of them in the assembly", flush=True)
+                print(f"rank {rank} grew by {total:.0f} MB, by {assembly:.0f} MB during assembly", flush=True)
             path = f"{folder}/samples_{args.num_samples}x{args.size}x{args.size}x3.npz"
             check(path, args)
-            print(f"{args.num_samples} images of {args.size}x{args.size}: {seconds:.1f} s, all are in the file")
+            print(f"{args.num_samples} images of {args.size}x{args.size}: {seconds:.1f} s, and all are in the file")
         dist_util.wait_for_all()
     sys.exit(int(max(everywhere)[0] > args.most))
 
 
 class Noise:
-    """Stands in for a BatchSampler. The pixels of sample i are a function of i."""
+    """Replaces BatchSampler. The pixels of sample i depend only on i."""
 
     num_steps = 1
 
@@ -53,12 +53,12 @@ class Noise:
 
 
 def pixels(index, shape):
-    """The pixels of an image: uint8 of this shape."""
+    """Return random pixels seeded with `index`: uint8 of the given shape."""
     return np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8)
 
 
 def measure(args, folder):
-    """Run the job. Return (MB grown over the job, MB grown after the last batch of this rank) and the seconds."""
+    """Run the job. Return (MB of growth in the whole job, MB of growth after the last batch), and seconds."""
     logger.configure(f"{folder}/log", format_strs=[])
     ranks = dist_util.get_world_size()
     labels = th.arange(args.num_samples) % 1000
@@ -71,7 +71,7 @@ def measure(args, folder):
 
 
 class Marked(Noise):
-    """Records the memory of the process at every batch."""
+    """Records the process's peak memory after each batch."""
 
     def __init__(self, size, num_samples, marks):
         super().__init__(size)
@@ -83,12 +83,12 @@ class Marked(Noise):
 
 
 def peak():
-    """The peak of this process's resident memory, in MB."""
+    """Return this process's peak resident memory in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def check(path, args):
-    """Exit unless the .npz holds every image, in order, and the labels."""
+    """Exit with an error unless the .npz file holds all images in order, and their labels."""
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as f:
         np.lib.format.read_magic(f)
         shape, _, _ = np.lib.format.read_array_header_1_0(f)
@@ -97,7 +97,7 @@ def check(path, args):
         for i in range(args.num_samples):
             found = np.frombuffer(f.read(size), np.uint8).reshape(shape[1:])
             if not np.array_equal(found, pixels(i, (3, args.size, args.size)).transpose(1, 2, 0)):
-                sys.exit(f"image {i} in the file differs from the one that was made")
+                sys.exit(f"image {i} in the .npz file differs from the image that was generated")
     with np.load(path) as arrays:
         assert np.array_equal(arrays["arr_1"], np.arange(args.num_samples) % 1000)
 
@@ -107,8 +107,8 @@ def create_argparser():
     parser.add_argument("--num_samples", type=int, default=20000)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--most", type=float, default=300, help="MB that a rank may grow by (default: 300)")
-    parser.add_argument("--folder", default=None, help="where to write; by default the system's temporary folder")
+    parser.add_argument("--most", type=float, default=300, help="MB of growth allowed per rank (default: 300)")
+    parser.add_argument("--folder", default=None, help="folder to write to (default: the system's temporary folder)")
     return parser
 
 

@@ -1,10 +1,10 @@
-"""Speed and memory of the evaluator: features, Frechet distance, precision and recall.
+"""Measure speed and memory of the evaluator: features, Frechet distance, precision and recall.
 
     python benchmarks/evaluate.py
 
-Each row is measured in a separate process. The Inception network has random weights unless --inception_path is given;
-the weights do not change the speed. Utilisation is relative to the machine's rate for a large matrix product of the
-same type, measured in the same process.
+Each row is measured in a separate process. Without --inception_path, the Inception network has random weights, which do
+not affect speed. Utilisation ("of matmul") is the operation rate divided by the machine's rate for a large matrix
+product of the same dtype, measured in the same process.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main():
 
 
 def features(args, dtype):
-    """Measure images per second through the network, in the batches of the evaluator."""
+    """Measure how many images per second the Inception network processes."""
     import torch as th
 
     from evaluations.inception import InceptionV3, read_graph
@@ -42,14 +42,14 @@ def features(args, dtype):
     with OtherLoad() as load:
         seconds = timed(lambda: network(images), rounds=7)
     peak = peak_rss_mb()
-    counted = InceptionV3(constants, th.bfloat16).to(args.device)  # counts matrix products and convolutions
+    counted = InceptionV3(constants, th.bfloat16).to(args.device)  # the FLOP counter ignores oneDNN's float32 operator
     operations = count_operations(lambda: counted(images[:1])) * args.batch_size
     share = operations / seconds / matmul_rate(dtype, args.device)
     return report(f"{args.batch_size / seconds:.1f} images/s", load, peak, share)
 
 
 def distance(args):
-    """Measure the Frechet distance of two full-rank Gaussians."""
+    """Measure the Frechet distance between two full-rank Gaussians."""
     import numpy as np
 
     from evaluations.metrics import frechet_distance
@@ -79,8 +79,8 @@ def manifolds(args):
     with OtherLoad() as load:
         seconds = timed(lambda: precision_recall(*sets, device=device), rounds=1, warmup=0)
     peak = peak_rss_mb()
-    # The least there is to do: a set's distances among its own points, half of them by symmetry, for both sets, and
-    # those from one set to the other.
+    # The minimum work is half of the distances within each of the two sets (the matrix is symmetric), and all distances
+    # between the sets: 2 * count**2 distances in total.
     rate = 2 * args.dim * 2 * args.count**2 / seconds
     return report(f"{seconds:.1f} s", load, peak, rate / matmul_rate(th.float64, device))
 
@@ -119,7 +119,7 @@ def report(figure, load, peak_mb, share=None):
 
 
 def random_constants():
-    """Return random weights with which features have about the same size in all layers."""
+    """Return random Inception weights that preserve the magnitude of activations from layer to layer."""
     import numpy as np
 
     from evaluations.inception import expected_shapes
@@ -138,9 +138,9 @@ def random_constants():
 def create_argparser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--image_size", type=int, default=64, help="before the resize to 299 (default: 64)")
-    parser.add_argument("--count", type=int, default=10_000, help="of points in each set (default: 10000)")
-    parser.add_argument("--dim", type=int, default=2048, help="of features (default: 2048)")
+    parser.add_argument("--image_size", type=int, default=64, help="side before resizing to 299 (default: 64)")
+    parser.add_argument("--count", type=int, default=10_000, help="number of points in each set (default: 10000)")
+    parser.add_argument("--dim", type=int, default=2048, help="dimension of the features (default: 2048)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--inception_path", default="")

@@ -1,18 +1,19 @@
-"""Measure the quality of every sampler by the number of evaluations, with and without guidance by a classifier.
+"""Measure sample quality against the number of model evaluations for each sampler, with and without guidance.
 
     python benchmarks/few_steps.py --model_path DIR/ema_0.995_001200.pt --classifier_path DIR/model000300.pt \
         --clean_path DIR/model000300.pt --data_dir FOLDER
 
-For each sampler, spacing and number of evaluations, the script makes samples of balanced classes and reports:
+For each sampler, timestep spacing and number of evaluations, the benchmark draws samples of balanced classes and
+reports:
 
-    frechet    the Frechet distance to the images of --data_dir, in features of a classifier that was trained on clean
-               images (classifier_train.py --noised False)
-    agreement  the share of samples that this classifier recognises as the requested class
-    distance   the RMS distance of 16 samples to the samples of 1000 DDIM steps from the same noise (only for
-               deterministic samplers and the first seed)
+    frechet    the Frechet distance to the images of --data_dir, in features of a classifier that was trained on
+               noise-free images (classifier_train.py --noised False)
+    agreement  the fraction of samples that the noise-free classifier assigns to the requested class
+    distance   the RMS distance between 16 samples and the results of 1000 DDIM steps from the same initial noise (only
+               for deterministic samplers and the first seed)
 
-Each finished row is appended to few_steps.csv in --out_dir, and a killed benchmark continues when the same command is
-run again. At the end, the script writes few_steps.png and prints tables of the mean over seeds and half their range.
+Each finished row is appended to few_steps.csv in --out_dir. An interrupted benchmark continues when the same command is
+run again. At the end, the benchmark writes few_steps.png and prints tables of the mean over seeds and half the range.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from guided_diffusion.solvers import SAMPLERS  # noqa: E402
 
 COLUMNS = ("sampler", "spacing", "evaluations", "scale", "seed", "frechet", "agreement", "distance")
 STOCHASTIC = ("ddpm", "dpmpp_2m_sde")
-SPACINGS = {"ddpm": ["N"], "ddim": ["ddimN"]}  # all other samplers use --spacings
+SPACINGS = {"ddpm": ["N"], "ddim": ["ddimN"]}  # other samplers use --spacings
 DEVICE = th.device("cuda" if th.cuda.is_available() else "cpu")
 
 
@@ -67,7 +68,7 @@ def main():
 
 
 def planned(args):
-    """Yield the (sampler, spacing, evaluations, scale, seed) of all rows."""
+    """Yield each (sampler, spacing, evaluations, scale, seed) to measure."""
     for seed in map(int, args.seeds.split(",")):
         for scale in map(float, args.scales.split(",")):
             for n in map(int, args.evaluations.split(",")):
@@ -96,7 +97,7 @@ class Bench:
         self.reference = moments(pool)
 
     def sample(self, sampler, respacing, scale, seed, count, **options):
-        """Make samples 0 to count - 1: float [count, C, H, W]."""
+        """Return the samples with indices 0 to count - 1, float [count, C, H, W]."""
         names = ("learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps")
         flags = {name: self.model_flags[name] for name in names}
         diffusion = create_gaussian_diffusion(
@@ -129,7 +130,7 @@ class Bench:
         return f"{frechet:.3f}", f"{agreement:.4f}", distance
 
     def path(self, scale, seed):
-        """Return the first 16 samples of 1000 DDIM steps. They are kept in --out_dir."""
+        """Return the first 16 samples after 1000 DDIM steps. The result is cached in --out_dir."""
         kept = os.path.join(self.args.out_dir, f"path_{scale:g}_{seed}.npy")
         if not os.path.exists(kept):
             np.save(kept, self.sample("ddim", "", scale, seed, 16, threshold="static").cpu().numpy())
@@ -137,7 +138,7 @@ class Bench:
 
 
 def load(path, create, defaults):
-    """Return the flags of a checkpoint from its config.json, and its network with weights."""
+    """Return the flags of a checkpoint that has a config.json, and the network with the checkpoint's weights."""
     checkpoint = Checkpoint(path)
     flags = {**defaults, **{name: value for name, value in checkpoint.flags.items() if name in defaults}}
     network, _ = create(**flags)
@@ -167,7 +168,7 @@ def append_row(path, row):
 
 
 def by_curve(rows):
-    """{scale: {"SAMPLER SPACING": {evaluations: rows of all seeds}}}."""
+    """Group rows as {scale: {"SAMPLER SPACING": {evaluations: rows of all seeds}}}."""
     found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in rows:
         curve = row["sampler"] + ("" if row["spacing"] in ("N", "ddimN") else f" {row['spacing']}")
@@ -176,7 +177,7 @@ def by_curve(rows):
 
 
 def print_table(rows):
-    """Print a Markdown table for each metric: the mean over seeds, and half the range of its values."""
+    """Print a Markdown table of each metric: the mean over seeds, and +- half the range of several seeds."""
     for scale, curves in sorted(by_curve(rows).items()):
         counts = sorted({n for curve in curves.values() for n in curve})
         for figure in COLUMNS[5:]:
@@ -210,7 +211,7 @@ def draw(path, rows):
                 points = [(n, [float(row[name]) for row in of_n if row[name]]) for n, of_n in sorted(by_count.items())]
                 points = [(n, np.mean(values)) for n, values in points if values]
                 if points:
-                    color = f"C{names.index(curve)}"  # one colour per sampler in all panels
+                    color = f"C{names.index(curve)}"  # each curve has the same colour in all panels
                     axes.plot(*zip(*points), marker="o", markersize=3, label=curve, color=color)
             axes.set(xscale="log", xlabel="evaluations", title=f"{name}, {f'scale {scale:g}' if scale else 'unguided'}")
             axes.set_yscale("linear" if name == "agreement" else "log")
@@ -223,13 +224,13 @@ def draw(path, rows):
 def create_argparser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", required=True, help="checkpoint of the diffusion model, with its config.json")
-    parser.add_argument("--classifier_path", required=True, help="checkpoint of the classifier that guides")
-    parser.add_argument("--clean_path", required=True, help="checkpoint of the clean classifier that judges")
-    parser.add_argument("--data_dir", required=True, help="folder of real images to compare with")
+    parser.add_argument("--classifier_path", required=True, help="checkpoint of the classifier that guides sampling")
+    parser.add_argument("--clean_path", required=True, help="checkpoint of the noise-free classifier that evaluates")
+    parser.add_argument("--data_dir", required=True, help="folder of real images to compare samples with")
     parser.add_argument("--samplers", default=",".join(SAMPLERS))
     parser.add_argument("--evaluations", default="5,6,8,10,12,15,20,25,50")
-    parser.add_argument("--spacings", default="N,quadN", help="of the solvers")
-    parser.add_argument("--scales", default="0,6", help="scales of guidance; 0: unguided")
+    parser.add_argument("--spacings", default="N,quadN", help="timestep spacings of the solvers")
+    parser.add_argument("--scales", default="0,6", help="guidance scales; 0 is unguided (default: 0,6)")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--num_samples", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=250)

@@ -1,11 +1,12 @@
-"""Kill a small training run many times, and compare its end with that of an undisturbed run.
+"""Kill a small training run repeatedly, and compare its final state with that of an undisturbed run.
 
     python benchmarks/kills.py --kills 30
 
-trains a tiny network on digits twice with the same seed and flags: once undisturbed, and once with SIGKILL to all
-processes at random moments. Many kills hit a save, because every step is saved. After each kill, all checkpoint files
-must be readable. At the end, weights, moving averages, optimiser states, logged steps and losses must be equal bit for
-bit. The benchmark takes about five minutes on two cores, and exits with 1 at the first difference.
+The test trains a tiny network on digits twice with the same seed and flags: once undisturbed, and once with SIGKILL to
+all processes at random moments. Every step is saved, so many kills happen during a save. After each kill, all
+checkpoint files must be readable. At the end, the weights, moving average, optimiser state, and logged steps and losses
+of the two runs must be bitwise equal. The test takes about five minutes on two cores, and exits with status 1 at the
+first difference.
 """
 
 import argparse
@@ -39,16 +40,16 @@ def main():
         for number in range(args.kills):
             moment = run_and_kill(command(args, digits, killed), killed, rng.uniform(0, args.longest))
             if moment == OVER:
-                sys.exit(f"the run had ended before kill {number + 1}: give more --steps")
+                sys.exit(f"the run ended before kill {number + 1}: increase --steps")
             moments[moment] += 1
             print(f"kill {number + 1}: {moment}; newest checkpoint: step {check_files(killed)}", flush=True)
         subprocess.run(command(args, digits, killed), check=True, capture_output=True, env=ENVIRONMENT)
         compare(alone, killed, args.steps)
-    print(f"{args.kills} kills ({', '.join(f'{n} {m}' for m, n in moments.items())}): the same end, bit for bit")
+    print(f"{args.kills} kills ({', '.join(f'{n} {m}' for m, n in moments.items())}): the results are bitwise equal")
 
 
 def command(args, digits, folder):
-    """Start training in `folder`, or continue it."""
+    """Return the command that starts or resumes training in `folder`."""
     flags = dict(
         data_dir=digits, log_dir=folder, resume_checkpoint="auto", seed=3, total_steps=args.steps, save_interval=1,
         log_interval=1, batch_size=6, lr=1e-4, ema_rate=RATE, image_size=8, num_channels=64, channel_mult="1",
@@ -62,7 +63,7 @@ def command(args, digits, folder):
 
 
 def run_and_kill(argv, folder, seconds):
-    """Start a run and kill all its processes `seconds` after training has started. Return what the run was doing."""
+    """Start a run, and kill all its processes `seconds` after training starts. Return what the kill interrupted."""
     process = subprocess.Popen(
         argv, env=ENVIRONMENT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -94,20 +95,20 @@ def check_files(folder):
 
 
 def compare(a, b, step):
-    """Exit unless the last checkpoints and the logged steps of two runs are equal."""
+    """Exit with an error unless the last checkpoints and the logged steps of two runs are equal."""
     for name in (f"model{step:06d}.pt", f"ema_{RATE}_{step:06d}.pt", f"opt{step:06d}.pt"):
         if not same(*(th.load(os.path.join(folder, name), weights_only=True) for folder in (a, b))):
-            sys.exit(f"{name} differs from that of the run that was left alone")
+            sys.exit(f"{name} differs between the killed run and the undisturbed run")
     logged = []
     for folder in (a, b):
         with open(os.path.join(folder, "progress.csv"), newline="") as f:
             logged.append([(row["step"], row["loss"]) for row in csv.DictReader(f)])
     if logged[0] != logged[1]:
-        sys.exit("the logged steps and losses differ from those of the run that was left alone")
+        sys.exit("the logged steps and losses of the killed run differ from those of the undisturbed run")
 
 
 def same(a, b):
-    """Return whether two nested containers of tensors and plain values are equal."""
+    """Return True if two nested containers of tensors and plain values are equal."""
     if isinstance(a, th.Tensor):
         return isinstance(b, th.Tensor) and th.equal(a, b)
     if isinstance(a, dict):
@@ -120,10 +121,10 @@ def same(a, b):
 def create_argparser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=400, help="steps of the run (default: 400)")
+    parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--longest", type=float, default=1.5, help="seconds of training before a kill, at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--longest", type=float, default=1.5, help="maximum seconds of training before a kill")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the moments of the kills")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Measurements for all benchmarks: times, the machine's rate of operations, peak memory, load by other processes."""
+"""Helpers for benchmarks: measure times, the machine's peak rate, memory, and the load of other processes."""
 
 import json
 import os
@@ -26,9 +26,9 @@ def timed(work, rounds, warmup=1):
 
 
 def matmul_rate(dtype, device="cpu", side=0):
-    """Return the machine's rate for a large square matrix product in operations per second, for utilisation.
+    """Return the machine's rate for a large square matrix product in operations per second, to compute utilisation.
 
-    On a GPU, the float32 rate is that of TF32, which torch's convolutions use by default.
+    On GPUs, float32 is measured with TF32, which PyTorch's convolutions use by default.
     """
     import torch as th
 
@@ -43,7 +43,7 @@ def matmul_rate(dtype, device="cpu", side=0):
 
 
 def count_operations(work):
-    """Return the floating-point operations of work(): matrix products and convolutions, by torch's counter."""
+    """Return the floating-point operations of the matrix products and convolutions in work()."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -52,14 +52,14 @@ def count_operations(work):
 
 
 def peak_rss_mb():
-    """Return the peak memory of this process in MB (10^6 bytes)."""
+    """Return this process's peak resident memory in MB (10^6 bytes)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 class OtherLoad:
-    """A context manager that measures how many cores other processes keep busy (`cores`). Linux only.
+    """Context manager that measures how many CPU cores other processes keep busy, on average. Linux only.
 
-    If `cores` is above 0.1, measured times are unreliable.
+    :ivar cores: the number of busy cores. If it is above 0.1, timings in the context are unreliable.
     """
 
     def __enter__(self):
@@ -73,7 +73,7 @@ class OtherLoad:
 
     @staticmethod
     def _read():
-        """Return the time, the CPU seconds of the machine, and those of this process."""
+        """Return the time, and the CPU seconds used so far by the whole machine and by this process."""
         own = sum(os.times()[:4])
         try:
             with open("/proc/stat") as f:
@@ -85,7 +85,7 @@ class OtherLoad:
 
 
 def in_own_process(script, *args):
-    """Run a part of a benchmark in a separate process, which has its own peak memory. Return its last line as JSON."""
+    """Run a script in a new process, which has its own peak memory. Return the last line of stdout as parsed JSON."""
     argv = [sys.executable, os.path.abspath(script), *map(str, args)]
     done = subprocess.run(argv, stdout=subprocess.PIPE, text=True)
     if done.returncode:

@@ -1,13 +1,13 @@
-"""Measure the speed of a sampling step of the released models, with and without the gradient of the classifier.
+"""Measure the speed of a sampling step of the released models, without and with classifier guidance.
 
     python benchmarks/sampling.py
     python benchmarks/sampling.py --presets all --batch_sizes 1,8,64 --precisions bf16,fp16 --compile False,True
 
-prints a row for each model, batch size, precision, and compiled or not: seconds per step, images per second at 250
-steps, utilisation (operations per second, by torch's counter, relative to the machine's rate for a large matrix product
-of the same dtype), peak memory, and the relative error of the update compared with eager float32. --psnr True adds the
-PSNR of unguided samples of 25 DDIM steps compared with float32. Weights are random, and scaled such that activations
-have about the same size in all layers. Each row is measured in a separate process.
+The benchmark prints one row per model, batch size, precision, and compilation mode. The columns are seconds per step,
+images per second with 250 steps, utilisation, peak memory, and the relative error of the step's update against eager
+float32. Utilisation ("of matmul") is the step's operation rate divided by the machine's rate for a large matrix product
+of the same dtype. --psnr True adds the PSNR of unguided samples of 25 DDIM steps against float32 samples. Weights are
+random, and scaled to preserve the magnitude of activations. Each row is measured in a separate process.
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path.insert(0, ROOT)
 CLASSIFIERS = {"64x64_diffusion": "64x64_classifier", "128x128_diffusion": "128x128_classifier",
                "256x256_diffusion": "256x256_classifier", "512x512_diffusion": "512x512_classifier"}  # fmt: skip
 
-STEPS = 250  # the number of steps per image, for images per second
+STEPS = 250  # sampling steps per image, for images per second
 COLUMNS = "s/step", "images/s", "of matmul", "peak MB", "error", "PSNR", "others"
 
 
@@ -48,7 +48,7 @@ def main():
 
 
 def measure(args, preset_name, batch_size, precision, compiled, guided):
-    """Measure one row."""
+    """Measure the sampling step of one row of the table."""
     import torch as th
 
     from guided_diffusion.guidance import classifier_cond_fn, route_labels
@@ -67,7 +67,7 @@ def measure(args, preset_name, batch_size, precision, compiled, guided):
     x, t, kwargs = inputs(preset, int(batch_size), guided, device)
 
     def sampler(networks):
-        """The step, and images of a few unguided steps, of a list of the model and perhaps a classifier."""
+        """Return functions that run one step and 25 unguided DDIM steps of [model] or [model, classifier]."""
         model_fn = route_labels(networks[0], preset.flags.get("class_cond"))
         cond_fn = classifier_cond_fn(networks[1]) if networks[1:] else None
         few = preset.create(use_fp16=False, timestep_respacing="ddim25")[1] if args.psnr == "True" else None
@@ -84,7 +84,7 @@ def measure(args, preset_name, batch_size, precision, compiled, guided):
     step, images = sampler(networks)
     expected, expected_images = step(), images()
     operations = count_operations(lambda: route_labels(model, preset.flags.get("class_cond"))(x, t, **kwargs))
-    for classifier in networks[1:]:  # the gradient of the input takes as many operations as the forward pass
+    for classifier in networks[1:]:  # the gradient with respect to the input costs as much as the forward pass
         operations += 2 * count_operations(lambda c=classifier: c(x, t))
     for network in networks:
         {"fp32": network.convert_to_fp32, "bf16": network.convert_to_bf16, "fp16": network.convert_to_fp16}[precision]()
@@ -105,7 +105,7 @@ def measure(args, preset_name, batch_size, precision, compiled, guided):
 
 
 def inputs(preset, n, guided, device):
-    """Return the arguments of the model for a batch: x_t, t and the keyword arguments."""
+    """Return a batch of model inputs: x_t, t and the keyword arguments."""
     import torch as th
 
     size = preset.flags.get("image_size", preset.flags.get("large_size"))
@@ -117,7 +117,7 @@ def inputs(preset, n, guided, device):
 
 
 def ready(network, device):
-    """A network as sampling has it, with weights that keep activations of about the same size."""
+    """Prepare a network for sampling, with random weights that preserve the magnitude of activations."""
     import torch as th
 
     with th.no_grad():
@@ -129,11 +129,11 @@ def ready(network, device):
 
 def create_argparser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", default="64x64_diffusion", help="with commas, or all (default: 64x64_diffusion)")
+    parser.add_argument("--presets", default="64x64_diffusion", help="comma-separated, or all (default: %(default)s)")
     parser.add_argument("--batch_sizes", default="2")
-    parser.add_argument("--precisions", default="fp32,bf16", help="of fp32, bf16 and fp16 (default: fp32,bf16)")
-    parser.add_argument("--compile", default="False", help="False, True or both, with a comma")
-    parser.add_argument("--psnr", default="False", help="True: also compare images of 25 DDIM steps")
+    parser.add_argument("--precisions", default="fp32,bf16", help="some of fp32, bf16 and fp16 (default: fp32,bf16)")
+    parser.add_argument("--compile", default="False", help="False, True or False,True (default: False)")
+    parser.add_argument("--psnr", default="False", help="True: also measure the PSNR of 25 DDIM steps")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--row", help=argparse.SUPPRESS)

@@ -3,18 +3,19 @@
     make showcase
     python benchmarks/showcase.py --out_dir showcase --ranks 2
 
-Each stage is a command of this repository. The command is printed before it runs, and can be repeated by hand. If the
-script is killed, run it again: it skips finished stages and continues the interrupted one. On two CPU cores, the script
-trains models of 32x32 images and an upsampler to 64x64 for 80 minutes, and samples and evaluates for about an hour. On
-a GPU, it trains models of 64x64 images and an upsampler to 128x128. The files in --out_dir:
+Each stage is a command of this repository. The command is printed before it runs, and can also be run by hand. After
+an interruption, run the showcase again: finished stages are skipped, and the interrupted stage continues. On two CPU
+cores, training a 32x32 model and an upsampler to 64x64 takes 80 minutes, and sampling and evaluation take about an
+hour. On a GPU, the showcase trains a 64x64 model and an upsampler to 128x128. The contents of --out_dir are:
 
     emoji, held_out           the images; every fifth emoji is held out of training
-    base, classifier, upsampler, clean, clean_large    runs of the training scripts
-    sweep/sweep.csv, .png     guidance trades diversity for fidelity (paper: figures 4 and 5)
-    few_steps/few_steps.png   quality against the number of the network's evaluations (paper: table 5)
-    unguided, guided          pipeline samples, a row for each class
-    stages.csv                guidance and upsampling combine: four kinds of large samples (paper: table 5)
-    *_bicubic.png, neighbours.png    the small samples enlarged; samples beside their nearest training images
+    base, classifier, upsampler, clean, clean_large    run folders of the training scripts
+    sweep/sweep.csv, .png     guidance trades diversity for fidelity (paper, figures 4 and 5)
+    few_steps/few_steps.png   quality against the number of network evaluations (paper, table 5)
+    unguided, guided          samples of the base model and the upsampler, one row per class
+    stages.csv                guidance combined with upsampling: four kinds of large samples (paper, table 5)
+    *_bicubic.png             the small samples, enlarged by bicubic interpolation
+    neighbours.png            samples above their nearest training images
     likelihood/               bits per dimension of the held-out images
     times.csv                 the wall time of each stage, in seconds
 """
@@ -49,7 +50,7 @@ SCHEDULE = dict(noise_schedule="cosine", random_flip=False)
 
 @dataclass(frozen=True)
 class Scale:
-    """The sizes of images and networks, and the numbers of training steps, for one kind of machine."""
+    """Image sizes, network sizes and training steps for one kind of machine."""
 
     small: int
     large: int
@@ -82,7 +83,7 @@ GPU = Scale(
 
 
 class Showcase:
-    """Runs the stages in order. Each stage is a command with its flags."""
+    """Runs the stages of the showcase in order. Each stage is a command with its flags."""
 
     def __init__(self, args):
         self.out, self.ranks, self.scale = args.out_dir, args.ranks, GPU if th.cuda.is_available() else LAPTOP
@@ -93,7 +94,7 @@ class Showcase:
         return os.path.join(self.out, *names)
 
     def run(self, stage, script, *words, launch=True, **flags):
-        """Run the command of a stage unless the stage is listed in times.csv."""
+        """Run the command of a stage, unless times.csv lists the stage as finished."""
         if os.path.exists(self.times):
             with open(self.times, newline="") as f:
                 if stage in [row[0] for row in csv.reader(f)]:
@@ -140,7 +141,7 @@ class Showcase:
                      noised=name == "classifier", random_crop=name != "classifier", **held_out)  # fmt: skip
 
     def weights(self, name):
-        """Return the path of the last weights of a run, or of their moving average if the run has one."""
+        """Return the path of a training run's final weights, or of their moving average if the run has one."""
         scale, average = self.scale, f"ema_{self.scale.ema_rate}_"
         file_name = {
             "base": f"{average}{scale.base_steps:06d}.pt",
@@ -196,7 +197,7 @@ class Showcase:
         return self.path(name, folder, f"samples_{self.scale.samples}x{size}x{size}x3.npz")
 
     def enlarge(self, name):
-        """Enlarge the small samples of a pipeline by bicubic interpolation. Write an .npz file and a picture."""
+        """Enlarge the base model's samples by bicubic interpolation. Write an .npz file and a picture."""
         with np.load(self.samples(name, "base", self.scale.small)) as arrays:
             small, labels = arrays["arr_0"], arrays["arr_1"]
         side = (self.scale.large, self.scale.large)
@@ -207,7 +208,7 @@ class Showcase:
         return path + ".npz"
 
     def neighbours(self, features, known):
-        """Draw 16 guided samples, each above its nearest training images by pixels and by classifier features."""
+        """Draw 16 guided samples above their nearest training images, by pixels and by features of the classifier."""
         with np.load(self.samples("guided")) as arrays, np.load(self.reference(self.scale.large)) as reference:
             samples, training = arrays["arr_0"][:16], reference["arr_0"]
         pool, _ = features(th.from_numpy(samples))
@@ -218,7 +219,7 @@ class Showcase:
 
 
 def nearest(points, pool):
-    """Return the index of the nearest row of `pool` for each row of `points`, by Euclidean distance."""
+    """Return, for each row of `points`, the index of the nearest row of `pool` by Euclidean distance."""
     return [int(((pool - point) ** 2).sum(axis=1).argmin()) for point in points]
 
 
@@ -236,8 +237,8 @@ def create_argparser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", default="showcase")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--classifier_scale", type=float, default=2.0, help="of the guided samples")
-    parser.add_argument("--evaluations", type=int, default=15, help="of each network, for a sample")
+    parser.add_argument("--classifier_scale", type=float, default=2.0, help="guidance scale of the guided samples")
+    parser.add_argument("--evaluations", type=int, default=15, help="evaluations of each network per sample")
     return parser
 
 

@@ -1,10 +1,11 @@
-"""Speed and memory of a training step, as ratios of plain autograd and Adam on the same network.
+"""Measure speed and memory of a training step, relative to plain autograd and Adam on the same network.
 
     python benchmarks/train.py
 
-runs `TrainLoop.run_step` (gradient, norms, AdamW, moving average, logged losses) and the least one can write (loss,
-backward, torch.optim.Adam) in turn, each in processes of their own, and prints a table of images/s, peak memory and
-their ratios. On a GPU it adds half precision. The peak is that of the whole process on a CPU, of the tensors on a GPU.
+The benchmark alternates between `TrainLoop.run_step` (gradient, norms, AdamW, moving average, logged losses) and a
+minimal training step (loss, backward, torch.optim.Adam), each in separate processes. The benchmark prints a table of
+images per second, peak memory and their ratios. GPUs are also measured with half precision. Peak memory is that of the
+whole process on a CPU, and that of tensors on a GPU.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def main():
         f"{device}; torch {th.__version__}; {args.image_size} px, {args.num_channels} channels, batch {args.batch_size}"
     )
     outcomes = {name: [] for name in variants}
-    for _ in range(args.rounds):  # in turn, so that what else the machine does falls on all alike
+    for _ in range(args.rounds):  # alternate between variants, so that other load on the machine affects all of them
         for name, variant in variants.items():
             argv = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--variant", json.dumps(variant)]
             done = subprocess.run(argv, check=True, capture_output=True, text=True)
@@ -54,7 +55,7 @@ def main():
 
 
 def measure(args, variant):
-    """Time the steps of one variant in this process."""
+    """Measure the training steps of one variant in this process."""
     import torch as th
 
     from guided_diffusion import dist_util, logger
@@ -106,7 +107,7 @@ def create_argparser():
     parser.add_argument("--image_size", type=int, default=64)
     parser.add_argument("--num_channels", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=6, help="timed steps a process, after two that are not")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps per process, after two warm-up steps")
     parser.add_argument("--rounds", type=int, default=3, help="processes for each variant")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--variant", help=argparse.SUPPRESS)

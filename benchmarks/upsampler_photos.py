@@ -1,14 +1,15 @@
-"""Train a 16 to 32 pixel upsampler on two photographs for some minutes, and compare it with bicubic interpolation.
+"""Train an upsampler from 16 to 32 pixels on two photographs, and compare it with bicubic interpolation.
 
     python benchmarks/upsampler_photos.py
 
-cuts scikit-learn's two sample photographs into crops to train on and tiles of 32 pixels that no crop touches, trains
-with scripts/super_res_train.py, upsamples the shrunken tiles with scripts/super_res_sample.py, and prints the mean
-squared error (in grey levels squared) of bicubic interpolation, of DDPM and of DDIM samples.
+The benchmark cuts scikit-learn's two sample photographs into training crops and held-out tiles of 32x32 pixels that do
+not overlap with any crop. It trains with scripts/super_res_train.py for some minutes, and upsamples the shrunken tiles
+with scripts/super_res_sample.py. Then it prints the mean squared error (in squared grey levels) of bicubic
+interpolation, of DDPM samples and of DDIM samples.
 
-A sample is one of the many pictures that fit, and a perfect sampler's error twice that of their mean. The process has
-few steps here, all of them so noisy that they say nothing about what the small image leaves open: its samples are close
-to that mean, which is what this error rewards.
+Many large images are consistent with a small image. A sample from a perfect model is one of these large images, and has
+twice the mean squared error of their mean. At both timesteps of this benchmark, the noise in x_t hides the details that
+the small image lacks. Samples are therefore close to the mean, and have a low error.
 """
 
 import argparse
@@ -21,8 +22,8 @@ from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LARGE, SMALL = 32, 16
-EVERY = 7  # of so many tiles one is held out
-# The same network for training; sampling reads it from config.json.
+EVERY = 7  # one in EVERY tiles is held out
+# Flags for training. Sampling reads the flags from config.json.
 NETWORK = dict(
     large_size=LARGE, small_size=SMALL, num_channels=64, num_res_blocks=1, num_heads=2, attention_resolutions="",
     learn_sigma=True, rescale_learned_sigmas=True, predict_xstart=True, noise_schedule="cosine", diffusion_steps=2,
@@ -49,11 +50,11 @@ def main():
             num_samples=len(small), use_ddim=name == "DDIM")  # fmt: skip
         with np.load(os.path.join(folder, f"samples_{len(small)}x{LARGE}x{LARGE}x3.npz")) as f:
             found = error(truth, f["arr_0"])
-        print(f"{name}: {found:.1f}, {found / bicubic:.2f} of bicubic's")
+        print(f"{name}: {found:.1f}, {found / bicubic:.2f} times the error of bicubic interpolation")
 
 
 def make_crops(folder, count):
-    """Write crops to train on; return held-out tiles, and those shrunk by averaging areas: uint8 [N, size, size, 3]."""
+    """Write training crops. Return held-out tiles, and the tiles shrunk by area averaging, uint8 [N, S, S, 3]."""
     from sklearn.datasets import load_sample_images
 
     os.makedirs(folder, exist_ok=True)
@@ -84,7 +85,7 @@ def error(truth, images):
 
 
 def run(name, ranks, **flags):
-    """Run one of the scripts."""
+    """Run a script of the folder scripts/ with the given flags on `ranks` processes."""
     mpiexec = os.path.join(os.path.dirname(sys.executable), "mpiexec")
     words = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
     script = os.path.join(ROOT, "scripts", f"{name}.py")
@@ -95,8 +96,8 @@ def run(name, ranks, **flags):
 def create_argparser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", default="upsampler_photos")
-    parser.add_argument("--steps", type=int, default=1600, help="of training (default: 1600)")
-    parser.add_argument("--count", type=int, default=20000, help="crops to train on (default: 20000)")
+    parser.add_argument("--steps", type=int, default=1600, help="training steps (default: 1600)")
+    parser.add_argument("--count", type=int, default=20000, help="number of training crops (default: 20000)")
     parser.add_argument("--ranks", type=int, default=2)
     return parser
 

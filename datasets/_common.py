@@ -1,4 +1,4 @@
-"""Functions that the scripts in datasets/ share: errors, complete files, held-out images, and tar archives."""
+"""Helpers for the data set scripts: write files atomically, split off held-out images, and read tar archives."""
 
 import argparse
 import io
@@ -15,17 +15,17 @@ DAMAGE = (tarfile.TarError, EOFError, zlib.error)
 
 
 def write_file(path, data):
-    """Write bytes to a file, whole or not at all.
+    """Write bytes to a file atomically.
 
-    The function does not wait for the disk, which would take hours for millions of small files. After a power cut,
-    files may be empty. A restarted script recognises empty files by `size_of`.
+    write_file does not call fsync, which would take hours for millions of small files. After a power failure, files may
+    therefore be empty. A restart recognises empty files by `size_of`, and writes them again.
     """
-    with disk_errors(path, "then run this again"), write_atomically(path, sync=False) as f:
+    with disk_errors(path, "then run the same command again"), write_atomically(path, sync=False) as f:
         f.write(data)
 
 
 def write_png(path, image):
-    """Write a PIL image."""
+    """Write a PIL image as a PNG file."""
     data = io.BytesIO()
     image.save(data, "png")
     write_file(path, data.getbuffer())
@@ -40,9 +40,11 @@ def size_of(path):
 
 
 def check_count(folder, pattern, expected, source):
-    """Raise InputError if a folder holds more or fewer images than `source`. Remove the temporary files of killed runs.
+    """Raise an error if a folder holds more or fewer images than expected. Remove temporary files of killed runs.
 
     :param pattern: a regular expression that matches the names of the images.
+    :param expected: the number of images in `source`.
+    :param source: the name of the archive or database, for the error message.
     """
     count = 0
     for entry in os.scandir(folder):
@@ -53,31 +55,31 @@ def check_count(folder, pattern, expected, source):
     if count != expected:
         raise InputError(
             f"{folder}: holds {count:,} images, but {source} {expected:,}: give an empty folder, or remove the "
-            f"other files and run this again"
+            f"other files and run the same command again"
         )
 
 
 def split_parser(description, size):
-    """Return a parser with the flags that write_split reads.
+    """Return an argument parser with the flags that write_split reads.
 
-    :param size: the default of --size.
+    :param size: the default of --size, in pixels.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", help="the output folder")
-    parser.add_argument("--held_out_dir", default="", help="output folder for a fifth of the images (held out)")
-    parser.add_argument("--size", type=int, default=size, help=f"the images' side in pixels (default: {size})")
+    parser.add_argument("--held_out_dir", default="", help="folder to write every fifth image to, for validation")
+    parser.add_argument("--size", type=int, default=size, help=f"side of the images in pixels (default: {size})")
     return parser
 
 
 def write_split(args, images, pattern):
-    """Write images to --out_dir. With --held_out_dir, write every fifth group of images there instead.
+    """Write images to --out_dir. With --held_out_dir, every fifth group of images is written to that folder instead.
 
-    :param images: yields (file name, number of the group, PIL image).
-    :param pattern: a regular expression that matches all file names.
+    :param images: an iterable of (file name, index of the group, PIL image).
+    :param pattern: a regular expression that matches all the file names.
     """
     out_dir, held_out_dir = (os.path.join(os.path.realpath(d), "") for d in (args.out_dir, args.held_out_dir))
-    if args.held_out_dir and held_out_dir.startswith(out_dir):  # training also searches subfolders
-        raise InputError(f"--held_out_dir {args.held_out_dir}: is {args.out_dir}, or inside it: give another folder")
+    if args.held_out_dir and held_out_dir.startswith(out_dir):  # training searches subfolders, too
+        raise InputError(f"--held_out_dir {args.held_out_dir}: is {args.out_dir} or inside it: give another folder")
     counts = {folder: 0 for folder in (args.out_dir, args.held_out_dir) if folder}
     for folder in counts:
         os.makedirs(folder, exist_ok=True)
@@ -86,30 +88,30 @@ def write_split(args, images, pattern):
         write_png(os.path.join(folder, name), image)
         counts[folder] += 1
     for folder, count in counts.items():
-        # After an earlier run with another --held_out_dir, some images would be used for both training and validation.
-        check_count(folder, pattern, count, "this data set's part for it")
+        # Images left by a run with another --held_out_dir would be in both the training set and the validation set.
+        check_count(folder, pattern, count, "the data set's part for this folder")
         print(f"{folder}: {count:,} images of {args.size}x{args.size} pixels")
 
 
 @contextmanager
 def open_tar(path, expected):
-    """Open a tar archive in a `with` block. Reading errors become InputErrors that name the archive.
+    """Open a tar archive. Convert errors in reading the archive to InputErrors with the archive's path.
 
-    :param expected: the name of the archive that the script needs.
+    :param expected: the name of the archive that the script needs, for the error message.
     """
     try:
         with tarfile.open(path) as tar:
             yield tar
     except (*DAMAGE, OSError) as e:
-        if getattr(e, "filename", None) not in (None, path):  # an error of another file
+        if getattr(e, "filename", None) not in (None, path):  # an error about another file
             raise
         raise InputError(f"{path}: not a tar archive, or truncated ({reason(e)}): give a whole {expected}") from None
 
 
 def files_in(tar):
-    """Yield (name without folders, TarInfo) for each regular file in an open tar archive.
+    """Yield (name without folders, TarInfo) of each regular file in an open tar archive.
 
-    A name without folders cannot lead to a file outside the output folder.
+    Folders are removed from names so that no file can be written outside the destination folder.
     """
     for member in tar:
         if member.isreg():

@@ -1,7 +1,8 @@
-"""Write CIFAR-10 as images to train on: PNGs named airplane_00000.png and so on, in OUT_DIR/train and OUT_DIR/test.
+"""Write CIFAR-10 as PNG files such as airplane_00000.png to OUT_DIR/train and OUT_DIR/test, for training.
 
-The number is the index of the image in the training or test set. In sorted order, the ten class names have the labels
-of CIFAR-10, 0 to 9. If the script is killed, run the same command again: it writes the missing images.
+The number in a file name is the image's index in the training or test set. The alphabetical order of the ten class
+names is the order of CIFAR-10's labels 0 to 9. If the script was interrupted, run the same command again to write the
+missing images.
 """
 
 import argparse
@@ -17,9 +18,9 @@ from guided_diffusion.errors import InputError, run
 
 ARCHIVE = "cifar-10-binary.tar.gz"
 FOLDER = "cifar-10-batches-bin"
-NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")  # by label
+NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")  # indexed by label
 SPLITS = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}
-RECORD = 1 + 3 * 32 * 32  # a label; the red, the green and the blue values
+RECORD = 1 + 3 * 32 * 32  # bytes per image: a label, then the red, green and blue planes
 
 
 def main():
@@ -34,7 +35,7 @@ def main():
 
 
 def read_batches(path):
-    """Read the binary version of CIFAR-10 (180 MB) from its archive or unpacked folder: {file name: records}."""
+    """Read CIFAR-10's binary version from an archive or folder. Return {file name: records uint8 [N, 3073]}."""
     wanted = {name for batch in SPLITS.values() for name in batch}
     if os.path.isdir(path):
         data = {file.name: file.read_bytes() for file in Path(path).rglob("*.bin")}
@@ -50,7 +51,7 @@ def read_batches(path):
 
 
 def write_images(records, folder):
-    """Write the missing images, named by their labels. Return the number of written images."""
+    """Write the images that are not in `folder` yet, as CLASS_INDEX.png. Return the number of images written."""
     os.makedirs(folder, exist_ok=True)
     new = 0
     for i, record in enumerate(tqdm(records, unit=" images")):
@@ -63,8 +64,8 @@ def write_images(records, folder):
 
 def create_argparser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("archive", help=f"{ARCHIVE}, or the folder {FOLDER} unpacked from it")
-    parser.add_argument("out_dir", help="the folder to write to")
+    parser.add_argument("archive", help=f"path of {ARCHIVE}, or of the folder {FOLDER} unpacked from it")
+    parser.add_argument("out_dir", help="the output folder")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Write scikit-learn's handwritten digits as images to train on: 1,797 scans, named LABEL_INDEX.png."""
+"""Write scikit-learn's 1,797 handwritten digits as PNG files named LABEL_INDEX.png, for training."""
 
 import numpy as np
 from _common import split_parser, write_split
@@ -16,13 +16,13 @@ def main():
 
 
 def load_digit_images(size):
-    """Return the digits, white on black, uint8 [1797, size, size], and their labels int64 [1797]."""
+    """Return images of digits, white on black, uint8 [1797, size, size], and their labels, int64 [1797]."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise InputError("the digits come with scikit-learn: pip install scikit-learn") from None
+        raise InputError("the digits are part of scikit-learn: pip install scikit-learn") from None
     digits = load_digits()
-    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 8x8, with 17 grey levels
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # from 8x8 pixels with grey levels 0 to 16
     resized = [np.asarray(Image.fromarray(g).resize((size, size), Image.BICUBIC)) for g in grey]
     return np.stack(resized), digits.target
 

@@ -1,8 +1,8 @@
-"""Write the emoji of a font, in colour on white, as images to train on, named CLASS_CODEPOINTS.png.
+"""Write the emoji of a font, in colour on a white background, as PNG files CLASS_CODEPOINTS.png, for training.
 
 The classes are the nine groups of Unicode's emoji-test.txt: activities, animals, flags, food, objects, people, smileys,
-symbols and travel. The file of the red apple is food_1f34e.png. All skin-tone variants of an emoji are in the same
-output folder.
+symbols and travel. For example, the red apple is food_1f34e.png. All skin-tone variants of an emoji belong to the same
+split: either all are held out, or none.
 """
 
 import math
@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from guided_diffusion.errors import InputError, check_at_least, run
 
-FONT = "NotoColorEmoji.ttf"  # Pillow searches the system's font folders for it
-FONT_SIZE = 109  # the only size of this font's bitmaps
+FONT = "NotoColorEmoji.ttf"  # Pillow searches the system's font folders for this file name
+FONT_SIZE = 109  # the only bitmap size in NotoColorEmoji.ttf
 TABLE = "/usr/share/unicode/emoji/emoji-test.txt"
 EMOJI = re.compile(r"([0-9A-F ]+?) *; fully-qualified")
 SKIN_TONES = set("\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
-COLOUR_SELECTOR = "\ufe0f"  # requests the coloured form, which is the only one in this font
+COLOUR_SELECTOR = "\ufe0f"  # selects the coloured form, which is the only form in NotoColorEmoji.ttf
 
 
 def main():
@@ -45,7 +45,7 @@ def open_font(path):
 
 
 def read_table(path):
-    """Read emoji-test.txt. Return a list of (class, emoji, number of the group of its skin-tone variants)."""
+    """Read emoji-test.txt. Return (class, emoji, index of the group) of each emoji; skin tones share a group."""
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as e:
@@ -58,18 +58,18 @@ def read_table(path):
             class_name = line.split()[2].lower()  # "Food & Drink" becomes food
         elif match := EMOJI.match(line):
             text = "".join(chr(int(code, 16)) for code in match[1].split()).replace(COLOUR_SELECTOR, "")
-            group += SKIN_TONES.isdisjoint(text)  # skin-tone variants follow their emoji
+            group += SKIN_TONES.isdisjoint(text)  # skin-tone variants follow their base emoji
             emoji.append((class_name, text, group))
     if not emoji:
-        raise InputError(f"--table {path}: no emoji in it: give the path of Unicode's emoji-test.txt")
+        raise InputError(f"--table {path}: no emoji found: give the path of Unicode's emoji-test.txt")
     return emoji
 
 
 def draw_all(font, emoji, size):
-    """Yield (file name, number of the group, image) of each emoji that the font has.
+    """Yield (file name, index of the group, image) for each emoji that the font has.
 
-    Only the first of several equal pictures is used, so that no picture is in both output folders. For example, the
-    flags of Norway and Bouvet Island are equal.
+    Emoji that look identical, such as the flags of Norway and Bouvet Island, are written only once, so that no picture
+    is in both the training set and the held-out set.
     """
     seen = set()
     for class_name, text, group in tqdm(emoji, unit=" emoji"):
@@ -82,8 +82,8 @@ def draw_all(font, emoji, size):
 
 
 def draw(font, text):
-    """Draw an emoji centred on a white square. Return None if the font does not have exactly one glyph for it."""
-    width = font.getlength("\U0001f600")  # all emoji are of equal width
+    """Draw an emoji centred on a white square. Return None if the font lacks the emoji or draws several glyphs."""
+    width = font.getlength("\U0001f600")  # all emoji have the same width
     side = math.ceil(width)
     image = Image.new("RGB", (2 * side, 2 * side), "white")
     ImageDraw.Draw(image).text((side, side), text, font=font, embedded_color=True, anchor="mm")

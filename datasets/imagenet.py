@@ -1,9 +1,9 @@
-"""Unpack ImageNet's archives into images to train on, and write the table of its classes.
+"""Unpack ImageNet's archives into image files for training, and write a table of the classes.
 
-ILSVRC2012_img_train.tar, a tar of 1,000 tars, is unpacked to OUT_DIR/train, and ILSVRC2012_img_val.tar to OUT_DIR/val.
-The original JPEG files are named WNID_*.JPEG and are in one folder for each class. OUT_DIR/classes.csv lists the label,
-WordNet id and name of each class. Labels number the sorted WordNet ids. If the script is killed, run the same command
-again: it writes the missing images.
+The images of ILSVRC2012_img_train.tar are written to OUT_DIR/train, and those of ILSVRC2012_img_val.tar to OUT_DIR/val:
+the original JPEG files, named WNID_*.JPEG, with one folder per class. OUT_DIR/classes.csv lists each class's label,
+WordNet id and name; a label is the index of the class in the sorted list of WordNet ids. If the script was interrupted,
+run the same command again to write the missing images.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main():
         if split == "train":
             counts, new = unpack_train(tar, classes, folder)
         elif val_labels is None:
-            raise InputError(f"{args.archive}: the validation images' labels are not in it: give --devkit {DEVKIT}")
+            raise InputError(f"{args.archive}: has no labels for the validation images: give --devkit {DEVKIT}")
         else:
             counts, new = unpack_val(tar, val_labels, folder)
     for wnid, count in counts.items():
@@ -52,7 +52,7 @@ def main():
 
 
 def read_names(path):
-    """Read a file of lines such as "n01440764 tench, Tinca tinca". Return {WordNet id: name}."""
+    """Read a file with lines such as "n01440764 tench, Tinca tinca". Return {WordNet id: name}."""
     names = {}
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in filter(str.strip, f):
@@ -64,10 +64,10 @@ def read_names(path):
 
 
 def read_devkit(path):
-    """Read the development kit. Return {WordNet id: name}, and the WordNet ids of the validation images.
+    """Read the development kit. Return {WordNet id: name}, and the WordNet ids of the validation images in order.
 
-    The kit numbers the classes in an order that differs from the sorted WordNet ids. Its labels of validation images
-    are these numbers. meta.mat also lists more general synsets, which have children and are not classes.
+    The kit's list of validation labels uses ILSVRC2012_ID numbers, which are not in the order of WordNet ids. meta.mat
+    also lists general synsets that are not classes; these synsets have children.
     """
     try:
         from scipy.io import loadmat
@@ -85,7 +85,7 @@ def read_devkit(path):
             if synset["num_children"] == 0
         }
         labels = [classes[int(number)][0] for number in data[VAL_LABELS].split()]
-    except Exception:  # for damaged files, scipy raises exceptions of many types
+    except Exception:  # scipy raises many types of exceptions for damaged files
         raise InputError(f"--devkit {path}: {META} or {VAL_LABELS} is missing or damaged: get {DEVKIT} again") from None
     return dict(classes.values()), labels
 
@@ -102,7 +102,7 @@ def write_class_table(path, classes):
 
 
 def which_split(tar):
-    """Return "train" or "val", the kind of images in the archive."""
+    """Return "train" if the archive holds training images, or "val" if it holds validation images."""
     for name, _ in files_in(tar):
         if CLASS_TAR.fullmatch(name):
             return "train"
@@ -112,12 +112,12 @@ def which_split(tar):
 
 
 def unpack_train(tar, classes, folder):
-    """Write the missing training images. Return {WordNet id: number of images}, and the number of written images."""
+    """Write the missing training images. Return {WordNet id: number of images}, and the number written now."""
     tars = {match[1]: member for name, member in files_in(tar) if (match := CLASS_TAR.fullmatch(name))}
     if odd := sorted(set(classes) ^ set(tars)):
         raise InputError(
-            f"{tar.name}: {len(odd):,} classes are only in it or only in --devkit or --names, such as {odd[0]}: give "
-            f"ILSVRC2012_img_train.tar, complete, and the list of its classes"
+            f"{tar.name}: {len(odd):,} classes are only in the tar or only in --devkit or --names, such as {odd[0]}: "
+            f"give the complete ILSVRC2012_img_train.tar and the list of its classes"
         )
     counts, new = {}, 0
     with tqdm(total=sum(member.size for member in tars.values()), unit="B", unit_scale=True) as bar:
@@ -129,7 +129,7 @@ def unpack_train(tar, classes, folder):
 
 
 def unpack_class(tar, member, folder):
-    """Write the missing images of one class. Return the numbers of all its images and of the written images."""
+    """Write the missing images of one class. Return the number of images, and the number of images written now."""
     os.makedirs(folder, exist_ok=True)
     wnid = os.path.basename(folder)
     names, new = set(), 0
@@ -140,19 +140,19 @@ def unpack_class(tar, member, folder):
                     names.add(name)
                     new += write_missing(class_tar, image, os.path.join(folder, name))
     except DAMAGE as e:
-        raise InputError(f"{tar.name}: its {member.name} is damaged ({reason(e)}): get the archive again") from None
+        raise InputError(f"{tar.name}: {member.name} inside is damaged ({reason(e)}): get the archive again") from None
     return len(names), new
 
 
 def unpack_val(tar, labels, folder):
-    """Write the missing validation images. Return {WordNet id: number of images}, and the number of written images.
+    """Write the missing validation images. Return {WordNet id: number of images}, and how many were written now.
 
-    :param labels: the WordNet ids of all validation images, in order.
+    :param labels: the WordNet ids of the validation images, in the order of the images' numbers.
     """
     images = {int(match[1]): member for name, member in files_in(tar) if (match := VAL_IMAGE.fullmatch(name))}
     if sorted(images) != list(range(1, len(labels) + 1)):
         raise InputError(
-            f"{tar.name}: has {len(images):,} images, but --devkit {len(labels):,} labels: give both complete"
+            f"{tar.name}: has {len(images):,} images, but --devkit {len(labels):,} labels: give both files complete"
         )
     for wnid in set(labels):
         os.makedirs(os.path.join(folder, wnid), exist_ok=True)
@@ -165,7 +165,7 @@ def unpack_val(tar, labels, folder):
 
 
 def write_missing(tar, member, path):
-    """Write a member of an archive to `path` unless a file of that size exists. Return whether it was written."""
+    """Write a member to `path`, unless `path` exists with the member's size. Return True if the file was written."""
     if size_of(path) == member.size:
         return False
     write_file(path, tar.extractfile(member).read())
@@ -177,8 +177,8 @@ def create_argparser():
     parser.add_argument("archive", help=ARCHIVES)
     parser.add_argument("out_dir", help="the output folder, the same for both archives")
     classes = parser.add_mutually_exclusive_group(required=True)
-    classes.add_argument("--devkit", help=f"{DEVKIT}: the classes, and the validation images' labels (needs scipy)")
-    classes.add_argument("--names", help=f"{NAMES}: the classes alone, which is enough for the training images")
+    classes.add_argument("--devkit", help=f"{DEVKIT}: the classes, and labels of the validation images (needs scipy)")
+    classes.add_argument("--names", help=f"{NAMES}: the classes, enough for training images")
     return parser
 
 

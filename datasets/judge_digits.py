@@ -1,7 +1,7 @@
-"""Count the samples that are the requested digit, according to a classifier of the real digits.
+"""Measure how many samples show the requested digit, according to a classifier trained on real digits.
 
-The judge is scikit-learn's support vector classifier, trained on the 1,797 real digits at 8x8 pixels. It is independent
-of the diffusion model and of the classifier that guides it.
+The judge is a support vector classifier from scikit-learn, trained on the 1,797 real digits at 8x8 pixels. The judge is
+independent of the diffusion model and of the classifier that guides sampling.
 """
 
 import argparse
@@ -22,41 +22,41 @@ def main():
 
 
 def read_samples(path):
-    """Read the images uint8 [N, H, W, C] and labels [N], integers, from an .npz of samples."""
+    """Read images, uint8 [N, H, W, C], and integer labels [N] from an .npz file of samples."""
     try:
         images, labels = (NpzArray(path, name)[:] for name in ("arr_0", "arr_1"))
     except FileNotFoundError:
         raise
     except DAMAGED as e:
-        raise InputError(f"{path}: not an .npz with arr_0 and arr_1, samples of digits and labels ({e})") from None
+        raise InputError(f"{path}: not an .npz with arr_0 and arr_1, the samples and their labels ({e})") from None
     square = images.ndim == 4 and images.shape[1] == images.shape[2]
     if not square or not images.size or images.shape[1] % 8 or labels.shape != images.shape[:1]:
         raise InputError(
-            f"{path}: has images {images.shape} and labels {labels.shape}: give square images, their sides a multiple "
-            f"of 8 pixels, and a label for each"
+            f"{path}: has images {images.shape} and labels {labels.shape}: give square images with sides that "
+            f"are multiples of 8 pixels, and one label per image"
         )
     return images, labels
 
 
 def train_judge(size):
-    """Train a classifier of 8x8 digits on the real digits, enlarged to `size` pixels and then reduced to 8x8."""
+    """Train the judge on the real digits, enlarged to `size` pixels and then reduced to 8x8 like samples."""
     try:
         from sklearn.svm import SVC
     except ImportError:
-        raise InputError("the judge needs scikit-learn: pip install scikit-learn") from None
+        raise InputError("judging digits needs scikit-learn: pip install scikit-learn") from None
     images, labels = load_digit_images(size)
     return SVC(gamma=0.001).fit(features(images[..., None]), labels)
 
 
 def features(images):
-    """Reduce images uint8 [N, S, S, C], S a multiple of 8, to grey 8x8 pixels between 0 and 16: [N, 64]."""
+    """Reduce uint8 images [N, S, S, C], with S a multiple of 8, to 8x8 grey values between 0 and 16: [N, 64]."""
     n, size = images.shape[:2]
     grey = images.mean(axis=3).reshape(n, 8, size // 8, 8, size // 8).mean(axis=(2, 4))
     return grey.reshape(n, 64) * (16 / 255)
 
 
 def agreement(judge, images, labels):
-    """Return the fraction of samples that the judge classifies as their labels."""
+    """Return the fraction of samples for which the judge predicts the sample's label."""
     return float(np.mean(judge.predict(features(images)) == labels))
 
 

@@ -81,7 +81,7 @@ def add_network_flags(parser):
     parser.add_argument("--batch_size", type=int, default=32, help="images per batch on each rank (default: 32)")
     parser.add_argument("--device", default="", help="device such as cpu or cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision of the network (default: fp32)")
-    parser.add_argument("--inception_path", default="", help="path of the Inception graph; empty: found or downloaded")
+    parser.add_argument("--inception_path", default="", help="path of the Inception graph (default: find or download)")
 
 
 def create_argparser():
@@ -90,7 +90,7 @@ def create_argparser():
     parser.add_argument("sample_batch", help=".npz file of samples")
     parser.add_argument("--metrics", default="", help=f"comma-separated metrics (default: {','.join(METRICS)})")
     parser.add_argument("--json", default="", help="JSON file to write the metrics to as well")
-    parser.add_argument("--num_samples", type=int, default=0, help="use only the first samples; 0: all (default: 0)")
+    parser.add_argument("--num_samples", type=int, default=0, help="use only the first samples; 0 (default) uses all")
     parser.add_argument("--cache_dir", default="", help="folder to cache features of references in")
     add_network_flags(parser)
     return parser

@@ -26,8 +26,8 @@ from guided_diffusion.logger import progress_bar  # noqa: E402
 
 
 class ImageFiles:
-    """A batch of image files, with the interface that Features expects. Reading an image also stores it if it is
-    selected for the reference batch.
+    """A batch of image files, with the interface that Features expects. Reading an image also stores the image
+    if it is selected for the reference batch.
 
     :param channels: 1 or 3. With one channel, images are repeated to three equal channels for the network.
     :param chosen: the indices of the images to store.
