@@ -34,8 +34,8 @@ def test_a_compiled_job_makes_the_same_images(without_codegen, networks, tmp_pat
     made = []
     for compiled in (False, True):
         folder = tmp_path / str(compiled)
-        run_here(monkeypatch, "classifier_sample", **networks, log_dir=folder, num_samples=7, batch_size=4,
-                 timestep_respacing=4, compile=compiled)  # fmt: skip
+        run_here(monkeypatch, "classifier_sample", **networks, log_dir=folder, num_samples=4, batch_size=4,
+                 timestep_respacing=2, compile=compiled)  # fmt: skip
         made.append(read_npz(folder))
     check_alike(made[0]["arr_0"], made[1]["arr_0"])
     assert np.array_equal(made[0]["arr_1"], made[1]["arr_1"])
